@@ -1,0 +1,5 @@
+"Train fastai image models faster in PyTorch's channels-last memory format."
+from .callback import ChannelsLast
+from .reproducible import less_random
+
+__all__ = ['ChannelsLast', 'less_random']

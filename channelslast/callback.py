@@ -1,0 +1,87 @@
+"Channels last as a fastai callback, and the `Learner` methods that switch it on and off."
+import warnings
+
+import torch
+from fastai.callback.channelslast import ChannelsLast as _FastaiChannelsLast
+from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
+from fastai.learner import Learner
+from fastcore.basics import patch
+from fastcore.meta import delegates
+
+from .memory_format import align_optimizer, cast_module, cast_tree
+from .precision import DeviceMixedPrecision, check_amp_mode, check_scaler, fit_device, model_device, pickled_as
+
+__all__ = ['ChannelsLast']
+
+
+@pickled_as(_FastaiChannelsLast)
+class ChannelsLast(_FastaiChannelsLast):
+    """Train and predict in PyTorch's channels-last memory format.
+
+    Before each fit, validation and prediction it casts the model's 4-D (`torch.channels_last`) and 5-D
+    (`torch.channels_last_3d`) parameters, buffers and gradients, and gives the optimizer's state the strides of its
+    parameters; before each batch it casts the inputs. What already has its format is not touched."""
+    order, _told = -1, False  # before any callback that wraps or copies the model
+
+    def before_fit(self):
+        cast_module(self.model)
+        align_optimizer(self.learn.opt)
+        cudnn = torch.backends.cudnn
+        if not self._told and model_device(self.model).type == 'cuda' and cudnn.deterministic and not cudnn.benchmark:
+            self._told = True
+            warnings.warn("cuDNN is deterministic and may not benchmark (fastai's `no_random` sets it so): convolutions in "
+                          "channels last can fail. `channelslast.less_random` makes runs repeatable without that.",
+                          stacklevel=2)
+
+    def before_batch(self): self.learn.xb = cast_tree(self.xb)
+
+
+@patch
+@delegates(torch.amp.GradScaler, but=['device'])
+def to_channelslast(self:Learner,
+    to_fp16:bool=True, # Add mixed precision? Needed for the full speed of channels last
+    amp_mode:str|AMPMode=None, # `'fp16'` (default) or `'bf16'`
+    **kwargs
+):
+    """Train in channels last, with mixed precision unless `to_fp16=False`; returns the Learner.
+
+    Mixed precision that the Learner has is kept, unless this call names `amp_mode` or an argument of `GradScaler`: then
+    it is replaced by what the call says. Where the device has no fast arithmetic of the asked type, training stays in
+    fp32 with a warning. `use_amp`, fastai's newer name of `to_fp16`, is taken too. The GradScaler arguments serve fp16
+    only: https://docs.pytorch.org/docs/stable/amp.html
+
+    Raises `TypeError` for an unknown argument, `ValueError` for an impossible value, before anything changes."""
+    to_fp16 = kwargs.pop('use_amp', to_fp16)
+    if to_fp16 not in (True, False):
+        raise ValueError(f"to_fp16={to_fp16!r}: use True or False (the type goes into `amp_mode`)")
+    check_scaler(**kwargs)
+    mode = AMPMode.FP16 if amp_mode is None else check_amp_mode(amp_mode)
+    named = [*(['amp_mode'] if amp_mode is not None else []), *kwargs]
+    foreign = self._grab_cbs(NonNativeMixedPrecision)
+
+    if not any(type(o) is ChannelsLast for o in self._grab_cbs(_FastaiChannelsLast)):
+        self.remove_cb(_FastaiChannelsLast).add_cb(ChannelsLast())
+    idle = ()
+    if not to_fp16 or foreign: idle = named
+    elif named or not self._grab_cbs(MixedPrecision):
+        if mode is AMPMode.BF16: idle = list(kwargs)
+        self.remove_cb(MixedPrecision).add_cb(DeviceMixedPrecision(mode, **kwargs))
+    elif type(self.mixed_precision) is MixedPrecision and fit_device(self).type != 'cuda':
+        warnings.warn("This Learner keeps fastai's own `MixedPrecision`, which works on CUDA only. Name an `amp_mode` in "
+                      "`to_channelslast` to replace it.", stacklevel=2)
+    if idle:
+        why = ('with `to_fp16=False`' if not to_fp16 else "beside `NonNativeMixedPrecision`" if foreign
+               else 'in bf16, which needs no gradient scaling')
+        warnings.warn(f"{', '.join(idle)}: no effect {why}.", stacklevel=2)
+    return self
+
+
+@patch
+def to_contiguous(self:Learner,
+    to_fp32:bool=False, # Remove mixed precision too?
+):
+    "Cast model, gradients and optimizer state back to contiguous at once and remove `ChannelsLast`; returns the Learner."
+    cast_module(self.model, channels_last=False)
+    align_optimizer(self.opt)
+    self.remove_cb(_FastaiChannelsLast)
+    return self.remove_cb(MixedPrecision) if to_fp32 else self

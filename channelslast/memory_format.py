@@ -1,0 +1,108 @@
+"""Memory formats of tensors, modules and optimizers in plain PyTorch. Nothing here knows fastai.
+
+What a memory format is: https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html"""
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ['FORMATS', 'castable', 'strides_of', 'cast', 'cast_tree', 'cast_module', 'align_optimizer']
+
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # the channels-last format of a tensor of so many dimensions
+
+
+def castable(t) -> bool:
+    "True for what has a channels-last format: a dense, floating-point 4-D or 5-D tensor."
+    return (isinstance(t, Tensor) and not nn.parameter.is_lazy(t) and t.layout is torch.strided
+            and t.is_floating_point() and t.dim() in FORMATS)
+
+
+@lru_cache(maxsize=4096)
+def strides_of(
+    shape: torch.Size, # Of a 4-D or 5-D tensor, channels second
+    channels_last: bool = True,
+) -> tuple: # In elements
+    "The strides that PyTorch itself gives a new tensor of this shape in channels last, or contiguous."
+    fmt = FORMATS[len(shape)] if channels_last else torch.contiguous_format
+    return torch.empty(shape, device='meta', memory_format=fmt).stride()
+
+
+def cast(
+    t, # Anything; only what is `castable` changes
+    channels_last: bool = True, # False: to contiguous, if it is channels last now
+):
+    """`t` in its channels-last (or contiguous) format; `t` itself where nothing has to move.
+
+    The strides are compared, not `is_contiguous`: a 1×1 convolution's weight and a one-channel image are contiguous in
+    both formats, yet PyTorch reads from their strides which one a convolution and its gradient shall take."""
+    if not castable(t): return t
+    now, last, first = t.stride(), strides_of(t.shape), strides_of(t.shape, False)
+    if channels_last: return t if now == last else t.to(memory_format=FORMATS[t.dim()], copy=True)
+    return t.to(memory_format=torch.contiguous_format, copy=True) if now == last != first else t
+
+
+def cast_tree(
+    x, # A tensor, or tuples, lists and dicts of them, nested as you like
+):
+    "`x` with every tensor in channels last; containers without one, and types, stay as they are."
+    if isinstance(x, dict):
+        new = {k: cast_tree(v) for k, v in x.items()}
+        return x if all(new[k] is x[k] for k in x) else type(x)(new)
+    if isinstance(x, (tuple, list)):
+        new = [cast_tree(o) for o in x]
+        if all(a is b for a, b in zip(new, x)): return x
+        return type(x)(*new) if hasattr(x, '_fields') else type(x)(new)
+    return cast(x)
+
+
+def _like(t: Tensor, ref: Tensor) -> Tensor:
+    "`t` in the strides of `ref`, if both have one shape."
+    if t.layout is not torch.strided or t.shape != ref.shape or t.stride() == ref.stride(): return t
+    new = torch.empty_like(ref, dtype=t.dtype, device=t.device)
+    return new.copy_(t) if new.stride() == ref.stride() else t  # `ref` may overlap itself: its strides can't be had
+
+
+@torch.no_grad()
+def cast_module(
+    module: nn.Module,
+    channels_last: bool = True, # False: back to contiguous
+):
+    """Cast each floating-point parameter and buffer of 4 or 5 dimensions, and give each gradient its parameter's strides.
+
+    Parameters keep their identity, so optimizers, hooks and tied weights stay valid; two parameters on one memory stay
+    so. What already has its format is not touched."""
+    moved = {}  # two parameters may be one memory without being one object
+    for t in (*module.parameters(), *module.buffers()):
+        if not castable(t): new = t
+        else:
+            key = t.data_ptr(), t.shape, t.stride(), t.dtype, t.device
+            new = moved[key] if key in moved and key[0] else moved.setdefault(key, cast(t.data, channels_last))
+            if new.stride() != t.stride(): t.data = new
+        if getattr(t, 'grad', None) is not None: t.grad.data = _like(t.grad.data, t)
+
+
+@torch.no_grad()
+def align_optimizer(
+    opt, # A `torch.optim` or fastai optimizer, wrapped or not; `None` is fine
+):
+    """Give each state tensor of its parameter's shape (momenta, averages, slow weights) its parameter's strides.
+
+    Fused kernels walk parameter, gradient and state through memory side by side: with other strides on the state they
+    pair the wrong elements (https://github.com/pytorch/pytorch/issues/106951)."""
+    while opt is not None:
+        for p, state in getattr(opt, 'state', {}).items():
+            if isinstance(p, Tensor): _align_state(state, p)
+        own = vars(opt)
+        if own.get('slow_weights') is not None:  # fastai's Lookahead keeps them beside its state, in lists
+            for pg, slow in zip(opt.param_lists, own['slow_weights']):
+                for p, s in zip(pg, slow): _align_state(s, p)
+        opt = own.get('opt', own.get('optimizer'))  # OptimWrapper and Lookahead; Accelerate
+
+
+def _align_state(state, p):
+    if isinstance(state, Tensor):
+        if (new := _like(state, p)) is not state: state.data = new
+    elif isinstance(state, dict):
+        for s in state.values(): _align_state(s, p)
+    elif isinstance(state, (list, tuple)):
+        for s in state: _align_state(s, p)

@@ -1,0 +1,149 @@
+"Mixed precision on the device the model is on."
+import copyreg
+import math
+import warnings
+from copy import deepcopy
+from itertools import chain
+
+import torch
+from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastcore.basics import patch
+from fastcore.foundation import L
+from fastai.learner import Learner
+
+__all__ = ['accelerates', 'model_device', 'fit_device', 'pickled_as', 'check_amp_mode', 'check_scaler', 'DeviceMixedPrecision']
+
+DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
+
+
+def model_device(model) -> torch.device:
+    "The device of the model's first parameter or buffer; the CPU for a model that has neither."
+    t = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device('cpu') if t is None else t.device
+
+
+def fit_device(learn) -> torch.device:
+    "The device that the Learner will train on: fastai moves the model there when a fit begins."
+    return torch.device(getattr(learn.dls, 'device', None) or model_device(learn.model))
+
+
+def accelerates(
+    device_type: str, # `'cpu'`, `'cuda'`, `'mps'`, …
+    amp_mode: AMPMode,
+) -> bool:
+    """True where autocast to this type makes a device compute faster, not only differently.
+
+    A CPU without fp16 instructions emulates it many times slower than fp32; oneDNN knows which it is."""
+    if not torch.amp.is_autocast_available(device_type): return False
+    if device_type == 'cpu':
+        test = getattr(torch.ops.mkldnn, f'_is_mkldnn_{amp_mode.value}_supported', None)  # no such op: no oneDNN here
+        return bool(test and test())
+    if device_type == 'cuda' and amp_mode is AMPMode.BF16: return torch.cuda.is_bf16_supported(including_emulation=False)
+    return True
+
+
+def check_amp_mode(amp_mode) -> AMPMode:
+    "The `AMPMode` of a name or an `AMPMode`; `ValueError` for anything else."
+    try: return AMPMode(amp_mode)
+    except ValueError: pass
+    raise ValueError(f"amp_mode={amp_mode!r}: use 'fp16' or 'bf16' (or `to_fp16=False` to train in fp32)")
+
+
+_scaler_rules = dict(
+    init_scale      = (lambda v: 0 < v < math.inf, 'a number above 0'),
+    growth_factor   = (lambda v: 1 < v < math.inf, 'a number above 1'),
+    backoff_factor  = (lambda v: 0 < v < 1, 'a number between 0 and 1, both excluded'),
+    growth_interval = (lambda v: v >= 1 and int(v) == v, 'a whole number from 1'),
+    enabled         = (lambda v: v in (True, False), 'True or False'))
+
+
+def check_scaler(**kwargs):
+    "Raise `TypeError` for an argument that `GradScaler` does not have, `ValueError` for a value that it can't use."
+    for k, v in kwargs.items():
+        if k not in _scaler_rules:
+            raise TypeError(f"to_channelslast() has no argument {k!r}; it takes to_fp16, amp_mode and GradScaler's "
+                            + ', '.join(_scaler_rules))
+        valid, rule = _scaler_rules[k]
+        try: ok = valid(v)
+        except Exception: ok = False  # no number at all
+        if not ok: raise ValueError(f'{k}={v!r}: use {rule}')
+
+
+def pickled_as(base):
+    """Class decorator: instances pickle as `base`, fastai's own class, so that an exported Learner loads where this
+    library is not installed. Copies keep their class."""
+    def _decorate(cls):
+        def __reduce_ex__(self, protocol):
+            return copyreg._reconstructor, (base, object, None), self.__getstate__()
+        def __copy__(self):
+            new = cls.__new__(cls)
+            new.__dict__.update(self.__dict__)
+            return new
+        def __deepcopy__(self, memo):
+            new = memo[id(self)] = cls.__new__(cls)
+            new.__dict__.update(deepcopy(self.__dict__, memo))
+            return new
+        cls.__reduce_ex__, cls.__copy__, cls.__deepcopy__ = __reduce_ex__, __copy__, __deepcopy__
+        return cls
+    return _decorate
+
+
+@pickled_as(MixedPrecision)
+class DeviceMixedPrecision(MixedPrecision):
+    """fastai's `MixedPrecision` on the device the model is on (fastai's own names `'cuda'` whatever the device), with
+    every `GradScaler` argument kept. Where the device has no fast arithmetic of the asked type it trains in fp32 and says
+    so once."""
+    name, _told, _entered = 'mixed_precision', False, False
+
+    def __init__(self,
+        amp_mode: str|AMPMode = AMPMode.FP16, # `'fp16'` or `'bf16'`
+        **kwargs # Of `torch.amp.GradScaler`, which only fp16 uses
+    ):
+        super().__init__(check_amp_mode(amp_mode), **kwargs)
+
+    def before_fit(self):
+        device = model_device(self.model).type
+        fast = accelerates(device, self.amp_mode)
+        if not fast: self._tell(device)
+        self.autocast = torch.autocast(device, DTYPES[self.amp_mode], enabled=fast)
+        # bf16 has the range of fp32: nothing to scale
+        enabled = fast and self.amp_mode is AMPMode.FP16 and self.kwargs.get('enabled', True)
+        self.learn.scaler, self.scales = torch.amp.GradScaler(device, **{**self.kwargs, 'enabled': enabled}), L()
+
+    def _tell(self, device):
+        if self._told: return
+        self._told = True
+        other = next((o for o in AMPMode if o is not self.amp_mode and accelerates(device, o)), None)
+        use = f"use `amp_mode='{other.value}'`, which it has, or `to_fp16=False`" if other else (
+              "use `to_fp16=False` to say so yourself (`amp_mode='bf16'` needs a CPU with AVX512-BF16 or AMX)")
+        warnings.warn(f"This {device} has no fast {self.amp_mode.value}: training stays in fp32. To silence this, {use}.",
+                      stacklevel=2)
+
+    def before_batch(self):
+        self.leave()  # a callback may have cancelled the last batch before its loss
+        self.autocast.__enter__()
+        self._entered = True
+
+    def leave(self):
+        "Leave autocast if it is still on."
+        if self._entered: self.autocast.__exit__(None, None, None)
+        self._entered = False
+
+    after_loss = after_cancel_batch = leave
+
+    def after_fit(self):
+        self.leave()
+        super().after_fit()
+
+
+_one_batch = Learner.one_batch
+
+
+@patch
+def one_batch(self:Learner, i, b):
+    "Train or evaluate `self.model` on batch `(xb,yb)`"
+    try: _one_batch(self, i, b)
+    finally:
+        # autocast is on from `before_batch` to `after_loss`; no event tells a callback that the model or the loss raised
+        # in between, and the whole session would go on in half precision
+        if isinstance(mp := self.__dict__.get('mixed_precision'), DeviceMixedPrecision): mp.leave()

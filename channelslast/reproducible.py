@@ -1,0 +1,44 @@
+"Random states: keep them, and make two runs alike."
+import random
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from fastai.torch_core import set_seed
+
+__all__ = ['keep_random_states', 'less_random']
+
+
+@contextmanager
+def keep_random_states():
+    "Restore the states of `random`, NumPy and PyTorch (all devices) and cuDNN's flags on leaving, however that happens."
+    cudnn = torch.backends.cudnn
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state(), cudnn.deterministic, cudnn.benchmark
+    devices = [m for m in (torch.cuda, torch.xpu) if m.is_available()]
+    device_states = [m.get_rng_state_all() for m in devices]
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    try: yield
+    finally:
+        random.setstate(states[0]); np.random.set_state(states[1]); torch.set_rng_state(states[2])
+        cudnn.deterministic, cudnn.benchmark = states[3:]
+        for m, s in zip(devices, device_states): m.set_rng_state_all(s)
+        if mps is not None: torch.mps.set_rng_state(mps)
+
+
+@contextmanager
+def less_random(
+    seed: int = 42, # For `random`, NumPy and PyTorch on every device
+    deterministic: bool = None, # cuDNN's `deterministic`; None leaves it as it is
+    benchmark: bool = None, # cuDNN's `benchmark`; None leaves it as it is
+):
+    """Context manager: two runs that build their data, model and Learner inside it, on one machine, give the same losses.
+
+    Seeds everything and restores all random states and flags on leaving, also after an exception. In place of fastai's
+    `no_random`, which turns `cudnn.benchmark` off and `deterministic` on: under these, cuDNN may know no algorithm for a
+    convolution in channels last (https://docs.fast.ai/callback.channelslast.html). Some kernels, in CUDA mostly, add in
+    any order; with those, losses agree to rounding only, unless you pass `deterministic=True`."""
+    with keep_random_states():
+        set_seed(seed)
+        if deterministic is not None: torch.backends.cudnn.deterministic = deterministic
+        if benchmark is not None: torch.backends.cudnn.benchmark = benchmark
+        yield

@@ -1,0 +1,70 @@
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from fastai.vision.all import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
+
+from channelslast import less_random
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'cuda: needs a CUDA GPU')
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available(): return
+    for item in items:
+        if item.get_closest_marker('cuda'): item.add_marker(pytest.mark.skip(reason='no CUDA GPU on this machine'))
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    "No progress bars; each test starts from one seed."
+    from fastai.vision.all import ProgressCallback, defaults
+    monkeypatch.setattr(defaults, 'callbacks', [o for o in defaults.callbacks if o is not ProgressCallback])
+    with less_random(): yield
+
+
+@pytest.fixture
+def has(monkeypatch):
+    "Pretend that the device accelerates just these: `has('bf16')`."
+    def _has(*modes):
+        from channelslast import precision
+        monkeypatch.setattr(precision, 'accelerates', lambda device, amp_mode: amp_mode.value in modes)
+    return _has
+
+
+def convnet(c=3, n=4):
+    return nn.Sequential(nn.Conv2d(c, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.ReLU(),
+                         nn.Conv2d(16, 16, 3, groups=16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, n))
+
+
+class Mixed(nn.Module):
+    "Convolutions of one, two and three dimensions, whose parameters all get gradients."
+    def __init__(self):
+        super().__init__()
+        self.c3, self.c2, self.c1 = nn.Conv3d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1), nn.Conv1d(8, 8, 3)
+        self.head = nn.Linear(8, 4)
+    def forward(self, x):
+        x = self.c3(x[:, :, None] if x.dim() == 4 else x).mean(2)
+        return self.head(self.c1(self.c2(x).mean(2)).mean(2))
+
+
+def loaders(shape=(3, 8, 8), n=32, bs=8, dtype=torch.float32, n_classes=4, shuffle=False):
+    x, y = torch.randn(n, *shape, dtype=dtype), torch.randint(0, n_classes, (n,))
+    ds = list(zip(x, y))
+    return DataLoaders(DataLoader(ds, bs=bs, shuffle=shuffle), DataLoader(ds, bs=bs), device=torch.device('cpu'))
+
+
+def learner(model=None, dls=None, **kwargs):
+    return Learner(dls or loaders(), model or convnet(), CrossEntropyLossFlat(), **kwargs)
+
+
+def strides(learn):
+    "All strides of the Learner's parameters, buffers, gradients and optimizer state."
+    state = getattr(learn.opt, 'opt', learn.opt).state if learn.opt else {}
+    return ([o.stride() for o in (*learn.model.parameters(), *learn.model.buffers())],
+            [p.grad.stride() for p in learn.model.parameters() if p.grad is not None],
+            [[v.stride() for v in state[p].values() if isinstance(v, torch.Tensor)]
+             for p in learn.model.parameters() if p in state])

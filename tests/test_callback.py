@@ -1,0 +1,316 @@
+"`ChannelsLast`, `to_channelslast` and `to_contiguous` on real Learners."
+import inspect
+import subprocess
+import sys
+import warnings
+from copy import deepcopy
+from functools import partial
+
+import fastai.callback.channelslast as fastai_cl
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
+from fastai.vision.all import (Callback, DataLoader, DataLoaders,
+                               ImageDataLoaders,
+                               Learner, MergeLayer, MSELossFlat, OptimWrapper, TensorImage, unet_learner,
+                               CrossEntropyLossFlat)
+from torch import nn
+
+from channelslast import ChannelsLast, callback
+from channelslast.precision import DeviceMixedPrecision
+from tests.conftest import Mixed, convnet, learner, loaders, strides
+
+CL, CL3 = torch.channels_last, torch.channels_last_3d
+
+
+def raises_untouched(learn, error, match, **kwargs):
+    cbs, before = list(learn.cbs), strides(learn)
+    with pytest.raises(error, match=match): learn.to_channelslast(**kwargs)
+    assert list(learn.cbs) == cbs and strides(learn) == before
+
+
+# the callback
+
+def test_is_fastais_and_runs_before_what_wraps_the_model():
+    learn = learner(cbs=ChannelsLast())
+    assert isinstance(learn.channels_last, fastai_cl.ChannelsLast) and learn.channels_last.order == -1
+    assert not hasattr(learn.remove_cb(fastai_cl.ChannelsLast), 'channels_last')
+
+
+@pytest.mark.parametrize('shape', [(3, 8, 8), (3, 4, 8, 8)])
+def test_models_that_mix_dimensions_train(shape):
+    "✗ fastai raises `required rank 4 tensor`."
+    with pytest.raises(RuntimeError): learner(Mixed(), loaders(shape), cbs=fastai_cl.ChannelsLast()).fit(1)
+    learn = learner(Mixed(), loaders(shape), cbs=ChannelsLast())
+    learn.fit(1)
+    assert learn.model.c3.weight.is_contiguous(memory_format=CL3) and learn.model.c2.weight.is_contiguous(memory_format=CL)
+
+
+@pytest.mark.parametrize('run', ['fit', 'validate', 'get_preds'])
+def test_casts_whatever_runs(run):
+    learn = learner(cbs=ChannelsLast())
+    getattr(learn, run)(*([1] if run == 'fit' else []))
+    assert learn.model[0].weight.is_contiguous(memory_format=CL)
+    ptrs = [p.data_ptr() for p in learn.model.parameters()]
+    learn.validate()
+    assert ptrs == [p.data_ptr() for p in learn.model.parameters()]
+
+
+class Seen(Callback):
+    "What the model gets and gives."
+    order = 95
+    def before_batch(self): self.batch = self.learn.xb
+    def after_pred(self): self.p = self.learn.pred
+
+
+def test_batch_is_cast_and_keeps_its_types():
+    ds = [((TensorImage(torch.randn(3, 4, 4)), torch.ones(3)), torch.tensor(0)) for _ in range(8)]
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.c = nn.Conv2d(3, 4, 3)
+        def forward(self, x): return self.c(x[0]).mean((2, 3)) + x[1].sum()
+    class Types(Callback):
+        order = 0 # before fastai makes tensors of them
+        def before_batch(self): self.batch = self.learn.xb[0]
+    learn = learner(Two(), DataLoaders(*[DataLoader(ds, bs=4)]*2), cbs=[ChannelsLast(), types := Types()])
+    learn.fit(1)
+    assert type(types.batch[0]) is TensorImage and types.batch[0].is_contiguous(memory_format=CL) and types.batch[1].shape == (4, 3)
+
+
+def test_predictions_are_channels_last():
+    ds = [(torch.randn(3, 8, 8), torch.randn(4, 8, 8)) for _ in range(8)]
+    learn = Learner(DataLoaders(*[DataLoader(ds, bs=4)]*2), nn.Conv2d(3, 4, 3, padding=1), MSELossFlat(),
+                    cbs=[ChannelsLast(), seen := Seen()])
+    learn.fit(1)
+    assert seen.batch[0].is_contiguous(memory_format=CL) and seen.p.is_contiguous(memory_format=CL)
+
+
+@pytest.mark.parametrize('cb', [ChannelsLast, fastai_cl.ChannelsLast])
+def test_unet_stays_channels_last_to_its_last_layer(cb):
+    "✗ Under fastai's callback the UNet concatenates the contiguous batch at full resolution and falls back."
+    from torchvision.models import resnet18
+    ds = [(torch.randn(3, 32, 32), torch.randint(0, 2, (32, 32))) for _ in range(4)]
+    learn = unet_learner(DataLoaders(*[DataLoader(ds, bs=2)]*2), resnet18, n_out=2, pretrained=False, normalize=False,
+                         loss_func=CrossEntropyLossFlat(axis=1), cbs=[cb(), seen := Seen()])
+    merged = []
+    for m in learn.model.modules():
+        if isinstance(m, MergeLayer): m.register_forward_hook(lambda m, i, o: merged.append(o.is_contiguous(memory_format=CL)))
+    learn.validate()
+    assert all(merged) == (cb is ChannelsLast) and seen.p.is_contiguous(memory_format=CL)
+
+
+@pytest.mark.parametrize('kw', [dict(), dict(fused=True), dict(foreach=True)], ids=str)
+def test_optimizer_state_follows_a_switch_in_mid_training(kw):
+    "✗ With fastai's callback, `AdamW(fused=True)` goes wrong by 3e-2. In float64."
+    dls, model = loaders(dtype=torch.float64), convnet().double()
+    runs = []
+    for switch in False, True:
+        learn = learner(deepcopy(model), dls, opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, **kw)), lr=1e-2)
+        learn.fit(1)
+        if switch: learn.to_channelslast(to_fp16=False)
+        learn.fit(1)
+        if switch: learn.to_contiguous()
+        learn.fit(1)
+        runs.append([p.detach() for p in learn.model.parameters()])
+    for a, b in zip(*runs): torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize('into', ['channels last', 'contiguous'])
+def test_checkpoints_load_across_formats(tmp_path, into):
+    "The state loads with the other format's strides and has its parameters' before the first step."
+    learn = learner(path=tmp_path)
+    if into == 'contiguous': learn.to_channelslast(to_fp16=False)
+    learn.fit(1); learn.save('a')
+    other = learner(path=tmp_path)
+    if into == 'channels last': other.to_channelslast(to_fp16=False)
+    else: other.add_cb(ChannelsLast()).fit(1); other.to_contiguous()
+    class Look(Callback):
+        def before_batch(self): self.seen = strides(self.learn)
+    other.load('a')
+    if into == 'contiguous': other.to_contiguous()
+    other.fit(1, cbs=(look := Look()))
+    ps, _, ss = look.seen
+    assert all(s == p for p, s in zip([p.stride() for p in other.model.parameters()], ss) for s in s)
+    assert other.model[0].weight.is_contiguous(memory_format=CL if into == 'channels last' else torch.contiguous_format)
+
+
+def image_folder(path, n=16):
+    "Data whose transforms pickle, as `export` needs."
+    for i in range(n):
+        (d := path/'data'/'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.randint(0, 255, (16, 16, 3), dtype=np.uint8)).save(d/f'{i}.png')
+    return ImageDataLoaders.from_folder(path/'data', valid_pct=0.25, bs=4, num_workers=0)
+
+
+@pytest.mark.parametrize('cpu', [True, False])
+def test_export_loads_where_this_library_is_not_installed(tmp_path, cpu):
+    "✗ A callback class of our own would end in `UnboundLocalError: … 'res'`."
+    learn = Learner(image_folder(tmp_path), convnet(n=2), path=tmp_path).to_channelslast(amp_mode='bf16')
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); learn.fit(1)
+    expected = learn.predict(tmp_path/'data'/'a'/'0.png')[2]
+    learn.export('e.pkl')
+    code = f"""
+import sys; sys.modules['channelslast'] = None
+from fastai.vision.all import *
+learn = load_learner({str(tmp_path/'e.pkl')!r}, cpu={cpu})
+print([f'{{type(o).__module__}}.{{type(o).__name__}}' for o in learn.cbs])
+if {cpu}: print('predicted', learn.predict({str(tmp_path/'data'/'a'/'0.png')!r})[2].tolist())"""
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    if cpu:
+        got = torch.tensor(eval(out.stdout.split('predicted ')[1].splitlines()[0]))
+        torch.testing.assert_close(got, torch.as_tensor(expected), rtol=1e-4, atol=1e-5)
+    else: assert 'fastai.callback.channelslast.ChannelsLast' in out.stdout and 'fastai.callback.fp16.MixedPrecision' in out.stdout
+
+
+def test_copies_keep_the_class():
+    learn = deepcopy(learner().to_channelslast())
+    assert type(learn.channels_last) is ChannelsLast and type(learn.mixed_precision) is DeviceMixedPrecision
+    assert learn.channels_last.learn is learn
+
+
+@pytest.mark.parametrize('device, deterministic, benchmark, n',
+                         [('cuda', True, False, 1), ('cuda', True, True, 0), ('cuda', False, False, 0), ('cpu', True, False, 0)])
+def test_cudnn_warning_once(monkeypatch, device, deterministic, benchmark, n):
+    learn = learner(cbs=ChannelsLast())
+    monkeypatch.setattr(callback, 'model_device', lambda m: torch.device(device))
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', deterministic)
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', benchmark)
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        learn.validate(); learn.validate()
+    assert len([o for o in w if 'less_random' in str(o.message)]) == n
+
+
+# to_channelslast
+
+def test_signature_is_the_scalers():
+    sig = inspect.signature(Learner.to_channelslast)
+    assert {k: v.default for k, v in list(sig.parameters.items())[1:]} == dict(
+        to_fp16=True, amp_mode=None, init_scale=65536.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, enabled=True)
+
+
+def test_returns_the_learner_and_adds_nothing_twice():
+    "✗ fastai returns None the second time."
+    learn = learner()
+    for _ in range(3): assert learn.to_channelslast() is learn
+    assert [type(o) for o in learn.cbs].count(ChannelsLast) == len(learn._grab_cbs(MixedPrecision)) == 1
+
+
+@pytest.mark.parametrize('args, kwargs, mode', [
+    ((), {}, AMPMode.FP16), ((False,), {}, None), ((), dict(use_amp=False), None), ((), dict(to_fp16=False), None),
+    ((), dict(use_amp=True), AMPMode.FP16), ((), dict(amp_mode=AMPMode.BF16), AMPMode.BF16), ((True, 'bf16'), {}, AMPMode.BF16)])
+def test_calls_written_for_fastai(args, kwargs, mode):
+    learn = learner().to_channelslast(*args, **kwargs)
+    assert getattr(getattr(learn, 'mixed_precision', None), 'amp_mode', None) == mode and hasattr(learn, 'channels_last')
+
+
+def test_callback_alone_gets_its_mixed_precision():
+    "✗ fastai silently does nothing."
+    learn = learner(cbs=ChannelsLast()).to_channelslast()
+    assert hasattr(learn, 'mixed_precision') and len(learn._grab_cbs(ChannelsLast)) == 1
+
+
+def test_fastais_callback_is_replaced():
+    learn = learner(cbs=fastai_cl.ChannelsLast()).to_channelslast()
+    assert [type(o) for o in learn._grab_cbs(fastai_cl.ChannelsLast)] == [ChannelsLast] and type(learn.channels_last) is ChannelsLast
+
+
+@pytest.mark.parametrize('call, kept', [(dict(), True), (dict(to_fp16=False), True), (dict(amp_mode='fp16'), False),
+                                        (dict(init_scale=2.), False)])
+@pytest.mark.filterwarnings('ignore')
+def test_mixed_precision_is_kept_unless_the_call_names_it(call, kept):
+    learn = learner().to_bf16()
+    mp = learn.mixed_precision
+    learn.to_channelslast(**call)
+    assert (learn.mixed_precision is mp) == kept and len(learn._grab_cbs(MixedPrecision)) == 1
+    if not kept: assert learn.mixed_precision.amp_mode is AMPMode.FP16 and type(learn.mixed_precision) is DeviceMixedPrecision
+
+
+def test_kept_cuda_only_mixed_precision_is_said():
+    with pytest.warns(UserWarning, match='works on CUDA only'): learner().to_fp16().to_channelslast()
+
+
+def test_no_second_precision_beside_the_non_native_one():
+    learn = learner(cbs=NonNativeMixedPrecision())
+    assert not learn.to_channelslast()._grab_cbs(MixedPrecision)
+    with pytest.warns(UserWarning, match='amp_mode: no effect beside'): learn.to_channelslast(amp_mode='fp16')
+    assert not learn._grab_cbs(MixedPrecision)
+
+
+@pytest.mark.parametrize('kwargs, match', [
+    (dict(amp_mode='bf16', init_scale=2., enabled=False), 'init_scale, enabled: no effect in bf16'),
+    (dict(to_fp16=False, growth_factor=3.), 'growth_factor: no effect with `to_fp16=False`'),
+    (dict(to_fp16=False, amp_mode='bf16'), 'amp_mode: no effect with')])
+def test_arguments_without_effect_are_said(kwargs, match):
+    with pytest.warns(UserWarning, match=match): learner().to_channelslast(**kwargs)
+
+
+@pytest.mark.parametrize('kwargs, error, match', [
+    (dict(initscale=1.), TypeError, "'initscale'.*init_scale, growth_factor, backoff_factor, growth_interval, enabled"),
+    (dict(device='cpu'), TypeError, "'device'"),
+    (dict(growth_factor=1.), ValueError, 'growth_factor=1.0: use a number above 1'),
+    (dict(growth_factor=float('nan')), ValueError, 'growth_factor=nan'),
+    (dict(backoff_factor=0.), ValueError, 'backoff_factor=0.0: use a number between 0 and 1'),
+    (dict(backoff_factor=1.), ValueError, 'backoff_factor=1.0'),
+    (dict(init_scale=0.), ValueError, 'init_scale=0.0: use a number above 0'),
+    (dict(init_scale=-1), ValueError, 'init_scale=-1'), (dict(init_scale='big'), ValueError, "init_scale='big'"),
+    (dict(init_scale=None), ValueError, 'init_scale=None'), (dict(init_scale=float('inf')), ValueError, 'init_scale=inf'),
+    (dict(growth_interval=0), ValueError, 'growth_interval=0: use a whole number from 1'),
+    (dict(growth_interval=1.5), ValueError, 'growth_interval=1.5'),
+    (dict(enabled='yes'), ValueError, "enabled='yes': use True or False"),
+    (dict(amp_mode='fp8'), ValueError, "amp_mode='fp8': use 'fp16' or 'bf16'"),
+    (dict(amp_mode=torch.float16), ValueError, 'amp_mode=torch.float16'),
+    (dict(to_fp16='bf16'), ValueError, "to_fp16='bf16': use True or False"),
+    (dict(use_amp='fp16'), ValueError, "to_fp16='fp16'")])
+def test_wrong_arguments_fail_at_the_call(kwargs, error, match): raises_untouched(learner(), error, match, **kwargs)
+
+
+# to_contiguous
+
+def test_there_and_back_leaves_no_stride_changed():
+    "✗ fastai leaves the optimizer state channels last."
+    learn = learner(Mixed())
+    learn.fit(1)
+    before = strides(learn)
+    learn.to_channelslast(to_fp16=False).fit(1)
+    assert strides(learn) != before
+    assert learn.to_contiguous() is learn and strides(learn) == before and not learn._grab_cbs(fastai_cl.ChannelsLast)
+    learn.fit(1)
+    assert strides(learn) == before
+
+
+@pytest.mark.parametrize('to_fp32', [True, False])
+def test_to_contiguous_removes_what_it_should(to_fp32):
+    learn = learner().to_channelslast().to_contiguous(to_fp32=to_fp32)
+    assert not hasattr(learn, 'channels_last') and hasattr(learn, 'mixed_precision') != to_fp32
+    learn = learner(cbs=fastai_cl.ChannelsLast()).to_contiguous()
+    assert not hasattr(learn, 'channels_last')
+
+
+def test_to_contiguous_is_harmless():
+    learn = learner()
+    learn.fit(1)
+    before, cbs = [p.clone() for p in learn.model.parameters()], list(learn.cbs)
+    learn.to_contiguous(to_fp32=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, learn.model.parameters())) and list(learn.cbs) == cbs
+
+
+# import order
+
+@pytest.mark.parametrize('first, second', [('channelslast', 'fastai.vision.all'), ('fastai.vision.all', 'channelslast')])
+def test_import_order(first, second):
+    code = f"""
+from {first} import *
+from {second} import *
+import channelslast
+assert Learner.to_channelslast.__module__ == Learner.to_contiguous.__module__ == 'channelslast.callback'"""
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+
+
+def test_star_import_shadows_one_name():
+    import channelslast, fastai.vision.all
+    assert set(channelslast.__all__) & set(dir(fastai.vision.all)) == {'ChannelsLast'}
+    assert all(hasattr(channelslast, o) for o in channelslast.__all__)

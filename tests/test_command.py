@@ -1,0 +1,99 @@
+"The command line: what it prints, and what it says to mistakes."
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from channelslast import __main__ as command
+from channelslast import precision
+
+
+def run(monkeypatch, capsys, *args):
+    "Exit status, standard output, standard error."
+    monkeypatch.setattr(sys, 'argv', ['channelslast', *args])
+    code = 0
+    try: command.cli()
+    except SystemExit as e: code = e.code
+    return code, *capsys.readouterr()
+
+
+def table(out): return re.findall(r'^ *(contiguous|channels last) +(\w+) +([\d.]+) +([\d.]+)× +([\d.]+)%$', out, re.M)
+
+
+@pytest.fixture
+def images(tmp_path):
+    for i in range(20):
+        (d := tmp_path/'images'/'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 20, 3), 200*(i % 2), dtype=np.uint8)).save(d/f'{i}.png')
+    return tmp_path/'images'
+
+
+def test_main_job_as_typed():
+    "Both trainings really learn. (The default size and epochs reach 95 %: see the README.)"
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'channelslast', '--size', '32', '--epochs', '2'],
+                         capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    (f1, p1, _, s1, a1), (f2, p2, _, s2, a2) = table(out.stdout)
+    assert (f1, p1, s1) == ('contiguous', 'fp32', '1.00') and f2 == 'channels last'
+    assert float(a1) > 60 and float(a2) > 60 and 'valid_loss' in out.stdout
+
+
+@pytest.mark.parametrize('arch', ['squeezenet1_1', 'test_resnet'], ids=['torchvision', 'timm'])
+def test_own_images(monkeypatch, capsys, images, arch):
+    code, out, err = run(monkeypatch, capsys, '--data', str(images), '--arch', arch, '--size', '32', '--bs', '4', '--epochs', '1',
+                         '--device', 'cpu', '--amp-mode', 'fp32')
+    assert code == 0 and [r[:2] for r in table(out)] == [('contiguous', 'fp32'), ('channels last', 'fp32')], err
+
+
+@pytest.mark.parametrize('fast, mode', [((), 'fp32'), (('bf16',), 'bf16'), (('fp16', 'bf16'), 'fp16')])
+def test_precision_the_device_is_made_for(monkeypatch, fast, mode):
+    import torch
+    monkeypatch.setattr(command, 'accelerates', lambda d, o: o.value in fast)
+    assert command.precision_args(torch.device('cpu'), None)[1] == mode
+
+
+@pytest.mark.parametrize('args, says', [
+    (['--arch', 'resnt18'], 'resnt18: not known to torchvision or timm; did you mean resnet18'),
+    (['--arch', 'zzzzz'], 'try resnet18'),
+    (['--arch', 'vgg11', '--size', '0'], '--size 0: must be above 0'),
+    (['--bs', '-1'], '--bs -1: must be above 0'), (['--lr', '0'], '--lr 0.0: must be above 0'),
+    (['--epochs', '0'], '--epochs 0: must be above 0'),
+    (['--bs', '5000'], '--bs 5000: larger than the 1438 training images; try --bs 179'),
+    (['--device', 'cuda:99'], '--device cuda:99: not on this machine; try --device '),
+    (['--device', 'gpu'], '--device gpu: not on this machine'),
+    (['--amp-mode', 'fp8'], '--amp-mode fp8: not known; use fp16, bf16 or fp32'),
+    (['--arch', 'alexnet', '--size', '8'], '--arch alexnet: does not take images of 8×8'),
+    (['--data', '/no/such/folder'], '--data /no/such/folder: no such folder')])
+def test_mistakes_end_in_one_line(monkeypatch, capsys, args, says):
+    code, out, err = run(monkeypatch, capsys, *args)
+    assert code == 2 and says in err and err.count('\n') == 1 and err.startswith('channelslast: ')
+
+
+def test_mistakes_in_folders(monkeypatch, capsys, tmp_path, images):
+    def said(path):
+        code, out, err = run(monkeypatch, capsys, '--data', str(path), '--arch', 'squeezenet1_1', '--size', '32', '--bs', '4',
+                             '--epochs', '1', '--device', 'cpu')
+        assert code == 2 and err.count('\n') == 1
+        return err
+    (tmp_path/'empty').mkdir()
+    assert 'holds 0 folder(s) with images' in said(tmp_path/'empty')
+    (images/'b').rename(tmp_path/'gone')
+    assert 'holds 1 folder(s) with images; it takes two or more' in said(images)
+    (tmp_path/'gone').rename(images/'b')
+    (images/'a'/'0.png').write_text('no image')
+    assert "an image can't be read" in said(images)
+
+
+def test_asked_precision_must_be_fast(monkeypatch, capsys):
+    monkeypatch.setattr(command, 'accelerates', lambda d, o: False)
+    code, _, err = run(monkeypatch, capsys, '--amp-mode', 'fp16', '--device', 'cpu')
+    assert code == 2 and '--amp-mode fp16: not fast on this cpu; use fp32' in err
+
+
+def test_no_timm(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    code, _, err = run(monkeypatch, capsys, '--arch', 'efficientvit_b0')
+    assert code == 2 and 'pip install timm' in err

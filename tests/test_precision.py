@@ -1,0 +1,138 @@
+"Mixed precision on the model's own device."
+import warnings
+
+import pytest
+import torch
+from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.vision.all import Callback, CancelBatchException, Learner
+from torch import nn
+
+from channelslast import precision
+from channelslast.precision import accelerates
+from tests.conftest import convnet, learner
+
+
+def dtypes(learn):
+    "The types that convolutions compute in during one fit."
+    seen = set()
+    h = learn.model[0].register_forward_hook(lambda m, i, o: seen.add(o.dtype))
+    learn.fit(1)
+    h.remove()
+    return seen
+
+
+def messages(f):
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        f()
+    return [str(o.message) for o in w if issubclass(o.category, UserWarning)]
+
+
+def test_pytorch_knows_what_the_cpu_accelerates(monkeypatch):
+    class Ops:
+        _is_mkldnn_fp16_supported, _is_mkldnn_bf16_supported = staticmethod(lambda: False), staticmethod(lambda: True)
+    monkeypatch.setattr(torch.ops, 'mkldnn', Ops)
+    assert accelerates('cpu', AMPMode.BF16) and not accelerates('cpu', AMPMode.FP16)
+    monkeypatch.setattr(torch.ops, 'mkldnn', object())  # a PyTorch without oneDNN
+    assert not accelerates('cpu', AMPMode.BF16) and not accelerates('meta', AMPMode.FP16)
+
+
+@pytest.mark.parametrize('mode, dtype', [('bf16', torch.bfloat16), ('fp16', torch.float16)])
+def test_half_precision_really_runs_on_a_cpu(has, mode, dtype):
+    "✗ fastai's names `'cuda'` and trains in fp32 with two warnings."
+    has('fp16', 'bf16')
+    learn = learner().to_channelslast(amp_mode=mode)
+    assert messages(lambda: learn.fit(1)) == [] and dtypes(learn) == {dtype}
+    assert learn.model[0].weight.dtype == torch.float32 and torch.isfinite(learn.recorder.losses[-1])
+
+
+@pytest.mark.skipif(not accelerates('cpu', AMPMode.BF16), reason='this CPU has no fast bf16')
+def test_bf16_runs_on_this_cpu(): assert dtypes(learner().to_channelslast(amp_mode='bf16')) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize('fast, asked, wants', [((), 'fp16', "`to_fp16=False`"), (('bf16',), 'fp16', "`amp_mode='bf16'`"),
+                                                (('fp16',), 'bf16', "`amp_mode='fp16'`")])
+def test_what_the_device_lacks_trains_in_fp32_and_is_said_once(has, fast, asked, wants):
+    has(*fast)
+    learn = learner().to_channelslast(amp_mode=asked)
+    said = messages(lambda: (learn.fit(1), learn.fit(1), learn.validate()))
+    assert len(said) == 1 and wants in said[0] and '`to_fp16=False`' in said[0] and f'no fast {asked}' in said[0]
+    assert dtypes(learn) == {torch.float32}
+
+
+class Scaler(Callback):
+    order = 50
+    def before_batch(self): self.scaler_seen = self.learn.scaler
+
+
+def test_all_scaler_arguments_reach_it(has):
+    has('fp16')
+    args = dict(init_scale=128., growth_factor=3., backoff_factor=0.25, growth_interval=7)
+    learn = learner(cbs=(cb := Scaler())).to_channelslast(**args)
+    learn.fit(1)
+    s = cb.scaler_seen
+    assert (s._init_scale, s._growth_factor, s._backoff_factor, s._growth_interval) == (128., 3., 0.25, 7) and s.is_enabled()
+
+
+@pytest.mark.parametrize('kwargs, on', [(dict(), True), (dict(enabled=False), False), (dict(amp_mode='bf16'), False)])
+def test_enabled_is_respected(has, kwargs, on):
+    "✗ fastai overwrites `enabled=False` with True."
+    has('fp16', 'bf16')
+    learn = learner(cbs=(cb := Scaler())).to_channelslast(**kwargs)
+    for _ in range(2):
+        learn.fit(1)
+        assert cb.scaler_seen.is_enabled() == on
+
+
+def test_scaled_gradients_give_the_same_step(has):
+    "Scaling cancels out: two scales, one result."
+    has('fp16')
+    runs = []
+    for scale in 1., 1024.:
+        torch.manual_seed(0)
+        learn = learner(model=nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 4)), lr=1e-3)
+        learn.to_channelslast(init_scale=scale).fit(1)
+        runs.append([p.detach() for p in learn.model.parameters()])
+    for a, b in zip(*runs): torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+def test_is_fastais(has):
+    has('bf16')
+    learn = learner().to_channelslast(amp_mode='bf16')
+    assert isinstance(learn.mixed_precision, MixedPrecision) and learn.mixed_precision.name == 'mixed_precision'
+    events = [o for o in vars(MixedPrecision) if o.startswith(('before_', 'after_'))]
+    assert all(hasattr(learn.mixed_precision, o) for o in events)
+    assert not hasattr(learn.to_fp32(), 'mixed_precision')
+
+
+def autocast_on(): return torch.is_autocast_enabled('cpu')
+
+
+@pytest.mark.parametrize('where', ['model', 'loss', 'callback', 'cancel', 'interrupt'])
+def test_autocast_ends_however_the_batch_ends(has, where):
+    "fastai leaves it on when the model or the loss raises: all that follows in the session runs in half precision."
+    has('bf16')
+    class Boom(nn.Module):
+        def forward(self, x):
+            if where == 'model': raise RuntimeError('boom')
+            if where == 'interrupt': raise KeyboardInterrupt
+            return x
+    class Cb(Callback):
+        order = 20
+        def after_pred(self):
+            if where == 'callback': raise RuntimeError('boom')
+            if where == 'cancel': raise CancelBatchException
+    def loss(p, y): raise RuntimeError('boom') if where == 'loss' else None
+    learn = Learner(learner().dls, nn.Sequential(convnet(), Boom()), loss, cbs=Cb()).to_channelslast(amp_mode='bf16')
+    try: learn.fit(1)
+    except (RuntimeError, KeyboardInterrupt): assert where != 'cancel'
+    assert not autocast_on()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('mode', ['fp16', 'bf16'])
+def test_on_cuda(mode):
+    from tests.conftest import loaders
+    dls = loaders().to(torch.device('cuda'))
+    learn = learner(dls=dls).to_channelslast(amp_mode=mode)
+    assert dtypes(learn) == {precision.DTYPES[AMPMode(mode)]}

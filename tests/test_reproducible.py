@@ -1,0 +1,59 @@
+"`less_random`."
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from channelslast import less_random
+from tests.conftest import convnet, learner, loaders
+
+
+def draw(): return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_same_losses():
+    def losses():
+        with less_random(3):
+            learn = learner(dls=loaders(shuffle=True)).to_channelslast(to_fp16=False)
+            learn.fit(2)
+            return [float(o) for o in learn.recorder.losses]
+    assert losses() == losses()
+
+
+def test_seed_matters():
+    with less_random(1): a = draw()
+    with less_random(2): b = draw()
+    with less_random(1): c = draw()
+    assert a == c and all(x != y for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize('boom', [False, True])
+def test_everything_is_restored(boom):
+    cudnn = torch.backends.cudnn
+    flags = cudnn.deterministic, cudnn.benchmark
+    with less_random(0): expected = (draw(), draw())
+    with less_random(0):
+        first = draw()
+        try:
+            with less_random(7, deterministic=not flags[0], benchmark=not flags[1]):
+                draw()
+                assert (cudnn.deterministic, cudnn.benchmark) == (not flags[0], not flags[1])
+                if boom: raise KeyboardInterrupt
+        except KeyboardInterrupt: pass
+        assert (first, draw()) == expected
+    assert (cudnn.deterministic, cudnn.benchmark) == flags
+
+
+def test_flags_stay_unless_given(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
+    with less_random(): assert torch.backends.cudnn.benchmark and torch.backends.cudnn.deterministic
+
+
+@pytest.mark.cuda
+def test_every_gpu_is_seeded_and_restored():
+    state = torch.cuda.get_rng_state_all()
+    with less_random(5): a = torch.rand(1, device='cuda')
+    with less_random(5): assert torch.equal(a, torch.rand(1, device='cuda'))
+    assert all(torch.equal(a, b) for a, b in zip(state, torch.cuda.get_rng_state_all()))
