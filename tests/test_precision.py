@@ -110,7 +110,7 @@ def autocast_on(): return torch.is_autocast_enabled('cpu')
 
 @pytest.mark.parametrize('where', ['model', 'loss', 'callback', 'cancel', 'interrupt'])
 def test_autocast_ends_however_the_batch_ends(has, where):
-    "fastai leaves it on when the model or the loss raises: all that follows in the session runs in half precision."
+    "✗ fastai leaves it on when the model or the loss raises: all that follows in the session runs in half precision."
     has('bf16')
     class Boom(nn.Module):
         def forward(self, x):
