@@ -8,7 +8,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from .memory_format import align_optimizer, cast_module, cast_tree
+from .memory_format import align_optimizer, cast_module, cast_tree, castable
 from .precision import DeviceMixedPrecision, check_amp_mode, check_scaler, fit_device, model_device, pickled_as
 
 __all__ = ['ChannelsLast']
@@ -20,12 +20,14 @@ class ChannelsLast(_FastaiChannelsLast):
 
     Before each fit, validation and prediction it casts the model's 4-D (`torch.channels_last`) and 5-D
     (`torch.channels_last_3d`) parameters, buffers and gradients, and gives the optimizer's state the strides of its
-    parameters; before each batch it casts the inputs. What already has its format is not touched."""
-    order, _told = -1, False  # before any callback that wraps or copies the model
+    parameters; before each batch it casts the inputs of as many dimensions as the model has weights of (clips for a 2-D
+    network over frames stay as they are). What already has its format is not touched."""
+    order, dims, _told = -1, (), False  # before any callback that wraps or copies the model
 
     def before_fit(self):
         cast_module(self.model)
         align_optimizer(self.learn.opt)
+        self.dims = {p.dim() for p in self.model.parameters() if castable(p)}
         cudnn = torch.backends.cudnn
         if not self._told and model_device(self.model).type == 'cuda' and cudnn.deterministic and not cudnn.benchmark:
             self._told = True
@@ -33,7 +35,7 @@ class ChannelsLast(_FastaiChannelsLast):
                           "channels last can fail. `channelslast.less_random` makes runs repeatable without that.",
                           stacklevel=2)
 
-    def before_batch(self): self.learn.xb = cast_tree(self.xb)
+    def before_batch(self): self.learn.xb = cast_tree(self.xb, self.dims)
 
 
 @patch
@@ -57,16 +59,16 @@ def to_channelslast(self:Learner,
     check_scaler(**kwargs)
     mode = AMPMode.FP16 if amp_mode is None else check_amp_mode(amp_mode)
     named = [*(['amp_mode'] if amp_mode is not None else []), *kwargs]
-    foreign = self._grab_cbs(NonNativeMixedPrecision)
+    kept, foreign = self._grab_cbs(MixedPrecision), self._grab_cbs(NonNativeMixedPrecision)
 
-    if not any(type(o) is ChannelsLast for o in self._grab_cbs(_FastaiChannelsLast)):
+    if not any(isinstance(o, ChannelsLast) for o in self._grab_cbs(_FastaiChannelsLast)):
         self.remove_cb(_FastaiChannelsLast).add_cb(ChannelsLast())
     idle = ()
     if not to_fp16 or foreign: idle = named
-    elif named or not self._grab_cbs(MixedPrecision):
+    elif named or not kept:
         if mode is AMPMode.BF16: idle = list(kwargs)
         self.remove_cb(MixedPrecision).add_cb(DeviceMixedPrecision(mode, **kwargs))
-    elif type(self.mixed_precision) is MixedPrecision and fit_device(self).type != 'cuda':
+    elif any(type(o) is MixedPrecision for o in kept) and fit_device(self).type != 'cuda':
         warnings.warn("This Learner keeps fastai's own `MixedPrecision`, which works on CUDA only. Name an `amp_mode` in "
                       "`to_channelslast` to replace it.", stacklevel=2)
     if idle:
@@ -85,3 +87,15 @@ def to_contiguous(self:Learner,
     align_optimizer(self.opt)
     self.remove_cb(_FastaiChannelsLast)
     return self.remove_cb(MixedPrecision) if to_fp32 else self
+
+
+_load = Learner.load
+
+
+@patch
+@delegates(_load)
+def load(self:Learner, file, device=None, **kwargs):
+    "Load model and optimizer state (if `with_opt`) from `self.path/self.model_dir/file` using `device`"
+    _load(self, file, device=device, **kwargs)
+    align_optimizer(self.opt)  # a checkpoint brings the strides of the Learner that saved it
+    return self

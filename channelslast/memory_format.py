@@ -13,7 +13,7 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # the channels-la
 
 def castable(t) -> bool:
     "True for what has a channels-last format: a dense, floating-point 4-D or 5-D tensor."
-    return (isinstance(t, Tensor) and not nn.parameter.is_lazy(t) and t.layout is torch.strided
+    return (isinstance(t, Tensor) and not nn.parameter.is_lazy(t) and not t.is_nested and t.layout is torch.strided
             and t.is_floating_point() and t.dim() in FORMATS)
 
 
@@ -43,16 +43,17 @@ def cast(
 
 def cast_tree(
     x, # A tensor, or tuples, lists and dicts of them, nested as you like
+    dims = tuple(FORMATS), # Numbers of dimensions to cast
 ):
-    "`x` with every tensor in channels last; containers without one, and types, stay as they are."
+    "`x` with each tensor of so many dimensions in channels last; containers without one, and types, stay as they are."
     if isinstance(x, dict):
-        new = {k: cast_tree(v) for k, v in x.items()}
+        new = {k: cast_tree(v, dims) for k, v in x.items()}
         return x if all(new[k] is x[k] for k in x) else type(x)(new)
     if isinstance(x, (tuple, list)):
-        new = [cast_tree(o) for o in x]
+        new = [cast_tree(o, dims) for o in x]
         if all(a is b for a, b in zip(new, x)): return x
         return type(x)(*new) if hasattr(x, '_fields') else type(x)(new)
-    return cast(x)
+    return cast(x) if castable(x) and x.dim() in dims else x
 
 
 def _like(t: Tensor, ref: Tensor) -> Tensor:
@@ -96,7 +97,8 @@ def align_optimizer(
         if own.get('slow_weights') is not None:  # fastai's Lookahead keeps them beside its state, in lists
             for pg, slow in zip(opt.param_lists, own['slow_weights']):
                 for p, s in zip(pg, slow): _align_state(s, p)
-        opt = own.get('opt', own.get('optimizer'))  # OptimWrapper and Lookahead; Accelerate
+        inner = own.get('opt', own.get('optimizer'))  # OptimWrapper and Lookahead; Accelerate
+        opt = inner if hasattr(inner, 'state') else None
 
 
 def _align_state(state, p):

@@ -1,7 +1,9 @@
 "Mixed precision on the device the model is on."
 import copyreg
 import math
+import operator
 import warnings
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import chain
 
@@ -11,7 +13,8 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.learner import Learner
 
-__all__ = ['accelerates', 'model_device', 'fit_device', 'pickled_as', 'check_amp_mode', 'check_scaler', 'DeviceMixedPrecision']
+__all__ = ['accelerates', 'model_device', 'fit_device', 'pickled_as', 'check_amp_mode', 'check_scaler',
+           'keep_autocast', 'DeviceMixedPrecision']
 
 DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
 
@@ -50,10 +53,10 @@ def check_amp_mode(amp_mode) -> AMPMode:
 
 
 _scaler_rules = dict(
-    init_scale      = (lambda v: 0 < v < math.inf, 'a number above 0'),
+    init_scale      = (lambda v: 0 < v <= torch.finfo(torch.float32).max, 'a number above 0 that fp32 can hold'),
     growth_factor   = (lambda v: 1 < v < math.inf, 'a number above 1'),
     backoff_factor  = (lambda v: 0 < v < 1, 'a number between 0 and 1, both excluded'),
-    growth_interval = (lambda v: v >= 1 and int(v) == v, 'a whole number from 1'),
+    growth_interval = (lambda v: operator.index(v) >= 1, 'a whole number from 1'),
     enabled         = (lambda v: v in (True, False), 'True or False'))
 
 
@@ -74,13 +77,14 @@ def pickled_as(base):
     library is not installed. Copies keep their class."""
     def _decorate(cls):
         def __reduce_ex__(self, protocol):
+            if type(self) is not cls: return object.__reduce_ex__(self, protocol) # a user's own subclass
             return copyreg._reconstructor, (base, object, None), self.__getstate__()
         def __copy__(self):
-            new = cls.__new__(cls)
+            new = type(self).__new__(type(self))
             new.__dict__.update(self.__dict__)
             return new
         def __deepcopy__(self, memo):
-            new = memo[id(self)] = cls.__new__(cls)
+            new = memo[id(self)] = type(self).__new__(type(self))
             new.__dict__.update(deepcopy(self.__dict__, memo))
             return new
         cls.__reduce_ex__, cls.__copy__, cls.__deepcopy__ = __reduce_ex__, __copy__, __deepcopy__
@@ -102,6 +106,7 @@ class DeviceMixedPrecision(MixedPrecision):
         super().__init__(check_amp_mode(amp_mode), **kwargs)
 
     def before_fit(self):
+        self.leave()  # of a fit that this one interrupts
         device = model_device(self.model).type
         fast = accelerates(device, self.amp_mode)
         if not fast: self._tell(device)
@@ -136,14 +141,31 @@ class DeviceMixedPrecision(MixedPrecision):
         super().after_fit()
 
 
+@contextmanager
+def keep_autocast(device_type: str):
+    "Context manager: autocast is on or off afterwards as it was before, whoever left it in whatever state."
+    if not torch.amp.is_autocast_available(device_type):
+        yield
+        return
+    def _depth():
+        torch.autocast_increment_nesting()
+        return torch.autocast_decrement_nesting()
+    enabled, dtype, depth = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type), _depth()
+    try: yield
+    finally:
+        if (left := _depth() - depth) > 0:
+            for _ in range(left): torch.autocast_decrement_nesting()
+            torch.clear_autocast_cache()
+            torch.set_autocast_enabled(device_type, enabled)
+            torch.set_autocast_dtype(device_type, dtype)
+
+
 _one_batch = Learner.one_batch
 
 
 @patch
 def one_batch(self:Learner, i, b):
     "Train or evaluate `self.model` on batch `(xb,yb)`"
-    try: _one_batch(self, i, b)
-    finally:
-        # autocast is on from `before_batch` to `after_loss`; no event tells a callback that the model or the loss raised
-        # in between, and the whole session would go on in half precision
-        if isinstance(mp := self.__dict__.get('mixed_precision'), DeviceMixedPrecision): mp.leave()
+    # `MixedPrecision` turns autocast on before the batch and off after the loss; no event tells it that the model or the
+    # loss raised in between, and the whole session would go on in half precision
+    with keep_autocast(fit_device(self).type): _one_batch(self, i, b)

@@ -12,10 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
-from fastai.vision.all import (Callback, DataLoader, DataLoaders,
-                               ImageDataLoaders,
-                               Learner, MergeLayer, MSELossFlat, OptimWrapper, TensorImage, unet_learner,
-                               CrossEntropyLossFlat)
+from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Flatten, ImageDataLoaders, Learner,
+                               MergeLayer, MSELossFlat, OptimWrapper, TensorImage, unet_learner)
 from torch import nn
 
 from channelslast import ChannelsLast, callback
@@ -56,6 +54,17 @@ def test_casts_whatever_runs(run):
     ptrs = [p.data_ptr() for p in learn.model.parameters()]
     learn.validate()
     assert ptrs == [p.data_ptr() for p in learn.model.parameters()]
+
+
+class Frames(nn.Module):
+    "A 2-D network over the frames of a clip; `view` takes no other strides than it was given."
+    def __init__(self): super().__init__(); self.c = nn.Conv2d(3, 4, 3)
+    def forward(self, x): return self.c(x.view(-1, *x.shape[2:])).mean((2, 3)).view(*x.shape[:2], -1).mean(1)
+
+
+def test_inputs_of_other_dimensions_than_the_weights_stay():
+    learner(Frames(), loaders((5, 3, 8, 8)), cbs=ChannelsLast()).fit(1)
+    learner(nn.Sequential(Flatten(), nn.Linear(192, 4)), cbs=ChannelsLast()).fit(1)
 
 
 class Seen(Callback):
@@ -124,11 +133,9 @@ def test_checkpoints_load_across_formats(tmp_path, into):
     learn.fit(1); learn.save('a')
     other = learner(path=tmp_path)
     if into == 'channels last': other.to_channelslast(to_fp16=False)
-    else: other.add_cb(ChannelsLast()).fit(1); other.to_contiguous()
     class Look(Callback):
         def before_batch(self): self.seen = strides(self.learn)
     other.load('a')
-    if into == 'contiguous': other.to_contiguous()
     other.fit(1, cbs=(look := Look()))
     ps, _, ss = look.seen
     assert all(s == p for p, s in zip([p.stride() for p in other.model.parameters()], ss) for s in s)
@@ -162,6 +169,33 @@ if {cpu}: print('predicted', learn.predict({str(tmp_path/'data'/'a'/'0.png')!r})
         got = torch.tensor(eval(out.stdout.split('predicted ')[1].splitlines()[0]))
         torch.testing.assert_close(got, torch.as_tensor(expected), rtol=1e-4, atol=1e-5)
     else: assert 'fastai.callback.channelslast.ChannelsLast' in out.stdout and 'fastai.callback.fp16.MixedPrecision' in out.stdout
+
+
+@pytest.mark.parametrize('into', [True, False], ids=['channels last', 'contiguous'])
+def test_training_goes_on_from_a_checkpoint_of_the_other_format(tmp_path, into):
+    "In float64, fused: against a run that stays contiguous."
+    dls, model, opt = loaders(dtype=torch.float64), convnet().double(), partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True))
+    runs = []
+    for switch in False, True:
+        learn = learner(deepcopy(model), dls, opt_func=opt, lr=1e-2, path=tmp_path)
+        if switch and not into: learn.to_channelslast(to_fp16=False)
+        learn.fit(1); learn.save('a'); learn.fit(1)
+        if switch: learn.to_channelslast(to_fp16=False) if into else learn.to_contiguous()
+        class Load(Callback): # in the middle of a fit, as SaveModelCallback may
+            def before_epoch(self): self.learn.load('a')
+        learn.fit(1, cbs=Load())
+        runs.append([p.detach() for p in learn.model.parameters()])
+    for a, b in zip(*runs): torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+class Own(ChannelsLast): pass
+
+
+def test_own_subclasses_are_kept():
+    import copy, pickle
+    learn = learner(cbs=Own()).to_channelslast()
+    assert [type(o) for o in learn._grab_cbs(ChannelsLast)] == [Own]
+    assert type(pickle.loads(pickle.dumps(Own()))) is type(copy.copy(Own())) is Own
 
 
 def test_copies_keep_the_class():
@@ -232,6 +266,17 @@ def test_kept_cuda_only_mixed_precision_is_said():
     with pytest.warns(UserWarning, match='works on CUDA only'): learner().to_fp16().to_channelslast()
 
 
+class OwnPrecision(MixedPrecision): pass
+
+
+def test_mixed_precision_of_any_name_is_kept():
+    learn = learner(cbs=OwnPrecision()).to_channelslast()
+    assert [type(o) for o in learn._grab_cbs(MixedPrecision)] == [OwnPrecision] and hasattr(learn, 'channels_last')
+    learn = learner().to_channelslast()
+    del learn.mixed_precision  # what a `MixedPrecision` in `fit(cbs=…)` does
+    assert len(learn.to_channelslast()._grab_cbs(MixedPrecision)) == 1
+
+
 def test_no_second_precision_beside_the_non_native_one():
     learn = learner(cbs=NonNativeMixedPrecision())
     assert not learn.to_channelslast()._grab_cbs(MixedPrecision)
@@ -258,7 +303,7 @@ def test_arguments_without_effect_are_said(kwargs, match):
     (dict(init_scale=-1), ValueError, 'init_scale=-1'), (dict(init_scale='big'), ValueError, "init_scale='big'"),
     (dict(init_scale=None), ValueError, 'init_scale=None'), (dict(init_scale=float('inf')), ValueError, 'init_scale=inf'),
     (dict(growth_interval=0), ValueError, 'growth_interval=0: use a whole number from 1'),
-    (dict(growth_interval=1.5), ValueError, 'growth_interval=1.5'),
+    (dict(growth_interval=1e3), ValueError, 'growth_interval=1000.0'), (dict(init_scale=1e39), ValueError, 'init_scale=1e.39'),
     (dict(enabled='yes'), ValueError, "enabled='yes': use True or False"),
     (dict(amp_mode='fp8'), ValueError, "amp_mode='fp8': use 'fp16' or 'bf16'"),
     (dict(amp_mode=torch.float16), ValueError, 'amp_mode=torch.float16'),

@@ -35,7 +35,8 @@ def test_a_pointwise_weight_asks_for_channels_last():
 
 @pytest.mark.parametrize('x', [torch.randn(3, 4), torch.randn(2, 3, 4), torch.ones(2, 3, 4, 5, dtype=torch.int64), 'text',
                                None, torch.randn(1, 1, 2, 2, 2, 2), torch.eye(4).reshape(2, 2, 2, 2).to_sparse(),
-                               torch.randn(2, 3, 4, 5, dtype=torch.complex64), nn.UninitializedParameter()], ids=str)
+                               torch.randn(2, 3, 4, 5, dtype=torch.complex64),
+                               torch.nested.nested_tensor([torch.ones(3, 4, 4), torch.ones(3, 5, 5)]), nn.UninitializedParameter()], ids=range(10))
 def test_other_things_stay_as_they_are(x):
     assert not castable(x) and cast(x) is x and cast(x, False) is x
 
@@ -54,6 +55,8 @@ def test_cast_tree_keeps_types():
     assert out[0].is_contiguous(memory_format=CL) and out[1][0] is n and type(out[2]) is pair
     cast_img = out[1][1]['a']
     assert type(cast_img) is TensorImage and cast_img.img_size == (4, 4) and cast_img.is_contiguous(memory_format=CL)
+    clip = torch.randn(2, 3, 4, 4, 4)
+    assert cast_tree(clip, {4}) is clip and cast_tree(clip, {5}) is not clip
     same = (n, [n])
     assert cast_tree(same) is same and cast_tree(out) is out
 
@@ -186,3 +189,5 @@ def test_align_keeps_what_it_should():
     assert s['a'] is a and s['more'][0] is b and s['step'] is n and torch.equal(a, value)
     assert a.stride() == b.stride() == p.stride() and a.dtype == torch.float64 and b.dtype == torch.uint8
     align_optimizer(None)
+    opt.opt = 'a name'
+    align_optimizer(opt)

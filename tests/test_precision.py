@@ -129,6 +129,27 @@ def test_autocast_ends_however_the_batch_ends(has, where):
     assert not autocast_on()
 
 
+@pytest.mark.parametrize('how', ['second', 'removed', 'fastai'])
+def test_autocast_ends_whoever_turned_it_on(has, how):
+    has('bf16')
+    class Cb(Callback):
+        order = 50
+        def before_batch(self):
+            if how == 'removed': self.learn.to_fp32()
+    class Cpu(MixedPrecision):
+        def before_fit(self): self.autocast, self.learn.scaler = torch.autocast('cpu'), torch.amp.GradScaler('cpu', enabled=False)
+        def before_step(self): pass
+        def after_step(self): pass
+    learn = learner(cbs=Cb())
+    if how != 'fastai': learn.to_channelslast(amp_mode='bf16')
+    if how != 'removed':
+        learn.add_cb(Cpu('bf16'))
+        learn.loss_func = lambda p, y: 1/0
+        with pytest.raises(ZeroDivisionError): learn.fit(1)
+    else: learn.fit(1)
+    assert not autocast_on() and torch.autocast_increment_nesting() == 1 and torch.autocast_decrement_nesting() == 0
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize('mode', ['fp16', 'bf16'])
 def test_on_cuda(mode):

@@ -1,0 +1,168 @@
+"`Learner.format_summary`: where does the model keep channels last, and where does it lose it?"
+import html
+import re
+from collections import Counter, defaultdict
+from contextlib import ExitStack
+
+import pandas as pd
+from fastai.callback.core import Callback, CancelBatchException
+from fastai.learner import CastToTensor, Learner
+from fastcore.basics import patch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .memory_format import castable
+from .trace import FormatTrace
+from .untouched import untouched
+
+__all__ = ['FormatSummary']
+
+# Remedies, each shown by a test to remove the loss; by class name or operation
+_group_norm = '`nn.GroupNorm(C, C)` computes the same and keeps the format'
+HINTS = dict(InstanceNorm2d=_group_norm, InstanceNorm3d=_group_norm,
+             Softmax2d='`x.movedim(1, -1).softmax(-1).movedim(-1, 1)` keeps it',
+             GLU='`a, b = x.chunk(2, 1); a * b.sigmoid()` keeps it')
+
+
+class FormatSummary:
+    """What `Learner.format_summary` found. Prints as a table, renders as one in a notebook.
+
+    `.rows`: a `Conversion` an event, in order of execution; `.lost`, `.regained`: those of that kind; `.bytes_moved`: of
+    all rows; `.holds`: there are channels-last activations, and none is lost; `.counts[backward]`: `(kept, had)`, the
+    operations that took a channels-last activation and made a new one, and those whose result was channels last too."""
+    def __init__(self, rows, counts, note='', max_rows=20):
+        self.rows, self.counts, self.note, self.max_rows = list(rows), counts, note, max_rows
+
+    @property
+    def lost(self): return [r for r in self.rows if r.kind == 'lost']
+    @property
+    def regained(self): return [r for r in self.rows if r.kind == 'regained']
+    @property
+    def bytes_moved(self): return sum(r.bytes for r in self.rows)
+    @property
+    def holds(self): return not self.lost and self.counts[False][1] > 0
+
+    def to_frame(self) -> pd.DataFrame:
+        "One row an event, as in `.rows`."
+        return pd.DataFrame([vars(r) for r in self.rows], columns=['module', 'cls', 'op', 'backward', 'kind', 'shape', 'bytes'])
+
+    @property
+    def verdict(self) -> str:
+        "The whole in one or two sentences."
+        (kept, had), (bkept, bhad) = self.counts[False], self.counts[True]
+        if not had: return ("No activation is channels last, so there is nothing to lose: "
+                            "call `learn.to_channelslast()` first.") + self.note
+        of = f"{kept} of {had} activations forward, {bkept} of {bhad} backward"
+        moved = f"{len(self.rows)} conversion{'s'*(len(self.rows) != 1)} move {_mb(self.bytes_moved)} per step."
+        if self.holds: return f"Channels last holds: {of}. {moved}{self.note}"
+        top = Counter(r.cls for r in self.lost).most_common(3)
+        times = 'once' if len(self.lost) == 1 else f'{len(self.lost)} times'
+        return (f"Channels last is lost {times} (kept by {of}): mostly {', '.join(f'{c} ({n})' for c, n in top)}. "
+                f"{moved}{self.note}")
+
+    def __repr__(self):
+        table, hidden = _folded(self)
+        return '\n'.join([self.verdict, *([table.to_string(index=False)] if len(table) else []), *hidden])
+
+    def _repr_html_(self):
+        table, hidden = _folded(self)
+        parts = [f'<p>{html.escape(self.verdict)}</p>', table.to_html(index=False) if len(table) else '',
+                 *(f'<p>{html.escape(o)}</p>' for o in hidden)]
+        return ''.join(parts)
+
+
+def _mb(n): return f'{n/1e6:.1f} MB' if n >= 5e4 else f'{n/1e3:.1f} kB' if n >= 50 else f'{n} B'
+
+
+def _common(names) -> str:
+    "One name for several that differ in a number or so: `layer1.*.conv2`."
+    parts = zip(*(n.split('.') for n in names))
+    return '.'.join(p[0] if len(set(p)) == 1 else re.sub(r'\d+', '*', p[0]) for p in parts)
+
+
+def _folded(summary) -> tuple:
+    "The table people read: like events in one row, the costliest first; and a line on what `max_rows` hides."
+    groups = defaultdict(list)
+    for r in summary.rows: groups[re.sub(r'\d+', '*', r.module), r.cls, r.op, r.backward, r.kind].append(r)
+    groups = sorted(groups.values(), key=lambda g: -sum(r.bytes for r in g))
+    shown = groups[:summary.max_rows]
+    rows = [dict(module=(_common(dict.fromkeys(r.module for r in g)) or '(model)') + (f' ×{len(g)}' if len(g) > 1 else ''),
+                 **{'class': g[0].cls}, op=g[0].op, **{'pass': 'backward' if g[0].backward else 'forward'}, kind=g[0].kind,
+                 shape='×'.join(map(str, max(g, key=lambda r: r.bytes).shape)), moved=_mb(sum(r.bytes for r in g)),
+                 hint=HINTS.get(g[0].cls, '') if g[0].kind == 'lost' else '') for g in shown]
+    table = pd.DataFrame(rows)
+    if len(table) and not table['hint'].any(): table = table.drop(columns='hint')
+    more = len(groups) - len(shown)
+    return table, [f"… and {more} more row{'s'*(more != 1)}: `max_rows={len(groups)}` shows all."] if more else []
+
+
+class _OneStep(Callback):
+    "Trace one batch from its cast to the end of its backward pass, and stop it before the optimizer."
+    order = -1000
+    def __init__(self, trace, stack): self.trace, self.stack = trace, stack
+    def before_batch(self): self.stack.enter_context(self.trace)
+    def before_backward(self): self.trace.backward = True
+    def before_step(self): raise CancelBatchException
+
+
+def _batch_of(learn, batch):
+    "The user's batch as a tuple, or the first of the Learner's own."
+    if batch is None:
+        try:
+            dl = learn.dls.train
+            batch = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
+        except (StopIteration, ValueError, IndexError) as e:
+            try: n = len(learn.dls.train)
+            except TypeError: n = 0
+            if n: raise
+            raise ValueError("The Learner's training loader yields no batch: pass one, `format_summary(batch)`.") from e
+    if isinstance(batch, (Tensor, dict)): return (batch,)
+    if not isinstance(batch, (tuple, list)) or not len(batch):
+        raise ValueError(f"batch is {type(batch).__name__}{' without elements'*isinstance(batch, (tuple, list))}: use `(x, y)`"
+                         " as the Learner's loader yields it, or `(x,)`")
+    return tuple(batch)
+
+
+def _check(learn):
+    if not any(True for _ in learn.model.parameters()):
+        raise ValueError("The model has no parameters: fastai reads the device from them, so it can't run this model.")
+    if any(nn.parameter.is_lazy(p) for p in learn.model.parameters()):
+        raise ValueError("The model has lazy modules without shapes yet: run one batch through it first, "
+                         "`learn.model(learn.dls.one_batch()[0])`.")
+
+
+@patch
+def format_summary(self:Learner,
+    batch=None, # `(x, y)` as the Learner's loader yields it, or without labels; None: the loader's first
+    max_rows:int=20, # Rows of the printed table
+) -> FormatSummary:
+    """Run one training step (forward, loss, backward, no optimizer step) and show where activations and gradients are
+    copied out of channels last and back.
+
+    In the Learner's current format and precision, on its device. The Learner is left bit for bit as it was. A compiled
+    model is traced as the module it was made from; a batch without labels forward only. Costs a few times the step itself.
+
+    Raises `ValueError` for an empty loader or a batch without a 4-D or 5-D floating-point tensor; the model's own
+    exceptions come as they are."""
+    if not isinstance(max_rows, int) or max_rows < 1: raise ValueError(f'max_rows={max_rows!r}: use a whole number from 1')
+    _check(self)
+    model = self.model
+    with untouched(self), ExitStack() as stack:
+        batch = self._set_device(_batch_of(self, batch))
+        self._split(batch)
+        self.opt = None # nothing steps, nothing of it is touched
+        if not any(castable(t) for t in tree_leaves(self.xb)):
+            shapes = ', '.join(f'{tuple(t.shape)} {t.dtype}' for t in tree_leaves(self.xb) if isinstance(t, Tensor)) or 'no tensor'
+            raise ValueError("The batch's inputs hold no 4-D or 5-D floating-point tensor, so no memory format matters. "
+                             f"They hold: {shapes}.")
+        loss = type(self.loss_func).__name__ if not hasattr(self.loss_func, '__name__') else self.loss_func.__name__
+        trace = FormatTrace(self.model, batch, loss)
+        for cb in self.cbs:
+            if isinstance(cb, CastToTensor): cb.order = _OneStep.order - 1 # before PyTorch 2.5 it can't run under a trace
+        self.add_cb(_OneStep(trace, stack))
+        self('before_fit'); self('before_epoch'); self('before_train')
+        self.n_iter = 1
+        self.one_batch(0, batch)
+        notes = [" Traced forward only: the batch has no labels."]*(not len(self.yb))
+        notes += [" Traced the module that was compiled, uncompiled."]*(model is not self.model)
+        return FormatSummary(trace.rows, trace.counts, ''.join(notes), max_rows)

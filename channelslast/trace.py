@@ -1,0 +1,173 @@
+"""Watch every operation of a forward and backward pass and note where tensors change their memory format.
+
+Plain PyTorch. A `TorchDispatchMode` sees each ATen operation that really runs, backward included; PyTorch's own
+`torch.utils.flop_counter` is built so."""
+from bisect import bisect_right
+from collections import namedtuple
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ['Conversion', 'FormatTrace', 'layout_of']
+
+
+@dataclass(frozen=True)
+class Conversion:
+    "One copy of an activation or gradient from one memory format to another."
+    module: str     # Qualified name as in `named_modules`; `''` is the model itself, `'loss'` all that follows it
+    cls: str        # Class name of that module
+    op: str         # `'aten.cat'`
+    backward: bool  # In the backward pass?
+    kind: str       # `'lost'`: out of channels last, `'regained'`: back into it, `'entry'`: into it for the first time
+    shape: tuple    # Of the tensor copied; of the largest, where the operation copies several
+    bytes: int      # Its elements × element size, counted once
+
+
+def _nested(t: Tensor, order: tuple) -> bool:
+    "Do the strides of `t` grow in this order of its dimensions, whatever lies between its elements?"
+    least = 1
+    for d in order:
+        if t.shape[d] == 1: continue
+        if t.stride(d) < least: return False
+        least = t.stride(d) * t.shape[d]
+    return True
+
+
+def layout_of(
+    t: Tensor,
+):
+    """`'channels_last'`, `'other'`, or `None` where there is nothing to tell: no 4-D or 5-D floating-point tensor, one
+    channel or 1×1 pixels (both formats are one), elements that share memory (`expand`).
+
+    Judged by the order of the strides, as PyTorch's kernels do, so that a slice of a channels-last tensor is channels last.
+    The stride of a dimension of size 1 means nothing, so a batch of one is judged by its channels and pixels alone."""
+    if t.dim() not in (4, 5) or not t.is_floating_point() or t.layout is not torch.strided: return None
+    pixels = range(t.dim() - 1, 1, -1)
+    if not t.numel() or t.shape[1] == 1 or all(t.shape[d] == 1 for d in pixels): return None
+    if any(t.stride(d) == 0 and t.shape[d] > 1 for d in range(t.dim())): return None
+    return 'channels_last' if _nested(t, (1, *pixels, 0)) else 'other'
+
+
+Owner = namedtuple('Owner', 'name cls')
+# of an activation's memory: is it channels last? did it come from such? was it made in the backward pass?
+Past = namedtuple('Past', 'is_last was_last backward')
+
+
+def _pooled(t: Tensor) -> bool:
+    "1×1 pixels, or one value expanded over them?"
+    return t.dim() in (4, 5) and all(t.shape[d] == 1 or t.stride(d) == 0 for d in range(2, t.dim()))
+
+
+def _innermost(t: Tensor):
+    "The dimension along which neighbours in memory lie."
+    return min((d for d in range(t.dim()) if t.shape[d] > 1), key=t.stride, default=None)
+
+
+def _ref(t: Tensor): return StorageWeakRef(t.untyped_storage())  # views are one with what they view
+
+
+class FormatTrace(TorchDispatchMode):
+    """Context manager: notes each `Conversion` in `.rows`, in order of execution, and in `.counts[backward]` how many
+    operations `(kept, had)` channels last: of those that took a channels-last activation and made a new one.
+
+    An activation is what was computed from the `inputs`; what was computed from parameters alone never counts. Set
+    `.backward` when the backward pass starts. The module named is the one whose forward ran the operation, or, in the
+    backward pass, the one whose forward created the autograd node that is running."""
+    def __init__(self,
+        model: nn.Module, # Its `named_modules` give the names
+        inputs, # Tensors, nested as you like, that activations are computed from
+        loss_name: str, # Class name to show for the loss
+    ):
+        super().__init__()
+        self.names = {id(m): Owner(n, type(m).__name__) for n, m in model.named_modules()}
+        self.root, self.loss = self.names[id(model)], Owner('loss', loss_name)
+        self.model, self.rows, self.counts, self.backward = model, [], {False: [0, 0], True: [0, 0]}, False
+        self.stack, self.idle, self.last = [], self.root, self.root  # modules that are running; who owns what no module runs
+        self.since, self.owners = [], []  # from which autograd sequence number on who creates the nodes
+        self.past = {_ref(t): Past(*[layout_of(t) == 'channels_last']*2, False) for t in tree_leaves(inputs) if isinstance(t, Tensor)}
+
+    def __enter__(self):
+        self._handles = [hooks.register_module_forward_pre_hook(self._enter_module),
+                         hooks.register_module_forward_hook(self._leave_module, always_call=True)]
+        self._note_owner()
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        for h in self._handles: h.remove()
+        return super().__exit__(*exc)
+
+    # who is running
+
+    @property
+    def running(self): return self.stack[-1] if self.stack else self.idle
+
+    def _note_owner(self):
+        self.since.append(torch._C._autograd._get_sequence_nr())
+        self.owners.append(self.running)
+
+    def _enter_module(self, m, args):
+        self.stack.append(self.names.get(id(m), self.running))
+        self._note_owner()
+
+    def _leave_module(self, m, args, out):
+        if self.stack: self.stack.pop()
+        if m is self.model: self.idle = self.loss
+        self._note_owner()
+
+    def _owner(self):
+        if not self.backward or self.stack: return self.running  # a stack in the backward pass: checkpoints recompute
+        node = torch._C._current_autograd_node()
+        # between nodes the engine sums gradients; to parameters it is all the same who hands them on
+        if node is not None and (nr := node._sequence_nr()) < 2**63:
+            self.last = self.owners[max(bisect_right(self.since, nr) - 1, 0)]
+        return self.last
+
+    # what it does
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self._look(func, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], out)
+        return out
+
+    def _look(self, func, ins, out):
+        owner, ins = self._owner(), [(t, _ref(t)) for t in ins if t.layout is torch.strided]
+        sources = [(t, self.past[r]) for t, r in ins if r in self.past]
+        if not sources: return
+        if func is torch.ops.aten.convolution_backward.default: out = out[0]  # the others belong to weight and bias
+        outs = [(t, _ref(t)) for t in tree_leaves(out) if isinstance(t, Tensor) and t.layout is torch.strided]
+        known = {r for _, r in ins}
+        new = [(t, r) for t, r in outs if r not in known]  # views and what is written in place are not new
+        if func is torch.ops.aten.copy_.default:
+            new, sources = outs, [(t, p) for t, p in sources if t is not ins[0][0]]
+        # a gradient's past is its own, not that of the saved activations that it meets; pooled to 1×1 pixels it has none
+        was = any(p.was_last for t, p in sources if p.backward == self.backward and not _pooled(t))
+        for t, r in outs:
+            if r not in self.past or (t, r) in new:
+                is_last = layout_of(t) == 'channels_last'
+                self.past[r] = Past(is_last, was or is_last, self.backward)
+        made = {layout_of(t) for t, _ in new} - {None}
+        last = [t for t, _ in sources if layout_of(t) == 'channels_last']
+        if new and not last and func.overloadpacket is not torch.ops.aten.bmm: # its result has no channels
+            # a rearranged view of channels-last memory, of any number of dimensions, whose result has something else than
+            # channels innermost: what a channel shuffle copies, or attention over flattened pixels
+            last = [t for t, p in sources if p.is_last and t.dim() > 2 and t.shape == new[0][0].shape
+                    and layout_of(t) != 'channels_last' and _innermost(t) != _innermost(new[0][0])]
+            if last: made = {'other'}
+        if not made: return
+        other = [(t, p) for t, p in sources if layout_of(t) == 'other']
+        if last:
+            self.counts[self.backward][1] += 1
+            self.counts[self.backward][0] += 'other' not in made
+        if last and 'other' in made: self._note(owner, func, 'lost', max(last, key=Tensor.numel))
+        elif other and 'channels_last' in made:
+            t, p = max(other, key=lambda o: o[0].numel())
+            self._note(owner, func, 'regained' if p.was_last else 'entry', t)
+
+    def _note(self, owner, func, kind, t):
+        self.rows.append(Conversion(*owner, str(func.overloadpacket), self.backward, kind, tuple(t.shape),
+                                    t.numel() * t.element_size()))

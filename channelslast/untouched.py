@@ -1,0 +1,71 @@
+"Look and measure without leaving a trace on the Learner."
+from contextlib import ExitStack, contextmanager, nullcontext
+from copy import copy
+
+import torch
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.core import TrainEvalCallback
+from fastai.learner import CastToTensor
+from fastcore.foundation import L
+from torch import nn
+
+from .precision import fit_device, keep_autocast
+from .reproducible import keep_random_states
+
+__all__ = ['untouched', 'learner_modules']
+
+TAKE_PART = TrainEvalCallback, CastToTensor, ChannelsLast, MixedPrecision  # callbacks without which a step is another one
+
+
+def _eager():
+    "Compiled functions run as they were written, where PyTorch (from 2.6 on) can do that."
+    return torch.compiler.set_stance('force_eager') if hasattr(torch.compiler, 'set_stance') else nullcontext()
+
+
+def learner_modules(learn) -> list:
+    "Every module of the Learner's model and, if it has any, of its loss."
+    roots = [learn.model, learn.loss_func, getattr(learn.loss_func, 'func', None)]
+    return list({id(m): m for root in roots if isinstance(root, nn.Module) for m in root.modules()}.values())
+
+
+def _keep_dict(undo, d):
+    "Have `undo` restore a dictionary and, one level down, the dictionaries, lists and sets in it."
+    saved, inner = dict(d), [(v, copy(v)) for v in d.values() if isinstance(v, (dict, list, set))]
+    def _restore():
+        d.clear(); d.update(saved)
+        for v, old in inner:
+            if isinstance(v, list): v[:] = old
+            else: v.clear(); v.update(old)
+    undo.callback(_restore)
+
+
+def _run_on_copies(undo, tensors):
+    "Put a copy of its memory behind each tensor until `undo` puts the original back, which nothing can have changed."
+    for t in {id(t): t for t in tensors}.values():
+        def _restore(t=t, data=t.data, grad=t.grad if t.is_leaf else None, needs_grad=t.requires_grad):
+            t.grad = None
+            t.data = data
+            t.requires_grad_(needs_grad).grad = grad
+        undo.callback(_restore)
+        t.grad = None
+        t.data = t.data.clone()
+
+
+@contextmanager
+def untouched(learn):
+    """Context manager: use the Learner as you like inside; afterwards it is bit for bit what it was, however the block
+    ended: weights, buffers, gradients, their formats and memory, modes, callbacks, recorder, hooks, random states,
+    autocast, the training loader's shuffling. Costs one copy of the model's tensors.
+
+    Inside, only the callbacks that shape a step take part: `TrainEvalCallback`, `CastToTensor`, `ChannelsLast`,
+    `MixedPrecision`; and compiled models run as the modules they were made from. What a module keeps in objects of its
+    own, deeper than its attributes, is not known here."""
+    loader, modules = learn.dls.train, learner_modules(learn)
+    with keep_random_states(), keep_autocast(fit_device(learn).type), torch.enable_grad(), _eager(), ExitStack() as undo:
+        for o in (learn, *learn.cbs, loader, *modules): _keep_dict(undo, vars(o))
+        if hasattr(rng := getattr(loader, 'rng', None), 'getstate'): undo.callback(rng.setstate, rng.getstate())
+        _run_on_copies(undo, [t for m in modules for t in (*m.parameters(False), *m.buffers(False))])
+        learn.cbs = L(o for o in learn.cbs if isinstance(o, TAKE_PART))
+        learn.model = getattr(learn.model, '_orig_mod', learn.model)
+        yield
