@@ -1,5 +1,6 @@
 "Train fastai image models faster in PyTorch's channels-last memory format."
 from .callback import ChannelsLast
+from .format_find import FormatTimings
 from .format_summary import FormatSummary
 from .reproducible import less_random
 

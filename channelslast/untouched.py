@@ -7,8 +7,10 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import TrainEvalCallback
 from fastai.learner import CastToTensor
+from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .precision import fit_device, keep_autocast
 from .reproducible import keep_random_states
@@ -18,9 +20,9 @@ __all__ = ['untouched', 'learner_modules']
 TAKE_PART = TrainEvalCallback, CastToTensor, ChannelsLast, MixedPrecision  # callbacks without which a step is another one
 
 
-def _eager():
+def _eager(wanted):
     "Compiled functions run as they were written, where PyTorch (from 2.6 on) can do that."
-    return torch.compiler.set_stance('force_eager') if hasattr(torch.compiler, 'set_stance') else nullcontext()
+    return torch.compiler.set_stance('force_eager') if wanted and hasattr(torch.compiler, 'set_stance') else nullcontext()
 
 
 def learner_modules(learn) -> list:
@@ -41,31 +43,53 @@ def _keep_dict(undo, d):
 
 
 def _run_on_copies(undo, tensors):
-    "Put a copy of its memory behind each tensor until `undo` puts the original back, which nothing can have changed."
+    """Put a copy of its memory behind each tensor until `undo` puts the original back, which nothing can have changed;
+    returns the tensors with their originals."""
+    originals = []
     for t in {id(t): t for t in tensors}.values():
         def _restore(t=t, data=t.data, grad=t.grad if t.is_leaf else None, needs_grad=t.requires_grad):
             t.grad = None
             t.data = data
             t.requires_grad_(needs_grad).grad = grad
         undo.callback(_restore)
+        originals.append((t, t.data))
         t.grad = None
         t.data = t.data.clone()
+    return originals
+
+
+def _keep_optimizer(undo, opt):
+    """Have `undo` restore an optimizer, wrapped ones too: what it holds, its hyper-parameters, its state by value; returns
+    its state's tensors with their originals."""
+    originals = []
+    while opt is not None:
+        own = vars(opt)
+        _keep_dict(undo, own)
+        for group in (*own.get('param_groups', ()), *own.get('hypers', ())): _keep_dict(undo, group)
+        for state in getattr(opt, 'state', {}).values():
+            if isinstance(state, dict): _keep_dict(undo, state)
+        originals += _run_on_copies(undo, [t for t in tree_leaves([own.get('state'), *map(list, own.get('slow_weights') or ())]) if isinstance(t, Tensor)])
+        opt = own.get('opt', own.get('optimizer'))
+    return originals
 
 
 @contextmanager
-def untouched(learn):
+def untouched(learn,
+    take_part=TAKE_PART, # Callback classes that stay
+    eager=True, # Run compiled models as the modules they were made from?
+):
     """Context manager: use the Learner as you like inside; afterwards it is bit for bit what it was, however the block
-    ended: weights, buffers, gradients, their formats and memory, modes, callbacks, recorder, hooks, random states,
-    autocast, the training loader's shuffling. Costs one copy of the model's tensors.
+    ended: weights, buffers, gradients, their formats and memory, optimizer, modes, callbacks, recorder, hooks, random states,
+    autocast, the training loader's shuffling. Costs one copy of the tensors of model and optimizer.
 
-    Inside, only the callbacks that shape a step take part: `TrainEvalCallback`, `CastToTensor`, `ChannelsLast`,
-    `MixedPrecision`; and compiled models run as the modules they were made from. What a module keeps in objects of its
-    own, deeper than its attributes, is not known here."""
+    Gives the tensors with their originals' memory. What a module keeps in objects of its own, deeper than its attributes,
+    is not known here."""
     loader, modules = learn.dls.train, learner_modules(learn)
-    with keep_random_states(), keep_autocast(fit_device(learn).type), torch.enable_grad(), _eager(), ExitStack() as undo:
+    with keep_random_states(), keep_autocast(fit_device(learn).type), torch.enable_grad(), _eager(eager), ExitStack() as undo:
         for o in (learn, *learn.cbs, loader, *modules): _keep_dict(undo, vars(o))
         if hasattr(rng := getattr(loader, 'rng', None), 'getstate'): undo.callback(rng.setstate, rng.getstate())
-        _run_on_copies(undo, [t for m in modules for t in (*m.parameters(False), *m.buffers(False))])
-        learn.cbs = L(o for o in learn.cbs if isinstance(o, TAKE_PART))
-        learn.model = getattr(learn.model, '_orig_mod', learn.model)
-        yield
+        originals = _run_on_copies(undo, [t for m in modules for t in (*m.parameters(False), *m.buffers(False))])
+        originals += _keep_optimizer(undo, learn.opt if learn.opt is not None or not isinstance(learn.opt_func, OptimWrapper) else learn.opt_func)
+        learn.cbs = L(o for o in learn.cbs if isinstance(o, take_part))
+        if eager: learn.model = getattr(learn.model, '_orig_mod', learn.model)
+        yield originals

@@ -257,7 +257,7 @@ def test_bytes_in_half_precision(has):
     (torch.randn(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d), 'channels_last'), (torch.randn(2, 3, 4, 5, 6), 'other'),
     (torch.randn(2, 1, 4, 5), None), (torch.randn(2, 3, 1, 1), None), (torch.randn(2, 3, 1, 1).expand(2, 3, 4, 5), None),
     (torch.randn(3, 4), None), (torch.ones(2, 3, 4, 5, dtype=torch.int64), None), (torch.randn(0, 3, 4, 5), None),
-    (torch.randn(2, 3, 4, 1), 'other')], ids=lambda o: f'{tuple(o.shape)}' if isinstance(o, torch.Tensor) else str(o))
+    (torch.randn(2, 3, 4, 1), 'other'), (torch.randn(60).as_strided((1, 3, 4, 5), (1, 1, 15, 3)), 'channels_last')], ids=lambda o: f'{tuple(o.shape)}' if isinstance(o, torch.Tensor) else str(o))
 def test_layouts(x, layout): assert layout_of(x) == layout
 
 

@@ -1,0 +1,275 @@
+"`Learner.format_find` and `Learner.to_fastest`: measure, and switch to, the fastest memory format and precision."
+import math
+import statistics
+import time
+from itertools import islice
+
+import torch
+from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
+from fastai.callback.channelslast import ChannelsLast as _FastaiChannelsLast
+from fastai.callback.mixup import MixHandler
+from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip
+from fastai.learner import Learner
+from fastcore.basics import patch
+from fastcore.foundation import L
+from fastcore.meta import delegates
+from fastprogress.fastprogress import progress_bar
+
+from . import precision as _precision
+from .callback import ChannelsLast
+from .memory_format import align_optimizer, cast_module
+from .precision import DeviceMixedPrecision, check_scaler, fit_device
+from .timings import FormatTimings, Timing, choose, label, noise_margin
+from .untouched import TAKE_PART, untouched
+
+FORMATS, PRECISIONS = ('contiguous', 'channels_last'), ('fp32', 'fp16', 'bf16')
+WARM_UP, BATCHES, LOADER_BATCHES = 3, 4, 8
+HOPELESS = 1.5  # times the fastest after three rounds: not measured further
+
+# callbacks whose work is part of each step
+STEP_CALLBACKS = *TAKE_PART, GradientAccumulation, GradientClip, MixHandler, BnFreeze
+
+# Relative differences of (loss, gradients) from contiguous fp32 beyond which a candidate's numbers are wrong
+TOLERANCE = dict(fp32=(1e-3, 5e-2), fp16=(2e-2, 0.4), bf16=(5e-2, 0.8))
+
+
+def synchronize(device: torch.device):
+    "Wait until the device has done all that it was given."
+    getattr(torch, device.type).synchronize()
+
+
+def step_ms(learn, batch) -> float:
+    "Milliseconds of one training step of the Learner."
+    device = fit_device(learn)
+    synchronize(device)
+    start = time.perf_counter()
+    learn.one_batch(0, batch)
+    synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+class _Candidate:
+    "A format and precision, with the callbacks that make it, and what was measured of it."
+    def __init__(self, memory_format, precision, scaler):
+        self.memory_format, self.precision = memory_format, precision
+        self.last, self.baseline = memory_format == 'channels_last', (memory_format, precision) == ('contiguous', 'fp32')
+        self.cbs = [ChannelsLast()]*self.last
+        if precision != 'fp32': self.cbs.append(DeviceMixedPrecision(precision, **(scaler if precision == 'fp16' else {})))
+        self.ms, self.note, self.running, self.valid, self.scaler = [], '', True, True, None
+        self.loss_diff = self.grad_diff = self.memory = None
+
+    def out(self, note, valid=False): self.note, self.running, self.valid = note, False, valid
+
+    def switch(self, learn, cbs):
+        "Make the Learner, inside `untouched`, train in this format and precision."
+        learn.cbs = L(*cbs, *self.cbs)
+        for cb in self.cbs: cb.learn = learn
+        cast_module(learn.model, self.last)
+        align_optimizer(learn.opt)
+        if self.scaler is None:
+            for cb in self.cbs: cb('before_fit')
+            self.scaler = learn.__dict__.get('scaler', False)
+        learn.scaler = self.scaler
+
+    def attempt(self, learn, f):
+        "`f()`; an error is the user's own for contiguous fp32, the end of any other candidate."
+        try: return f()
+        except Exception as e:
+            if self.baseline: raise
+            oom = isinstance(e, torch.OutOfMemoryError) or 'out of memory' in str(e)
+            self.out('out of memory' if oom else f'{type(e).__name__}: {(str(e).strip() or "no message").splitlines()[-1].strip()[:100]}')
+        learn.model.zero_grad(set_to_none=True)  # outside the handler: its traceback holds the step's tensors
+        if torch.cuda.is_available(): torch.cuda.empty_cache()
+
+    def timing(self, base):
+        ms = statistics.median(self.ms) if self.ms else None
+        return Timing(self.memory_format, self.precision, ms, ms and base/ms, self.loss_diff, self.grad_diff, self.memory,
+                      self.note, bool(self.ms) and self.valid)
+
+
+class _Backward(Callback):
+    "Stop each batch before the optimizer."
+    order = -1000
+    def before_step(self): raise CancelBatchException
+
+
+def _loss_and_grads(learn, batch):
+    "Loss and gradients of one batch in eval mode, in fp32, unscaled."
+    scaler = learn.scaler or None
+    scale = scaler.get_scale() if scaler and scaler.is_enabled() else 1.
+    while True:
+        torch.manual_seed(0)
+        learn.model.zero_grad(set_to_none=True)
+        learn.one_batch(0, batch)
+        grads = [None if p.grad is None else p.grad.detach().float()/scale for p in learn.model.parameters()]
+        if scale <= 1 or all(g is None or g.isfinite().all() for g in grads): return learn.loss.detach().float().mean().item(), grads
+        scale /= 16  # too large for fp16: what training, too, would find out
+        scaler._scale.fill_(scale)
+
+
+def _check_numbers(learn, candidates, cbs, batch):
+    "Fill `loss_diff` and `grad_diff`, and drop whoever is outside its tolerance."
+    cbs = [o for o in cbs if isinstance(o, TAKE_PART)]
+    stop = _Backward()
+    stop.learn = learn
+    learn.model.eval()
+    reference = None
+    for c in candidates:
+        if not c.running: continue
+        c.switch(learn, [stop, *cbs])
+        found = c.attempt(learn, lambda: _loss_and_grads(learn, batch))
+        if found is None: continue
+        if reference is None: reference = found  # contiguous fp32 comes first
+        (loss, grads), (loss0, grads0) = found, reference
+        pairs = [(a, b) for a, b in zip(grads, grads0) if b is not None]
+        off = math.sqrt(sum((b if a is None else a - b).double().square().sum().item() for a, b in pairs))
+        norm = math.sqrt(sum(b.double().square().sum().item() for _, b in pairs))
+        c.loss_diff, c.grad_diff = abs(loss - loss0)/(abs(loss0) or 1), off/(norm or 1)
+        most_loss, most_grad = TOLERANCE[c.precision]
+        if c.baseline: continue
+        if not math.isfinite(loss): c.out('loss is not finite')
+        elif not (c.loss_diff <= most_loss and c.grad_diff <= most_grad): c.out('numbers differ from contiguous fp32')
+    learn.model.zero_grad(set_to_none=True)
+    learn('before_train')
+
+
+def _load_batches(learn) -> tuple:
+    "A few batches on the device, and the median milliseconds that the loader takes for one."
+    device, batches, ms = fit_device(learn), [], []
+    start = time.perf_counter()
+    for b in islice(learn.dls.train, LOADER_BATCHES):
+        synchronize(device)
+        ms.append((time.perf_counter() - start)*1e3)
+        if len(batches) < BATCHES: batches.append(learn._set_device(b))
+        start = time.perf_counter()
+    if not batches: raise ValueError("The Learner's training loader yields no batch: there is nothing to measure on.")
+    learn._split(batches[0])
+    if not len(learn.yb): raise ValueError("The Learner's training loader yields no labels: there is nothing to train.")
+    return batches, statistics.median(ms[1:] or ms)  # the first one starts the workers
+
+
+def _heal(learn, originals, stepped):
+    "Put the original values into weights, buffers and optimizer state: a step may have filled them with NaN."
+    with torch.no_grad():
+        for t, data in originals: t.copy_(data)
+    if not stepped: learn.opt.clear_state()  # it had none before this
+    learn.model.zero_grad(set_to_none=True)
+
+
+def _measure(learn, candidates, batches, num_it, bar, originals):
+    "Time all candidates, interleaved."
+    cbs = [o for o in learn.cbs if not isinstance(o, (_FastaiChannelsLast, MixedPrecision))]
+    device, cuda = fit_device(learn), fit_device(learn).type == 'cuda'
+    done, sound, stepped = 0, True, any('step' in s or len(s) > 1 for s in getattr(learn.opt, 'opt', learn.opt).state.values())
+    def _step(c, i):
+        nonlocal done, sound
+        if cuda: torch.cuda.reset_peak_memory_stats(device)
+        ms = step_ms(learn, batches[i % len(batches)])
+        if cuda: c.memory = max(c.memory or 0, torch.cuda.max_memory_allocated(device)/2**20)
+        bar.update(done := done + 1)
+        finite = bool(learn.loss.isfinite().all())
+        if c.baseline: sound = finite # else the user's own numbers are such
+        elif sound and not finite:
+            c.out('loss is not finite')
+            _heal(learn, originals, stepped)
+        return ms
+    learn.cbs = L(cbs)
+    learn('before_fit'); learn('before_epoch'); learn('before_train')
+    for c in candidates:
+        c.attempt(learn, lambda: (c.switch(learn, cbs), [_step(c, i) for i in range(WARM_UP) if c.running]))
+    learn.cbs = L(cbs)
+    _check_numbers(learn, candidates, cbs, batches[0])
+    for i in range(num_it):
+        # there and back, so that drift hits all alike and the format changes once a round
+        for c in candidates[::-1] if i % 2 else candidates:
+            if not c.running: continue
+            ms = c.attempt(learn, lambda: (c.switch(learn, cbs), _step(c, i))[1])
+            if c.running: c.ms.append(ms)
+        if i == 2:
+            best = min(statistics.median(c.ms) for c in candidates if c.running)
+            for c in candidates:
+                if c.running and not c.baseline and statistics.median(c.ms) > HOPELESS*best:
+                    c.out(f'dropped after {len(c.ms)} steps: far slower', valid=True)
+
+
+def _current(learn) -> tuple:
+    "Memory format and precision that the Learner trains in now."
+    mp = next(iter(learn._grab_cbs(MixedPrecision)), None)
+    fast = mp and _precision.accelerates(fit_device(learn).type, mp.amp_mode)
+    return FORMATS[bool(learn._grab_cbs(_FastaiChannelsLast))], mp.amp_mode.value if fast else 'fp32'
+
+
+def _asked(name, asked, possible) -> list:
+    asked = list(possible) if asked is None else [asked] if isinstance(asked, str) else list(asked)
+    for o in asked:
+        if o not in possible: raise ValueError(f"{name}: {o!r} can't be measured here; choose from {', '.join(map(repr, possible))}")
+    return asked
+
+
+@patch
+@delegates(torch.amp.GradScaler, but=['device'])
+def format_find(self:Learner,
+    precisions=None, # Some of `'fp32'`, `'fp16'`, `'bf16'`; None: fp32 and what the device accelerates
+    formats=None, # Some of `'contiguous'`, `'channels_last'`; None: both
+    num_it:int=10, # Timed steps a candidate
+    show_plot:bool=True, # Draw the chart?
+    **kwargs
+) -> FormatTimings:
+    """Mock-train in each memory format and precision and measure a step of each; the Learner is left bit for bit as it was.
+
+    Steps are the Learner's own (its loss, optimizer, gradient clipping and accumulation, MixUp; learning rate 0), on a few
+    batches kept on the device, interleaved; the loader is timed apart. Each candidate's loss and gradients are compared
+    with contiguous fp32, which is always measured. Takes at most `(3 + num_it) × candidates` steps and a forward and
+    backward pass each, and the memory of one more copy of the model and the optimizer's state.
+
+    Other arguments are those of `torch.amp.GradScaler`, for fp16. In a distributed run, rank 0's result holds for all.
+    Raises `ValueError` for arguments that can't be, an empty loader, or a loader without labels; an error in contiguous
+    fp32 is raised as it is, in any other candidate it is its `note`."""
+    check_scaler(**kwargs)
+    if not isinstance(num_it, int) or isinstance(num_it, bool) or num_it < 1: raise ValueError(f'num_it={num_it!r}: use a whole number from 1')
+    if self._grab_cbs(NonNativeMixedPrecision):
+        raise ValueError('The Learner has `NonNativeMixedPrecision`: call `learn.to_non_native_fp32()` first.')
+    device = fit_device(self)
+    fast = [p for p in PRECISIONS if p == 'fp32' or _precision.accelerates(device.type, AMPMode(p))]
+    precisions, formats = _asked('precisions', precisions, fast), _asked('formats', formats, FORMATS)
+    pairs = [(f, p) for f in FORMATS for p in PRECISIONS if (f, p) == ('contiguous', 'fp32') or f in formats and p in precisions]
+    candidates = [_Candidate(f, p, kwargs) for f, p in pairs]
+    current = _current(self)
+    bar = progress_bar(range((WARM_UP + num_it)*len(pairs)), display=hasattr(self, 'progress'), leave=False)
+    bar.update(0)
+    with untouched(self, STEP_CALLBACKS, eager=False) as originals:
+        batches, loader_ms = _load_batches(self)
+        if self.opt is None: self.create_opt()
+        self.opt.set_hypers(lr=0.) # weights stay, so that every candidate steps on the same ones
+        self.n_iter = len(bar.gen)
+        _measure(self, candidates, batches, num_it, bar, originals)
+    base = statistics.median(candidates[0].ms)
+    rows = [c.timing(base) for c in candidates]
+    margin = noise_margin([c.ms for c in candidates if c.ms and c.valid])
+    result = FormatTimings(rows, choose(rows, current, margin), margin, loader_ms)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(shared := [vars(result)], src=0)
+        result.__dict__.update(shared[0])
+    bar.on_iter_end()
+    if show_plot: result.plot()
+    return result
+
+
+@patch
+@delegates(Learner.format_find)
+def to_fastest(self:Learner, show_plot:bool=False, **kwargs):
+    """Measure with `format_find`, switch the Learner to the winner, say it in one line; returns the Learner.
+
+    The measurements stay in `learn.format_timings`."""
+    timings = self.format_find(show_plot=show_plot, **kwargs)
+    best = timings.best
+    scaler = {k: v for k, v in kwargs.items() if k not in ('precisions', 'formats', 'num_it')}
+    if best.precision == 'fp32': self.to_fp32().to_channelslast(to_fp16=False)
+    elif _current(self)[1] != best.precision or scaler:
+        self.to_channelslast(amp_mode=best.precision, **(scaler if best.precision == 'fp16' else {}))
+    else: self.to_channelslast()
+    if best.memory_format == 'contiguous': self.to_contiguous()
+    self.format_timings = timings
+    print(f'{label(best)}: {best.speedup:.2f}× contiguous fp32')
+    return self

@@ -1,0 +1,359 @@
+"`format_find` and `to_fastest`, with fake times where speed is not the subject."
+import pickle
+import random
+from copy import deepcopy
+from functools import partial
+
+import matplotlib
+import pytest
+import torch
+from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
+from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, GradientAccumulation, GradientClip, Learner,
+                               MixUp, OptimWrapper, load_learner, ranger)
+from torch import nn
+
+from channelslast import ChannelsLast, FormatTimings, format_find as module
+from channelslast.timings import Timing, choose, noise_margin
+from tests.conftest import convnet, learner, loaders, strides
+from tests.test_callback import image_folder
+from tests.test_format_summary import Net, same, state
+
+matplotlib.use('agg')
+ALL = [(f, p) for f in module.FORMATS for p in module.PRECISIONS]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    "`fake(times)`: each candidate's step really runs, and takes so many milliseconds."
+    def _fake(times):
+        real = module.step_ms
+        def _ms(learn, batch):
+            real(learn, batch)
+            mp = learn._grab_cbs(MixedPrecision)
+            key = module.FORMATS[bool(learn._grab_cbs(ChannelsLast))], mp[0].amp_mode.value if mp else 'fp32'
+            steps.append(key)
+            return times.get(key, 100.) if isinstance(times, dict) else times(key, len(steps))
+        monkeypatch.setattr(module, 'step_ms', _ms)
+    steps = _fake.steps = []
+    return _fake
+
+
+def find(learn=None, **kw): return (learn or learner()).format_find(**{**dict(num_it=4, show_plot=False), **kw})
+
+
+# choosing, on paper
+
+def row(f='contiguous', p='fp32', ms=100., **kw): return Timing(f, p, ms, 100./ms if ms else None, **kw)
+
+BASE = row()
+
+@pytest.mark.parametrize('rows, current, margin, best', [
+    ([BASE, row('channels_last', ms=50.)], ('contiguous', 'fp32'), 0.02, 1),
+    ([BASE, row('channels_last', ms=99.)], ('contiguous', 'fp32'), 0.02, 0),               # a tie: what the Learner has
+    ([BASE, row('channels_last', ms=99.)], ('channels_last', 'fp32'), 0.02, 1),
+    ([BASE, row('channels_last', ms=101.)], ('channels_last', 'fp32'), 0.02, 1),
+    ([BASE, row('channels_last', ms=103.)], ('channels_last', 'fp32'), 0.02, 0),           # out of the margin: the faster
+    ([BASE, row('channels_last', 'bf16', 50.), row('channels_last', 'fp32', 50.5)], ('contiguous', 'fp32'), 0.02, 2), # fp32 over half
+    ([BASE, row('contiguous', 'bf16', 50.), row('channels_last', 'bf16', 49.5)], ('contiguous', 'fp32'), 0.02, 1),    # contiguous
+    ([BASE, row('channels_last', 'fp16', 10., valid=False), row('channels_last', 'bf16', 50.)], ('contiguous', 'fp32'), 0.02, 2),
+    ([BASE, row('channels_last', 'fp16', None, valid=False)], ('channels_last', 'fp16'), 0.02, 0)])
+def test_choose(rows, current, margin, best): assert choose(rows, current, margin) is rows[best]
+
+
+def test_margin():
+    rnd = random.Random(0)
+    drift = [1 + 0.5*(i % 5) for i in range(20)]  # hits a round alike: no noise
+    assert noise_margin([[100*d for d in drift], [90*d for d in drift]]) == 0.02
+    noisy = [[100*rnd.gauss(1, 0.1) for _ in range(20)] for _ in range(3)]
+    assert 0.04 < noise_margin(noisy) < 0.15
+    assert noise_margin([[100]*19 + [900], [90]*20]) == 0.02  # one slow step
+    assert noise_margin([[100.]]) == 0.02
+
+
+# what is measured
+
+@pytest.mark.parametrize('fast, pairs', [((), [0, 3]), (('bf16',), [0, 2, 3, 5]), (('fp16', 'bf16'), range(6))])
+def test_candidates(has, fake, fast, pairs):
+    has(*fast); fake({})
+    t = find()
+    assert [(r.memory_format, r.precision) for r in t.rows] == [ALL[i] for i in pairs]
+    assert len(fake.steps) == (3 + 4)*len(t.rows)
+
+
+@pytest.mark.parametrize('kw, pairs', [(dict(precisions='bf16'), [0, 2, 5]), (dict(formats='channels_last'), [0, 3, 5]),
+                                       (dict(precisions=['fp32'], formats=['contiguous']), [0])])
+def test_arguments_choose_fewer(has, fake, kw, pairs):
+    "Contiguous fp32, the baseline, is always among them."
+    has('bf16'); fake({})
+    assert [(r.memory_format, r.precision) for r in find(**kw).rows] == [ALL[i] for i in pairs]
+
+
+def test_each_candidate_is_what_it_says(has, monkeypatch):
+    has('bf16')
+    seen = set()
+    class Probe(nn.Conv2d):
+        def forward(self, x):
+            out = super().forward(x)
+            seen.add((self.weight.is_contiguous(memory_format=torch.channels_last), x.is_contiguous(memory_format=torch.channels_last), out.dtype))
+            return out
+    find(learner(nn.Sequential(Probe(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))))
+    assert seen == {(l, l, d) for l in (True, False) for d in (torch.float32, torch.bfloat16)}
+
+
+def test_interleaved_and_back_and_forth(has, fake):
+    has('bf16'); fake({})
+    find(num_it=2)
+    order = [ALL[i] for i in (0, 2, 3, 5)]
+    assert fake.steps == [o for o in order for _ in range(3)] + order + order[::-1]
+
+
+def test_hopeless_candidates_are_dropped_early(fake):
+    fake({('channels_last', 'fp32'): 400.})
+    t = find(num_it=9)
+    assert fake.steps.count(('channels_last', 'fp32')) == 3 + 3 and fake.steps.count(('contiguous', 'fp32')) == 3 + 9
+    assert 'dropped after 3 steps' in t.rows[1].note and t.rows[1].ms == 400. and t.best is t.rows[0]
+
+
+def test_medians_speedups_and_the_choice(has, fake):
+    has('bf16')
+    fake(lambda key, n: {('contiguous', 'fp32'): 100., ('contiguous', 'bf16'): 70., ('channels_last', 'fp32'): 80.}.get(key, 50.) * (1 if n % 7 else 9))
+    t = find(num_it=7)
+    assert [(r.ms, round(r.speedup, 3)) for r in t.rows] == [(100., 1.), (70., 1.429), (80., 1.25), (50., 2.)]
+    assert (t.best.memory_format, t.best.precision) == ('channels_last', 'bf16') and t.margin == 0.02
+
+
+def test_the_learners_own_step(has):
+    "Its loss, optimizer, clipping, accumulation and MixUp take part, others don't; the learning rate is 0."
+    seen = []
+    class Mine(Callback):
+        def before_batch(self): raise AssertionError('not part of a step')
+    def loss(p, y, reduction='mean'):
+        seen.append(('loss', p.shape[0]))
+        return nn.functional.cross_entropy(p, y, reduction=reduction)
+    class Opt(torch.optim.AdamW):
+        def step(self, *a): seen.append(('opt', [g['lr'] for g in self.param_groups])); return super().step(*a)
+    loss.y_int = True
+    learn = Learner(loaders(), convnet(), loss, opt_func=partial(OptimWrapper, opt=Opt), cbs=[Mine(), GradientClip(1e-9), MixUp(), GradientAccumulation(16)])
+    find(learn, num_it=2)
+    assert ('loss', 8) in seen and ('opt', [0.]) in seen
+    assert seen.count(('opt', [0.])) < seen.count(('loss', 8))/1.5  # every other batch of 8
+
+
+# the loader
+
+@pytest.mark.parametrize('step, bound', [(1000., False), (0.001, True)])
+def test_input_bound(fake, step, bound):
+    fake(lambda key, n: step)
+    t = find()
+    assert t.loader_ms > 0 and t.input_bound == bound and ('input-bound' in repr(t)) == bound
+
+
+# numbers
+
+class WrongInChannelsLast(nn.Module):
+    "PyTorch issue 67239 and its like."
+    def forward(self, x): return x.flip(1) if x.is_contiguous(memory_format=torch.channels_last) else x
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): ctx.last = x.is_contiguous(memory_format=torch.channels_last); return x.clone()
+    @staticmethod
+    def backward(ctx, g): return -g if ctx.last else g
+
+
+class WrongBackward(nn.Module):
+    def forward(self, x): return WrongGradient.apply(x)
+
+
+class Overflow(nn.Module):
+    def forward(self, x): return x*(float('inf') if x.dtype == torch.bfloat16 else 1)
+
+
+@pytest.mark.parametrize('bad, note', [(WrongInChannelsLast, 'numbers differ'), (WrongBackward, 'numbers differ'), (Overflow, 'not finite')])
+def test_wrong_numbers_are_never_suggested(has, fake, bad, note):
+    has('bf16'); fake({('channels_last', 'fp32'): 1., ('channels_last', 'bf16'): 1., ('contiguous', 'bf16'): 1. if bad is Overflow else 200.})
+    t = find(learner(nn.Sequential(nn.Conv2d(3, 8, 3), bad(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))))
+    marked = [r for r in t.rows if note in r.note]
+    assert {r.precision if bad is Overflow else r.memory_format for r in marked} == {'bf16' if bad is Overflow else 'channels_last'}
+    assert not any(r.valid for r in marked) and t.best.valid
+
+
+def test_numbers_of_good_models(has):
+    has('bf16', 'fp16')
+    t = find(learner(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))))
+    assert all(r.valid for r in t.rows) and t.rows[0].loss_diff == t.rows[0].grad_diff == 0.
+    by = {(r.memory_format, r.precision): r for r in t.rows}
+    assert by['channels_last', 'fp32'].grad_diff < 1e-4 and 0 < by['channels_last', 'bf16'].grad_diff < 0.2 and by['contiguous', 'fp16'].grad_diff < 0.05
+
+
+# candidates that cannot run
+
+class Fails(nn.Module):
+    def __init__(self, error, when): super().__init__(); self.error, self.when = error, when
+    def forward(self, x):
+        if self.when(x): raise self.error
+        return x
+
+
+@pytest.mark.parametrize('error, note', [(torch.OutOfMemoryError('CUDA out of memory. Tried to'), 'out of memory'),
+                                         (RuntimeError("\"conv\" not implemented for 'BFloat16'"), "not implemented for 'BFloat16'"),
+                                         (NotImplementedError(), 'NotImplementedError')])
+def test_a_candidate_that_fails_is_a_row(has, fake, error, note):
+    has('bf16'); fake({('channels_last', 'fp32'): 50.})
+    t = find(learner(nn.Sequential(nn.Conv2d(3, 4, 3), Fails(error, lambda x: x.dtype == torch.bfloat16), nn.AdaptiveAvgPool2d(1), nn.Flatten())))
+    assert [r.ms for r in t.rows] == [100., None, 50., None] and all(note in t.rows[i].note for i in (1, 3))
+    assert t.best is t.rows[2] and '–' in repr(t) and not t.rows[1].valid
+
+
+def test_an_error_of_the_baseline_is_the_users():
+    error = RuntimeError('mine')
+    with pytest.raises(RuntimeError) as e: find(learner(nn.Sequential(nn.Conv2d(3, 4, 3), Fails(error, lambda x: True))))
+    assert e.value is error
+
+
+# nothing changes
+
+class Bomb(Net):
+    "Raises in its k-th call."
+    def __init__(self, k, error): super().__init__(); self.k, self.error, self.n = k, error, [0]
+    def forward(self, x):
+        self.n[0] += 1
+        if self.n[0] == self.k: raise self.error('boom')
+        return super().forward(x)
+
+
+OPTS = dict(none=None, adam={}, fused=dict(opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True))), ranger=dict(opt_func=ranger))
+TOTAL = (3 + 2 + 1)*4  # warm-up, timed steps and check, of four candidates
+
+
+@pytest.mark.parametrize('k', range(1, TOTAL + 2))
+@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
+def test_a_failure_at_any_step_leaves_everything_as_it_was(has, fake, k, error):
+    has('bf16'); fake({})
+    opt = OPTS[[*OPTS][k % len(OPTS)]]
+    learn = learner(Bomb(0, error), loaders(shuffle=True), **(opt or {}))
+    if opt is not None: learn.fit(1)
+    if k % 2: learn.to_channelslast(amp_mode='bf16')
+    if opt is not None and k % 3: learn.fit(1)
+    learn.model.k, learn.model.n[0] = k, 0
+    before, hypers = state(learn), learn.opt and deepcopy(list(learn.opt.hypers))
+    try: find(learn, num_it=2)
+    except error: assert error is KeyboardInterrupt or k <= TOTAL
+    else: assert error is RuntimeError or k > TOTAL
+    for a, b in zip(before, state(learn)): assert same(a, b)
+    assert (learn.opt and list(learn.opt.hypers)) == hypers and (opt is not None) == (learn.opt is not None)
+    learn.model.k = 0
+    learn.fit(1)
+
+
+@pytest.mark.parametrize('name', OPTS)
+def test_training_goes_on_as_if_nothing_had_been_measured(name):
+    runs = []
+    for measure in False, True:
+        torch.manual_seed(0); random.seed(0)
+        learn = learner(convnet(), loaders(shuffle=True), lr=1e-2, **(OPTS[name] or {}))
+        learn.fit(1)
+        if measure: find(learn)
+        learn.fit(1)
+        runs.append([p.detach().clone() for p in learn.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_a_ready_made_optimizer_is_untouched():
+    "`opt_func` may be an optimizer already."
+    model = convnet()
+    opt = torch.optim.AdamW(model.parameters(), lr=0.5)
+    learn = learner(model, opt_func=OptimWrapper(opt=opt))
+    find(learn)
+    assert learn.opt is None and not opt.state and opt.param_groups[0]['lr'] == 0.5
+
+
+# the result
+
+def test_it_prints_renders_and_plots(has, fake, tmp_path):
+    has('bf16'); fake({('channels_last', 'bf16'): 70.})
+    from matplotlib import pyplot as plt
+    plt.close('all')
+    t = find(show_plot=True)
+    assert plt.get_fignums() and plt.gca().get_xlabel().startswith('speed-up') and len(plt.gca().patches) == 4
+    assert repr(t).splitlines()[4].lstrip().startswith('→ channels last') and '1.43×' in repr(t)
+    assert 'Fastest: channels last, bf16, 1.43× contiguous fp32 (differences below 2% are a tie).' in repr(t)
+    assert '<table' in t._repr_html_() and 'MiB' not in repr(t) and 'note' not in repr(t)
+    assert list(t.to_frame().precision) == ['fp32', 'bf16', 'fp32', 'bf16'] and t.to_frame().ms[3] == 70.
+    with pytest.raises(AttributeError): t.best.ms = 1
+
+
+# to_fastest
+
+@pytest.mark.parametrize('start', ['plain', 'last', 'last bf16', 'bf16', 'fastai'])
+@pytest.mark.parametrize('win', [('contiguous', 'fp32'), ('contiguous', 'bf16'), ('channels_last', 'fp32'), ('channels_last', 'bf16')])
+def test_to_fastest_applies_the_winner(has, fake, capsys, start, win):
+    has('bf16'); fake({win: 10.})
+    learn = learner()
+    if start == 'last': learn.to_channelslast(to_fp16=False)
+    if start == 'last bf16': learn.to_channelslast(amp_mode='bf16')
+    if start == 'bf16': learn.to_channelslast(amp_mode='bf16').to_contiguous()
+    if start == 'fastai':
+        from fastai.callback.channelslast import ChannelsLast as Fastais
+        learn.add_cb(Fastais())
+    for _ in range(2):
+        assert learn.to_fastest(num_it=3) is learn
+        assert len(learn._grab_cbs(ChannelsLast)) == (win[0] == 'channels_last') and len(learn._grab_cbs(MixedPrecision)) == (win[1] == 'bf16')
+        if win[1] == 'bf16': assert learn.mixed_precision.amp_mode.value == 'bf16'
+        assert (learn.format_timings.best.memory_format, learn.format_timings.best.precision) == win
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    assert said.endswith(f"{win[0].replace('_', ' ')}, {win[1]}: {1 if win == ('contiguous', 'fp32') else 10:.2f}× contiguous fp32")
+    learn.fit(1)
+
+
+def test_to_fastest_passes_scaler_arguments_on(has, fake):
+    has('fp16'); fake({('channels_last', 'fp16'): 10.})
+    learn = learner().to_fastest(num_it=3, init_scale=128.)
+    assert learn.mixed_precision.kwargs == dict(init_scale=128.)
+
+
+def test_exports_after_to_fastest_need_no_library(fake, tmp_path):
+    fake({('channels_last', 'fp32'): 10.})
+    learn = Learner(image_folder(tmp_path), convnet(n=2), path=tmp_path).to_fastest(num_it=3)
+    assert deepcopy(learn).format_timings is learn.format_timings
+    blob = pickle.dumps(learn.format_timings)
+    assert b'channelslast' not in blob and pickle.loads(blob)['best']['ms'] == 10.
+    learn.export('e.pkl')
+    assert load_learner(tmp_path/'e.pkl').format_timings['best']['memory_format'] == 'channels_last'
+
+
+# wrong uses
+
+@pytest.mark.parametrize('kw, error, match', [
+    (dict(num_it=0), ValueError, 'num_it=0'), (dict(num_it=2.5), ValueError, 'num_it=2.5'), (dict(num_it=True), ValueError, 'num_it=True'),
+    (dict(precisions=['fp8']), ValueError, "precisions: 'fp8'"), (dict(precisions=['fp16']), ValueError, "'fp16' can't be measured here; choose from 'fp32'"),
+    (dict(formats='nhwc'), ValueError, "formats: 'nhwc'.*'contiguous', 'channels_last'"), (dict(init_scale=-1), ValueError, 'init_scale'),
+    (dict(nim_it=3), TypeError, "'nim_it'")])
+@pytest.mark.parametrize('call', ['format_find', 'to_fastest'])
+def test_wrong_arguments(has, kw, error, match, call):
+    has()
+    learn = learner()
+    before = state(learn)
+    with pytest.raises(error, match=match): getattr(learn, call)(**kw)
+    for a, b in zip(before, state(learn)): assert same(a, b)
+
+
+@pytest.mark.parametrize('dls, match', [
+    (lambda: DataLoaders(*[DataLoader([], bs=2)]*2), 'yields no batch'),
+    (lambda: DataLoaders(*[DataLoader([(torch.randn(3, 8, 8),)]*4, bs=2)]*2), 'no labels')])
+def test_wrong_loaders(dls, match):
+    with pytest.raises(ValueError, match=match): find(learner(dls=dls()))
+
+
+def test_non_native_precision_is_refused():
+    with pytest.raises(ValueError, match='to_non_native_fp32'): find(learner(cbs=NonNativeMixedPrecision()))
+
+
+@pytest.mark.cuda
+def test_on_cuda():
+    learn = learner(dls=loaders().to(torch.device('cuda')))
+    before = strides(learn)
+    t = learn.format_find(num_it=3, show_plot=False)
+    assert len(t.rows) >= 4 and all(r.memory for r in t.rows if r.ms) and strides(learn) == before
+    learn.to_fastest(num_it=3).fit(1)
