@@ -11,10 +11,11 @@ from fastai.callback.channelslast import ChannelsLast as _FastaiChannelsLast
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip
 from fastai.learner import Learner
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
+from torch.utils._pytree import tree_leaves
 
 from . import precision as _precision
 from .callback import ChannelsLast
@@ -69,7 +70,7 @@ class _Candidate:
         align_optimizer(learn.opt)
         if self.scaler is None:
             for cb in self.cbs: cb('before_fit')
-            self.scaler = learn.__dict__.get('scaler', False)
+            self.scaler = False if self.precision == 'fp32' else learn.scaler
         learn.scaler = self.scaler
 
     def attempt(self, learn, f):
@@ -157,17 +158,18 @@ def _heal(learn, originals, stepped):
     learn.model.zero_grad(set_to_none=True)
 
 
-def _measure(learn, candidates, batches, num_it, bar, originals):
+def _measure(learn, candidates, batches, num_it, tick, originals):
     "Time all candidates, interleaved."
     cbs = [o for o in learn.cbs if not isinstance(o, (_FastaiChannelsLast, MixedPrecision))]
     device, cuda = fit_device(learn), fit_device(learn).type == 'cuda'
-    done, sound, stepped = 0, True, any('step' in s or len(s) > 1 for s in getattr(learn.opt, 'opt', learn.opt).state.values())
+    state = tree_leaves(list(getattr(learn.opt, 'opt', learn.opt).state.values()))
+    done, sound, stepped = 0, True, any(isinstance(t, torch.Tensor) for t in state)
     def _step(c, i):
         nonlocal done, sound
         if cuda: torch.cuda.reset_peak_memory_stats(device)
         ms = step_ms(learn, batches[i % len(batches)])
         if cuda: c.memory = max(c.memory or 0, torch.cuda.max_memory_allocated(device)/2**20)
-        bar.update(done := done + 1)
+        tick(done := done + 1)
         finite = bool(learn.loss.isfinite().all())
         if c.baseline: sound = finite # else the user's own numbers are such
         elif sound and not finite:
@@ -236,14 +238,16 @@ def format_find(self:Learner,
     pairs = [(f, p) for f in FORMATS for p in PRECISIONS if (f, p) == ('contiguous', 'fp32') or f in formats and p in precisions]
     candidates = [_Candidate(f, p, kwargs) for f, p in pairs]
     current = _current(self)
-    bar = progress_bar(range((WARM_UP + num_it)*len(pairs)), display=hasattr(self, 'progress'), leave=False)
-    bar.update(0)
+    steps = (WARM_UP + num_it)*len(pairs)
+    bar = progress_bar(range(steps), leave=False) if hasattr(self, 'progress') else None  # `no_bar` takes it away
+    tick = bar.update if bar else noop
+    tick(0)
     with untouched(self, STEP_CALLBACKS, eager=False) as originals:
         batches, loader_ms = _load_batches(self)
         if self.opt is None: self.create_opt()
         self.opt.set_hypers(lr=0.) # weights stay, so that every candidate steps on the same ones
-        self.n_iter = len(bar.gen)
-        _measure(self, candidates, batches, num_it, bar, originals)
+        self.n_iter = steps
+        _measure(self, candidates, batches, num_it, tick, originals)
     base = statistics.median(candidates[0].ms)
     rows = [c.timing(base) for c in candidates]
     margin = noise_margin([c.ms for c in candidates if c.ms and c.valid])
@@ -251,9 +255,17 @@ def format_find(self:Learner,
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(shared := [vars(result)], src=0)
         result.__dict__.update(shared[0])
-    bar.on_iter_end()
+    if bar: bar.on_iter_end()
     if show_plot: result.plot()
     return result
+
+
+def apply(learn, row:Timing, **scaler):
+    "Switch a Learner to the format and precision of a `Timing`, with these GradScaler arguments if it is fp16."
+    if row.precision == 'fp32': learn.to_fp32().to_channelslast(to_fp16=False)
+    elif _current(learn)[1] == row.precision and not scaler: learn.to_channelslast()
+    else: learn.to_channelslast(amp_mode=row.precision, **(scaler if row.precision == 'fp16' else {}))
+    return learn if row.memory_format == 'channels_last' else learn.to_contiguous()
 
 
 @patch
@@ -263,13 +275,7 @@ def to_fastest(self:Learner, show_plot:bool=False, **kwargs):
 
     The measurements stay in `learn.format_timings`."""
     timings = self.format_find(show_plot=show_plot, **kwargs)
-    best = timings.best
-    scaler = {k: v for k, v in kwargs.items() if k not in ('precisions', 'formats', 'num_it')}
-    if best.precision == 'fp32': self.to_fp32().to_channelslast(to_fp16=False)
-    elif _current(self)[1] != best.precision or scaler:
-        self.to_channelslast(amp_mode=best.precision, **(scaler if best.precision == 'fp16' else {}))
-    else: self.to_channelslast()
-    if best.memory_format == 'contiguous': self.to_contiguous()
+    apply(self, timings.best, **{k: v for k, v in kwargs.items() if k not in ('precisions', 'formats', 'num_it')})
     self.format_timings = timings
-    print(f'{label(best)}: {best.speedup:.2f}× contiguous fp32')
+    print(f'{label(timings.best)}: {timings.best.speedup:.2f}× contiguous fp32')
     return self

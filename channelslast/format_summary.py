@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import pandas as pd
 from fastai.callback.core import Callback, CancelBatchException
-from fastai.learner import CastToTensor, Learner
+from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -157,8 +157,6 @@ def format_summary(self:Learner,
                              f"They hold: {shapes}.")
         loss = type(self.loss_func).__name__ if not hasattr(self.loss_func, '__name__') else self.loss_func.__name__
         trace = FormatTrace(self.model, batch, loss)
-        for cb in self.cbs:
-            if isinstance(cb, CastToTensor): cb.order = _OneStep.order - 1 # before PyTorch 2.5 it can't run under a trace
         self.add_cb(_OneStep(trace, stack))
         self('before_fit'); self('before_epoch'); self('before_train')
         self.n_iter = 1

@@ -1,5 +1,5 @@
 "Look and measure without leaving a trace on the Learner."
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from copy import copy
 
 import torch
@@ -18,11 +18,6 @@ from .reproducible import keep_random_states
 __all__ = ['untouched', 'learner_modules']
 
 TAKE_PART = TrainEvalCallback, CastToTensor, ChannelsLast, MixedPrecision  # callbacks without which a step is another one
-
-
-def _eager(wanted):
-    "Compiled functions run as they were written, where PyTorch (from 2.6 on) can do that."
-    return torch.compiler.set_stance('force_eager') if wanted and hasattr(torch.compiler, 'set_stance') else nullcontext()
 
 
 def learner_modules(learn) -> list:
@@ -69,7 +64,8 @@ def _keep_optimizer(undo, opt):
         for state in getattr(opt, 'state', {}).values():
             if isinstance(state, dict): _keep_dict(undo, state)
         originals += _run_on_copies(undo, [t for t in tree_leaves([own.get('state'), *map(list, own.get('slow_weights') or ())]) if isinstance(t, Tensor)])
-        opt = own.get('opt', own.get('optimizer'))
+        inner = own.get('opt', own.get('optimizer'))
+        opt = inner if hasattr(inner, 'state') else None
     return originals
 
 
@@ -82,11 +78,16 @@ def untouched(learn,
     ended: weights, buffers, gradients, their formats and memory, optimizer, modes, callbacks, recorder, hooks, random states,
     autocast, the training loader's shuffling. Costs one copy of the tensors of model and optimizer.
 
-    Gives the tensors with their originals' memory. What a module keeps in objects of its own, deeper than its attributes,
-    is not known here."""
-    loader, modules = learn.dls.train, learner_modules(learn)
-    with keep_random_states(), keep_autocast(fit_device(learn).type), torch.enable_grad(), _eager(eager), ExitStack() as undo:
+    Gives the tensors with their originals' memory. What a module keeps deeper than in objects among its attributes is
+    not known here."""
+    try: loader, modules = learn.dls.train, learner_modules(learn)
+    except IndexError: raise ValueError("The Learner's DataLoaders hold no loader: there is nothing to run on.") from None
+    with keep_random_states(), keep_autocast(fit_device(learn).type), torch.enable_grad(), ExitStack() as undo:
+        if eager: undo.enter_context(torch.compiler.set_stance('force_eager'))
         for o in (learn, *learn.cbs, loader, *modules): _keep_dict(undo, vars(o))
+        # what modules hold on to: fastai's UNet keeps activations in `Hook` objects
+        for o in {id(v): v for m in modules for v in vars(m).values() if type(v).__module__ != 'builtins'}.values():
+            if hasattr(o, '__dict__') and not isinstance(o, (nn.Module, Tensor, type)): _keep_dict(undo, vars(o))
         if hasattr(rng := getattr(loader, 'rng', None), 'getstate'): undo.callback(rng.setstate, rng.getstate())
         originals = _run_on_copies(undo, [t for m in modules for t in (*m.parameters(False), *m.buffers(False))])
         originals += _keep_optimizer(undo, learn.opt if learn.opt is not None or not isinstance(learn.opt_func, OptimWrapper) else learn.opt_func)

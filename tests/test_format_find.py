@@ -179,12 +179,14 @@ def test_wrong_numbers_are_never_suggested(has, fake, bad, note):
     assert not any(r.valid for r in marked) and t.best.valid
 
 
-def test_numbers_of_good_models(has):
-    has('bf16', 'fp16')
+@pytest.mark.parametrize('fast', [('fp16',), ('bf16', 'fp16')])
+def test_numbers_of_good_models(has, fast):
+    has(*fast)
     t = find(learner(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))))
     assert all(r.valid for r in t.rows) and t.rows[0].loss_diff == t.rows[0].grad_diff == 0.
     by = {(r.memory_format, r.precision): r for r in t.rows}
-    assert by['channels_last', 'fp32'].grad_diff < 1e-4 and 0 < by['channels_last', 'bf16'].grad_diff < 0.2 and by['contiguous', 'fp16'].grad_diff < 0.05
+    assert by['channels_last', 'fp32'].grad_diff < 1e-4 and by['contiguous', 'fp16'].grad_diff < 0.05
+    if 'bf16' in fast: assert 0 < by['channels_last', 'bf16'].grad_diff < 0.2
 
 
 # candidates that cannot run

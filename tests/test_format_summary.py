@@ -152,7 +152,9 @@ def test_unet(cast):
                          loss_func=CrossEntropyLossFlat(axis=1))
     if cast: learn.to_channelslast(to_fp16=False)
     else: learn.model.to(memory_format=torch.channels_last)
+    held = [m.hook.stored for m in learn.model.modules() if isinstance(getattr(m, 'hook', None), Hook)]
     s = learn.format_summary()
+    assert held and all(a is m.hook.stored for a, m in zip(held, [m for m in learn.model.modules() if isinstance(getattr(m, 'hook', None), Hook)]))
     names = dict(learn.model.named_modules())
     assert all(r.module in names and r.cls == type(names[r.module]).__name__ for r in s.rows if r.module != 'loss')
     assert [(r.cls, r.op) for r in s.lost] == ([] if cast else [('MergeLayer', 'aten.cat')]) and s.holds == cast
@@ -442,7 +444,6 @@ def test_own_batch_and_no_labels():
 
 @pytest.mark.parametrize('compiled', ['model', 'part', 'in place'])
 def test_compiled_models(compiled):
-    if compiled != 'model' and not hasattr(torch.compiler, 'set_stance'): pytest.skip('this PyTorch compiles parts all the same')
     plain, calls = convnet(), []
     def backend(gm, inputs):
         calls.append(1)
