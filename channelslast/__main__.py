@@ -9,8 +9,8 @@ from fastcore.script import anno_parser
 
 from . import less_random
 from .classifiers import Mistake, build, check, digits, folder, pick_device, unreadable
-from .format_find import apply, synchronize
-from .precision import accelerates
+from .format_find import apply
+from .precision import accelerates, synchronize
 from .timings import label
 
 
@@ -74,7 +74,7 @@ def main(
     for row in timings.rows[0], best:
         print(f'\nTraining {label(row)}', flush=True)
         with less_random():
-            learn = apply(make_learn(), row)
+            learn = apply(make_learn(), row, timings.layers)
             try: ms, sec, acc = train(learn, epochs, lr)
             except OSError as e: raise unreadable(e)
         seconds.append(sec)

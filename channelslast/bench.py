@@ -15,7 +15,8 @@ from torchvision.models import get_model
 
 from . import less_random
 from .classifiers import Mistake, build, pick_device
-from .format_find import apply, step_ms, synchronize
+from .format_find import apply, step_ms
+from .precision import synchronize
 from .timings import label
 
 # pixels and images a batch on a CPU; on a GPU, 224 and 128
@@ -86,16 +87,19 @@ def judge(name, size, bs, device, num_it) -> dict:
         timings = learn.format_find(show_plot=False)
         took, pick = time.perf_counter() - start, timings.best
         batch = learn._set_device(learn.dls.one_batch())
-        steps = {label(r): stepper(apply(deepcopy(learn), r), batch) for r in timings.rows}
+        steps = {label(r): stepper(apply(deepcopy(learn), r, timings.layers), batch) for r in timings.rows if r.ms}
         steps['bare'] = bare(deepcopy(learn), batch, pick)
         own = deepcopy(learn).add_cbs([FastaiChannelsLast(), MixedPrecision()])
         try: steps['fastai'] = stepper(own, batch)
         except RuntimeError: pass  # a Conv3d: fastai's callback can't
         ms = interleaved(steps, num_it)
-    mine, best = ms[label(pick)], min(ms[label(r)] for r in timings.rows)
+    mine, best = ms[label(pick)], min(ms[label(r)] for r in timings.rows if r.ms)
     fastais = f"{ms['fastai']/mine:.2f}×" if 'fastai' in ms else 'fails'
+    single = min(ms[label(r)] for r in timings.rows if r.ms and '+' not in r.precision)
+    tuned = [ms[label(r)] for r in timings.rows if r.ms and '+' in r.precision]
     return {'model': name, 'px': size, 'batch': bs, 'pick': label(pick), 'ms/step': f'{mine:.1f}', 'pick/best': f'{mine/best:.2f}',
             'over contiguous fp32': f"{ms['contiguous, fp32']/mine:.2f}×", "over fastai's own": fastais,
+            'tuned over single': f'{single/min(tuned):.2f}×' if tuned else '–',
             'step/bare loop': f"{mine/ms['bare']:.2f}", 'find took': f'{took:.0f} s'}
 
 

@@ -9,7 +9,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 
 from .memory_format import align_optimizer, cast_module, cast_tree, castable
-from .precision import DeviceMixedPrecision, check_amp_mode, check_scaler, fit_device, model_device, pickled_as
+from .precision import DeviceMixedPrecision, check_amp_mode, check_scaler, fit_device, layer_names, model_device, pickled_as
 
 __all__ = ['ChannelsLast']
 
@@ -43,12 +43,13 @@ class ChannelsLast(_FastaiChannelsLast):
 def to_channelslast(self:Learner,
     to_fp16:bool=True, # Add mixed precision? Needed for the full speed of channels last
     amp_mode:str|AMPMode=None, # `'fp16'` (default) or `'bf16'`
+    fp32_layers=None, # Modules that mixed precision leaves in fp32: names as in `named_modules`, or functions of a module
     **kwargs
 ):
     """Train in channels last, with mixed precision unless `to_fp16=False`; returns the Learner.
 
-    Mixed precision that the Learner has is kept, unless this call names `amp_mode` or an argument of `GradScaler`: then
-    it is replaced by what the call says. Where the device has no fast arithmetic of the asked type, training stays in
+    Mixed precision that the Learner has is kept, unless this call names `amp_mode`, `fp32_layers` or an argument of
+    `GradScaler`: then it is replaced by what the call says. Where the device has no fast arithmetic of the asked type, training stays in
     fp32 with a warning. `use_amp`, fastai's newer name of `to_fp16`, is taken too. The GradScaler arguments serve fp16
     only: https://docs.pytorch.org/docs/stable/amp.html
 
@@ -58,7 +59,8 @@ def to_channelslast(self:Learner,
         raise ValueError(f"to_fp16={to_fp16!r}: use True or False (the type goes into `amp_mode`)")
     check_scaler(**kwargs)
     mode = AMPMode.FP16 if amp_mode is None else check_amp_mode(amp_mode)
-    named = [*(['amp_mode'] if amp_mode is not None else []), *kwargs]
+    layers = () if fp32_layers is None else layer_names(self.model, fp32_layers)
+    named = [k for k, v in dict(amp_mode=amp_mode, fp32_layers=fp32_layers).items() if v is not None] + list(kwargs)
     kept, foreign = self._grab_cbs(MixedPrecision), self._grab_cbs(NonNativeMixedPrecision)
 
     if not any(isinstance(o, ChannelsLast) for o in self._grab_cbs(_FastaiChannelsLast)):
@@ -67,10 +69,12 @@ def to_channelslast(self:Learner,
     if not to_fp16 or foreign: idle = named
     elif named or not kept:
         if mode is AMPMode.BF16: idle = list(kwargs)
-        self.remove_cb(MixedPrecision).add_cb(DeviceMixedPrecision(mode, **kwargs))
+        self.remove_cb(MixedPrecision).add_cb(DeviceMixedPrecision(mode, layers, **kwargs))
     elif any(type(o) is MixedPrecision for o in kept) and fit_device(self).type != 'cuda':
         warnings.warn("This Learner keeps fastai's own `MixedPrecision`, which works on CUDA only. Name an `amp_mode` in "
                       "`to_channelslast` to replace it.", stacklevel=2)
+    if fp32_layers is not None and not layers:
+        warnings.warn("fp32_layers: no module of the model is meant; all layers run in half precision.", stacklevel=2)
     if idle:
         why = ('with `to_fp16=False`' if not to_fp16 else "beside `NonNativeMixedPrecision`" if foreign
                else 'in bf16, which needs no gradient scaling')

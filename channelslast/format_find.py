@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from . import precision as _precision
 from .callback import ChannelsLast
 from .memory_format import align_optimizer, cast_module
-from .precision import DeviceMixedPrecision, check_scaler, fit_device
+from .layers import fp32_names, record_inputs, time_layers
+from .precision import DTYPES, DeviceMixedPrecision, check_scaler, fit_device, synchronize, unwrapped
 from .timings import FormatTimings, Timing, choose, label, noise_margin
 from .untouched import TAKE_PART, untouched
 
@@ -35,11 +36,6 @@ STEP_CALLBACKS = *TAKE_PART, GradientAccumulation, GradientClip, MixHandler, BnF
 TOLERANCE = dict(fp32=(1e-3, 5e-2), fp16=(2e-2, 0.4), bf16=(5e-2, 0.8))
 
 
-def synchronize(device: torch.device):
-    "Wait until the device has done all that it was given."
-    getattr(torch, device.type).synchronize()
-
-
 def step_ms(learn, batch) -> float:
     "Milliseconds of one training step of the Learner."
     device = fit_device(learn)
@@ -52,11 +48,11 @@ def step_ms(learn, batch) -> float:
 
 class _Candidate:
     "A format and precision, with the callbacks that make it, and what was measured of it."
-    def __init__(self, memory_format, precision, scaler):
-        self.memory_format, self.precision = memory_format, precision
+    def __init__(self, memory_format, precision, scaler, fp32_layers=()):
+        self.memory_format, self.precision, self.half = memory_format, precision + '+fp32'*bool(fp32_layers), precision
         self.last, self.baseline = memory_format == 'channels_last', (memory_format, precision) == ('contiguous', 'fp32')
         self.cbs = [ChannelsLast()]*self.last
-        if precision != 'fp32': self.cbs.append(DeviceMixedPrecision(precision, **(scaler if precision == 'fp16' else {})))
+        if precision != 'fp32': self.cbs.append(DeviceMixedPrecision(precision, fp32_layers, **(scaler if precision == 'fp16' else {})))
         self.ms, self.note, self.running, self.valid, self.scaler = [], '', True, True, None
         self.loss_diff = self.grad_diff = self.memory = None
 
@@ -95,6 +91,12 @@ class _Backward(Callback):
     def before_step(self): raise CancelBatchException
 
 
+def _stop(learn):
+    cb = _Backward()
+    cb.learn = learn
+    return cb
+
+
 def _loss_and_grads(learn, batch):
     "Loss and gradients of one batch in eval mode, in fp32, unscaled."
     scaler = learn.scaler or None
@@ -112,8 +114,7 @@ def _loss_and_grads(learn, batch):
 def _check_numbers(learn, candidates, cbs, batch):
     "Fill `loss_diff` and `grad_diff`, and drop whoever is outside its tolerance."
     cbs = [o for o in cbs if isinstance(o, TAKE_PART)]
-    stop = _Backward()
-    stop.learn = learn
+    stop = _stop(learn)
     learn.model.eval()
     reference = None
     for c in candidates:
@@ -127,7 +128,7 @@ def _check_numbers(learn, candidates, cbs, batch):
         off = math.sqrt(sum((b if a is None else a - b).double().square().sum().item() for a, b in pairs))
         norm = math.sqrt(sum(b.double().square().sum().item() for _, b in pairs))
         c.loss_diff, c.grad_diff = abs(loss - loss0)/(abs(loss0) or 1), off/(norm or 1)
-        most_loss, most_grad = TOLERANCE[c.precision]
+        most_loss, most_grad = TOLERANCE[c.half]
         if c.baseline: continue
         if not math.isfinite(loss): c.out('loss is not finite')
         elif not (c.loss_diff <= most_loss and c.grad_diff <= most_grad): c.out('numbers differ from contiguous fp32')
@@ -158,8 +159,8 @@ def _heal(learn, originals, stepped):
     learn.model.zero_grad(set_to_none=True)
 
 
-def _measure(learn, candidates, batches, num_it, tick, originals):
-    "Time all candidates, interleaved."
+def _measure(learn, candidates, batches, num_it, tick, originals, tune, scaler) -> list:
+    "Time all candidates, interleaved; with `tune`, adds those that keep some layers in fp32. Returns the layers' times."
     cbs = [o for o in learn.cbs if not isinstance(o, (_FastaiChannelsLast, MixedPrecision))]
     device, cuda = fit_device(learn), fit_device(learn).type == 'cuda'
     state = tree_leaves(list(getattr(learn.opt, 'opt', learn.opt).state.values()))
@@ -178,9 +179,17 @@ def _measure(learn, candidates, batches, num_it, tick, originals):
         return ms
     learn.cbs = L(cbs)
     learn('before_fit'); learn('before_epoch'); learn('before_train')
-    for c in candidates:
-        c.attempt(learn, lambda: (c.switch(learn, cbs), [_step(c, i) for i in range(WARM_UP) if c.running]))
-    learn.cbs = L(cbs)
+    def _warm_up(cs):
+        for c in cs: c.attempt(learn, lambda: (c.switch(learn, cbs), [_step(c, i) for i in range(WARM_UP) if c.running]))
+        learn.cbs = L(cbs)
+    _warm_up(candidates)
+    layers = []
+    for c in [c for c in candidates if tune and c.running and c.last and c.precision != 'fp32']:
+        rows, mixed = _mixed(learn, c, cbs, batches[0], scaler)
+        layers += rows
+        if mixed:
+            candidates.append(mixed)
+            _warm_up([mixed])
     _check_numbers(learn, candidates, cbs, batches[0])
     for i in range(num_it):
         # there and back, so that drift hits all alike and the format changes once a round
@@ -193,13 +202,28 @@ def _measure(learn, candidates, batches, num_it, tick, originals):
             for c in candidates:
                 if c.running and not c.baseline and statistics.median(c.ms) > HOPELESS*best:
                     c.out(f'dropped after {len(c.ms)} steps: far slower', valid=True)
+    return layers
+
+
+def _mixed(learn, c, cbs, batch, scaler) -> tuple:
+    "What each layer takes in the half precision of `c` and in fp32, and the candidate that follows, if any layer is to stay."
+    c.switch(learn, [_stop(learn), *cbs])
+    model = unwrapped(learn.model)
+    inputs = c.attempt(learn, lambda: record_inputs(model, lambda: learn.one_batch(0, batch))) or {}
+    rows = time_layers(model, inputs, DTYPES[AMPMode(c.half)], c.half)
+    names = fp32_names(rows, c.half)
+    if not names: return rows, None
+    mixed = _Candidate('channels_last', c.half, scaler, names)
+    mixed.note = f'{len(names)} of {sum(len(r.names) for r in rows)} layers in fp32'
+    return rows, mixed
 
 
 def _current(learn) -> tuple:
     "Memory format and precision that the Learner trains in now."
     mp = next(iter(learn._grab_cbs(MixedPrecision)), None)
     fast = mp and _precision.accelerates(fit_device(learn).type, mp.amp_mode)
-    return FORMATS[bool(learn._grab_cbs(_FastaiChannelsLast))], mp.amp_mode.value if fast else 'fp32'
+    tuned = '+fp32'*bool(getattr(mp, 'fp32_layers', ()))
+    return FORMATS[bool(learn._grab_cbs(_FastaiChannelsLast))], mp.amp_mode.value + tuned if fast else 'fp32'
 
 
 def _asked(name, asked, possible) -> list:
@@ -216,6 +240,7 @@ def format_find(self:Learner,
     formats=None, # Some of `'contiguous'`, `'channels_last'`; None: both
     num_it:int=10, # Timed steps a candidate
     show_plot:bool=True, # Draw the chart?
+    layers:bool=True, # Measure single layers too, and try to keep in fp32 those that half precision slows down?
     **kwargs
 ) -> FormatTimings:
     """Mock-train in each memory format and precision and measure a step of each; the Learner is left bit for bit as it was.
@@ -223,7 +248,9 @@ def format_find(self:Learner,
     Steps are the Learner's own (its loss, optimizer, gradient clipping and accumulation, MixUp; learning rate 0), on a few
     batches kept on the device, interleaved; the loader is timed apart. Each candidate's loss and gradients are compared
     with contiguous fp32, which is always measured. Takes at most `(3 + num_it) × candidates` steps and a forward and
-    backward pass each, and the memory of one more copy of the model and the optimizer's state.
+    backward pass each, and the memory of one more copy of the model and the optimizer's state. With `layers`, each distinct
+    convolution and linear layer is timed alone in half and in fp32, and one candidate more per half precision keeps in fp32
+    those that are clearly faster there: its precision reads `'bf16+fp32'`.
 
     Other arguments are those of `torch.amp.GradScaler`, for fp16. In a distributed run, rank 0's result holds for all.
     Raises `ValueError` for arguments that can't be, an empty loader, or a loader without labels; an error in contiguous
@@ -238,7 +265,8 @@ def format_find(self:Learner,
     pairs = [(f, p) for f in FORMATS for p in PRECISIONS if (f, p) == ('contiguous', 'fp32') or f in formats and p in precisions]
     candidates = [_Candidate(f, p, kwargs) for f, p in pairs]
     current = _current(self)
-    steps = (WARM_UP + num_it)*len(pairs)
+    tuned = [p for f, p in pairs if layers and f == 'channels_last' and p != 'fp32']
+    steps = (WARM_UP + num_it)*(len(pairs) + len(tuned))
     bar = progress_bar(range(steps), leave=False) if hasattr(self, 'progress') else None  # `no_bar` takes it away
     tick = bar.update if bar else noop
     tick(0)
@@ -247,11 +275,11 @@ def format_find(self:Learner,
         if self.opt is None: self.create_opt()
         self.opt.set_hypers(lr=0.) # weights stay, so that every candidate steps on the same ones
         self.n_iter = steps
-        _measure(self, candidates, batches, num_it, tick, originals)
+        layers = _measure(self, candidates, batches, num_it, tick, originals, layers, kwargs)
     base = statistics.median(candidates[0].ms)
     rows = [c.timing(base) for c in candidates]
     margin = noise_margin([c.ms for c in candidates if c.ms and c.valid])
-    result = FormatTimings(rows, choose(rows, current, margin), margin, loader_ms)
+    result = FormatTimings(rows, choose(rows, current, margin), margin, loader_ms, layers)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(shared := [vars(result)], src=0)
         result.__dict__.update(shared[0])
@@ -260,11 +288,14 @@ def format_find(self:Learner,
     return result
 
 
-def apply(learn, row:Timing, **scaler):
+def apply(learn, row:Timing, layers=(), **scaler):
     "Switch a Learner to the format and precision of a `Timing`, with these GradScaler arguments if it is fp16."
-    if row.precision == 'fp32': learn.to_fp32().to_channelslast(to_fp16=False)
-    elif _current(learn)[1] == row.precision and not scaler: learn.to_channelslast()
-    else: learn.to_channelslast(amp_mode=row.precision, **(scaler if row.precision == 'fp16' else {}))
+    half, _, tuned = row.precision.partition('+')
+    names = fp32_names(layers, half) if tuned else ()
+    if half == 'fp32': learn.to_fp32().to_channelslast(to_fp16=False)
+    elif _current(learn)[1] == row.precision and not scaler and tuple(names) == tuple(getattr(learn.mixed_precision, 'fp32_layers', ())):
+        learn.to_channelslast()
+    else: learn.to_channelslast(amp_mode=half, fp32_layers=names or None, **(scaler if half == 'fp16' else {}))
     return learn if row.memory_format == 'channels_last' else learn.to_contiguous()
 
 
@@ -275,7 +306,7 @@ def to_fastest(self:Learner, show_plot:bool=False, **kwargs):
 
     The measurements stay in `learn.format_timings`."""
     timings = self.format_find(show_plot=show_plot, **kwargs)
-    apply(self, timings.best, **{k: v for k, v in kwargs.items() if k not in ('precisions', 'formats', 'num_it')})
+    apply(self, timings.best, timings.layers, **{k: v for k, v in kwargs.items() if k not in ('precisions', 'formats', 'num_it', 'layers')})
     self.format_timings = timings
     print(f'{label(timings.best)}: {timings.best.speedup:.2f}× contiguous fp32')
     return self

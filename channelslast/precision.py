@@ -5,6 +5,7 @@ import operator
 import warnings
 from contextlib import contextmanager
 from copy import deepcopy
+from difflib import get_close_matches
 from itertools import chain
 
 import torch
@@ -12,8 +13,10 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.learner import Learner
+from torch import nn
+from torch.utils._pytree import tree_map_only
 
-__all__ = ['accelerates', 'model_device', 'fit_device', 'pickled_as', 'check_amp_mode', 'check_scaler',
+__all__ = ['accelerates', 'model_device', 'fit_device', 'pickled_as', 'check_amp_mode', 'check_scaler', 'layer_names', 'fp32_forward', 'synchronize', 'unwrapped',
            'keep_autocast', 'DeviceMixedPrecision']
 
 DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
@@ -23,6 +26,19 @@ def model_device(model) -> torch.device:
     "The device of the model's first parameter or buffer; the CPU for a model that has neither."
     t = next(chain(model.parameters(), model.buffers()), None)
     return torch.device('cpu') if t is None else t.device
+
+
+def synchronize(device: torch.device):
+    "Wait until the device has done all that it was given."
+    getattr(torch, device.type).synchronize()
+
+
+def unwrapped(model) -> nn.Module:
+    "The user's own module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
+        elif isinstance(inner := vars(model).get('_modules', {}).get('_orig_mod'), nn.Module): model = inner
+        else: return model
 
 
 def fit_device(learn) -> torch.device:
@@ -92,18 +108,52 @@ def pickled_as(base):
     return _decorate
 
 
+def layer_names(
+    model: nn.Module,
+    layers, # Names as in `named_modules`, or predicates on modules, one or several
+) -> list: # Names, in the model's order
+    "The names of the modules meant; `ValueError` for a name that the model does not have."
+    modules = dict(unwrapped(model).named_modules())
+    asked = [layers] if isinstance(layers, str) or callable(layers) else list(layers)
+    for o in asked:
+        if isinstance(o, str) and o in modules and o or callable(o): continue
+        near = get_close_matches(str(o), modules, 3, 0.4)
+        raise ValueError(f"fp32_layers: the model has no module {o!r}; " + (f"did you mean {', '.join(map(repr, near))}?" if near else
+                         "use names as in `model.named_modules()`, or a function of a module that returns True or False"))
+    return [n for n, m in modules.items() if n and any(n == o if isinstance(o, str) else o(m) for o in asked)]
+
+
+def _cast_floats(x, to: torch.dtype, types: tuple):
+    "`x`, a tensor or containers of them, with tensors of these types cast."
+    return tree_map_only(torch.Tensor, lambda t: t.to(to) if t.dtype in types else t, x)
+
+
+def fp32_forward(m: nn.Module, device_type: str, half: torch.dtype):
+    "The forward of `m` outside autocast: half-precision inputs as fp32, fp32 outputs as half, so that nothing around it changes."
+    forward = m.forward
+    def _forward(*args, **kwargs):
+        if not torch.is_autocast_enabled(device_type): return forward(*args, **kwargs)
+        with torch.autocast(device_type, enabled=False):
+            args, kwargs = _cast_floats((args, kwargs), torch.float32, (torch.float16, torch.bfloat16))
+            out = forward(*args, **kwargs)
+        return _cast_floats(out, half, (torch.float32,))
+    return _forward
+
+
 @pickled_as(MixedPrecision)
 class DeviceMixedPrecision(MixedPrecision):
     """fastai's `MixedPrecision` on the device the model is on (fastai's own names `'cuda'` whatever the device), with
     every `GradScaler` argument kept. Where the device has no fast arithmetic of the asked type it trains in fp32 and says
     so once."""
-    name, _told, _entered = 'mixed_precision', False, False
+    name, fp32_layers, _told, _entered, _replaced = 'mixed_precision', (), False, False, ()
 
     def __init__(self,
         amp_mode: str|AMPMode = AMPMode.FP16, # `'fp16'` or `'bf16'`
+        fp32_layers = (), # Names of modules to run outside autocast, in fp32
         **kwargs # Of `torch.amp.GradScaler`, which only fp16 uses
     ):
         super().__init__(check_amp_mode(amp_mode), **kwargs)
+        self.fp32_layers = tuple(fp32_layers)
 
     def before_fit(self):
         self.leave()  # of a fit that this one interrupts
@@ -111,6 +161,8 @@ class DeviceMixedPrecision(MixedPrecision):
         fast = accelerates(device, self.amp_mode)
         if not fast: self._tell(device)
         self.autocast = torch.autocast(device, DTYPES[self.amp_mode], enabled=fast)
+        names = layer_names(self.model, self.fp32_layers) if fast else ()
+        self._layers = [unwrapped(self.model).get_submodule(n) for n in names]
         # bf16 has the range of fp32: nothing to scale
         enabled = fast and self.amp_mode is AMPMode.FP16 and self.kwargs.get('enabled', True)
         self.learn.scaler, self.scales = torch.amp.GradScaler(device, **{**self.kwargs, 'enabled': enabled}), L()
@@ -128,16 +180,23 @@ class DeviceMixedPrecision(MixedPrecision):
         self.leave()  # a callback may have cancelled the last batch before its loss
         self.autocast.__enter__()
         self._entered = True
+        # on the instance and for this batch alone: outside it the model is as it was
+        self._replaced = [(vars(m), vars(m).get('forward')) for m in self._layers]
+        for m in self._layers: vars(m)['forward'] = fp32_forward(m, self.autocast.device, self.autocast.fast_dtype)
 
     def leave(self):
-        "Leave autocast if it is still on."
+        "Leave autocast if it is still on, and give its layers their own forward back."
         if self._entered: self.autocast.__exit__(None, None, None)
-        self._entered = False
+        for own, forward in self._replaced:
+            if forward is None: own.pop('forward', None)
+            else: own['forward'] = forward
+        self._entered, self._replaced = False, ()
 
     after_loss = after_cancel_batch = leave
 
     def after_fit(self):
         self.leave()
+        self._layers = ()
         super().after_fit()
 
 
@@ -168,4 +227,8 @@ def one_batch(self:Learner, i, b):
     "Train or evaluate `self.model` on batch `(xb,yb)`"
     # `MixedPrecision` turns autocast on before the batch and off after the loss; no event tells it that the model or the
     # loss raised in between, and the whole session would go on in half precision
-    with keep_autocast(fit_device(self).type): _one_batch(self, i, b)
+    ours = self._grab_cbs(DeviceMixedPrecision)
+    with keep_autocast(fit_device(self).type):
+        try: _one_batch(self, i, b)
+        finally:
+            for cb in ours: cb.leave()

@@ -15,13 +15,13 @@ LABELS = dict(contiguous='contiguous', channels_last='channels last')
 class Timing:
     "One memory format and precision, measured."
     memory_format: str      # `'contiguous'` or `'channels_last'`
-    precision: str          # `'fp32'`, `'fp16'` or `'bf16'`
+    precision: str          # `'fp32'`, `'fp16'`, `'bf16'`; `'fp16+fp32'`, `'bf16+fp32'`: some layers stay in fp32
     ms: float = None        # Median milliseconds of a training step; None: it could not run
     speedup: float = None   # Over contiguous fp32
     loss_diff: float = None # Relative difference of the loss from contiguous fp32, same batch, eval mode
     grad_diff: float = None # The same of all gradients: norm of the difference over their norm
     memory: float = None    # Peak MiB on the device; None where it can't tell
-    note: str = ''          # Why it is out of the running or was measured less
+    note: str = ''          # How many layers stay in fp32; why it is out of the running or was measured less
     valid: bool = True      # May be chosen: it ran, and its numbers are right
 
 
@@ -49,26 +49,28 @@ def choose(
     margin: float, # Fraction within which times are equal
 ) -> Timing:
     """The fastest valid row; of those within the margin of it the simplest: what the Learner has, then fp32, then
-    contiguous."""
+    one precision for all layers, then contiguous."""
     valid = [r for r in rows if r.valid]
     tied = [r for r in valid if r.ms <= min(o.ms for o in valid) * (1 + margin)]
     return min(tied, key=lambda r: ((r.memory_format, r.precision) != current, r.precision != 'fp32',
-                                    r.memory_format != 'contiguous', r.ms))
+                                    '+' in r.precision, r.memory_format != 'contiguous', r.ms))
 
 
 class FormatTimings:
     """What `Learner.format_find` measured. Prints as a table, renders as one in a notebook.
 
     `.rows`: a `Timing` a candidate; `.best`: the suggested one; `.margin`: the fraction within which times count as equal;
-    `.loader_ms`: median milliseconds the loader needs for a batch; `.input_bound`: does it need longer than the fastest step?"""
-    def __init__(self, rows, best, margin, loader_ms):
-        self.rows, self.best, self.margin, self.loader_ms = list(rows), best, margin, loader_ms
+    `.loader_ms`: median milliseconds the loader needs for a batch; `.input_bound`: does it need longer than the fastest step?
+    `.layers`: a `LayerTiming` for each distinct layer and half precision."""
+    def __init__(self, rows, best, margin, loader_ms, layers=()):
+        self.rows, self.best, self.margin, self.loader_ms, self.layers = list(rows), best, margin, loader_ms, list(layers)
 
     @property
     def input_bound(self) -> bool: return self.loader_ms > min(r.ms for r in self.rows if r.valid)
 
     def __reduce__(self): # an exported Learner that holds this loads where this library is not installed
-        return dict, (dict(rows=[asdict(r) for r in self.rows], best=asdict(self.best), margin=self.margin, loader_ms=self.loader_ms),)
+        return dict, (dict(rows=[asdict(r) for r in self.rows], best=asdict(self.best), margin=self.margin, loader_ms=self.loader_ms,
+                           layers=[asdict(r) for r in self.layers]),)
     def __copy__(self): return self
     def __deepcopy__(self, memo): return self
 

@@ -12,7 +12,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .precision import fit_device, keep_autocast
+from .precision import fit_device, keep_autocast, unwrapped
 from .reproducible import keep_random_states
 
 __all__ = ['untouched', 'learner_modules']
@@ -92,5 +92,5 @@ def untouched(learn,
         originals = _run_on_copies(undo, [t for m in modules for t in (*m.parameters(False), *m.buffers(False))])
         originals += _keep_optimizer(undo, learn.opt if learn.opt is not None or not isinstance(learn.opt_func, OptimWrapper) else learn.opt_func)
         learn.cbs = L(o for o in learn.cbs if isinstance(o, take_part))
-        if eager: learn.model = getattr(learn.model, '_orig_mod', learn.model)
+        if eager: learn.model = unwrapped(learn.model)
         yield originals

@@ -222,7 +222,7 @@ def test_cudnn_warning_once(monkeypatch, device, deterministic, benchmark, n):
 def test_signature_is_the_scalers():
     sig = inspect.signature(Learner.to_channelslast)
     assert {k: v.default for k, v in list(sig.parameters.items())[1:]} == dict(
-        to_fp16=True, amp_mode=None, init_scale=65536.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, enabled=True)
+        to_fp16=True, amp_mode=None, fp32_layers=None, init_scale=65536.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, enabled=True)
 
 
 def test_returns_the_learner_and_adds_nothing_twice():

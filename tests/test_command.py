@@ -56,7 +56,7 @@ def test_bench(monkeypatch, capsys):
     assert code == 0, err
     lines = [o.split() for o in out.splitlines() if o.split()[:1] in (['squeezenet1_1'], ['r3d_18'])]
     assert len(lines) == 4 and out.splitlines()[0].count('PyTorch') == 1
-    numbers = re.findall(r'^ *squeezenet1_1 +32 +2 +\S.*?, fp32 +([\d.]+) +([\d.]+) +([\d.]+)× +([\d.]+)× +([\d.]+)', out, re.M)
+    numbers = re.findall(r'^ *squeezenet1_1 +32 +2 +\S.*?, \S+ +([\d.]+) +([\d.]+) +([\d.]+)× +([\d.]+)× +(?:–|[\d.]+×) +([\d.]+)', out, re.M)
     assert len(numbers) == 2 and all(float(o) > 0 for o in numbers[0]) and re.search(r'r3d_18.* fails ', out)  # fastai's own can't
 
 

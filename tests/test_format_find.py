@@ -12,7 +12,7 @@ from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataLoader, DataL
                                MixUp, OptimWrapper, load_learner, ranger)
 from torch import nn
 
-from channelslast import ChannelsLast, FormatTimings, format_find as module
+from channelslast import ChannelsLast, format_find as module, layers as layers_module
 from channelslast.timings import Timing, choose, noise_margin
 from tests.conftest import convnet, learner, loaders, strides
 from tests.test_callback import image_folder
@@ -38,7 +38,7 @@ def fake(monkeypatch):
     return _fake
 
 
-def find(learn=None, **kw): return (learn or learner()).format_find(**{**dict(num_it=4, show_plot=False), **kw})
+def find(learn=None, **kw): return (learn or learner()).format_find(**{**dict(num_it=4, show_plot=False, layers=False), **kw})
 
 
 # choosing, on paper
@@ -226,13 +226,14 @@ class Bomb(Net):
 
 
 OPTS = dict(none=None, adam={}, fused=dict(opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True))), ranger=dict(opt_func=ranger))
-TOTAL = (3 + 2 + 1)*4  # warm-up, timed steps and check, of four candidates
+TOTAL = (3 + 2 + 1)*5 + 1  # warm-up, timed steps and check of five candidates; and one to see what layers get
 
 
 @pytest.mark.parametrize('k', range(1, TOTAL + 2))
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
-def test_a_failure_at_any_step_leaves_everything_as_it_was(has, fake, k, error):
+def test_a_failure_at_any_step_leaves_everything_as_it_was(has, fake, monkeypatch, k, error):
     has('bf16'); fake({})
+    monkeypatch.setattr(layers_module, 'layer_ms', lambda m, x, d, h, in_fp32: 1. if in_fp32 == isinstance(m, nn.Conv2d) else 2.)
     opt = OPTS[[*OPTS][k % len(OPTS)]]
     learn = learner(Bomb(0, error), loaders(shuffle=True), **(opt or {}))
     if opt is not None: learn.fit(1)
@@ -240,7 +241,7 @@ def test_a_failure_at_any_step_leaves_everything_as_it_was(has, fake, k, error):
     if opt is not None and k % 3: learn.fit(1)
     learn.model.k, learn.model.n[0] = k, 0
     before, hypers = state(learn), learn.opt and deepcopy(list(learn.opt.hypers))
-    try: find(learn, num_it=2)
+    try: find(learn, num_it=2, layers=True)
     except error: assert error is KeyboardInterrupt or k <= TOTAL
     else: assert error is RuntimeError or k > TOTAL
     for a, b in zip(before, state(learn)): assert same(a, b)

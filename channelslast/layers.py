@@ -1,0 +1,86 @@
+"Which layers does half precision slow down? Each measured alone, at the shapes it really gets."
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .precision import fp32_forward, synchronize
+
+__all__ = ['LayerTiming', 'record_inputs', 'time_layers', 'fp32_names']
+
+KINDS = nn.modules.conv._ConvNd, nn.Linear  # what autocast runs in half; transposed convolutions are among the first
+MARGIN, WARM_UP, ROUNDS = 0.9, 2, 5  # fp32 has to take less than this part of the time in half
+
+
+@dataclass(frozen=True)
+class LayerTiming:
+    "All layers of one signature in one half precision: forward and backward, the casts around them included."
+    names: tuple      # As in `named_modules`
+    cls: str          # Class name
+    shape: tuple      # Of the input
+    precision: str    # `'fp16'` or `'bf16'`: the half precision measured
+    half_ms: float    # Median milliseconds in it
+    fp32_ms: float    # Median milliseconds in fp32
+    kept: str         # Where the layer is faster: `'fp32'` (clearly) or the half precision
+
+
+def record_inputs(model: nn.Module, run) -> dict:
+    "What each convolution and linear layer gets in `run()`: `{module: [(shape, strides, dtype, needs gradient)]}`."
+    seen = defaultdict(list)
+    def _note(m, args):
+        if args and isinstance(x := args[0], torch.Tensor): seen[m].append((x.shape, x.stride(), x.dtype, x.requires_grad))
+    handles = [m.register_forward_pre_hook(_note) for m in model.modules() if isinstance(m, KINDS)]
+    try: run()
+    finally:
+        for h in handles: h.remove()
+    return seen
+
+
+def _signature(m, x) -> tuple:
+    "Layers that agree in this take the same time."
+    conv = ('stride', 'padding', 'dilation', 'groups', 'output_padding', 'padding_mode')
+    return (type(m), x, m.weight.shape, m.weight.requires_grad, m.bias is not None, *(getattr(m, o, None) for o in conv))
+
+
+def layer_ms(m, x, device, half, in_fp32) -> float:
+    "Milliseconds of one forward and backward pass of a layer inside autocast, or outside it with the casts that this needs."
+    forward = fp32_forward(m, device.type, half) if in_fp32 else m.forward
+    synchronize(device)
+    start = time.perf_counter()
+    with torch.autocast(device.type, half): out = forward(x)
+    if out.requires_grad: out.backward(torch.ones_like(out))
+    synchronize(device)
+    ms = (time.perf_counter() - start)*1e3
+    x.grad = None
+    m.zero_grad(set_to_none=True)
+    return ms
+
+
+def time_layers(
+    model: nn.Module, # In the format to measure in
+    inputs: dict, # Of `record_inputs`
+    half: torch.dtype,
+    precision: str, # Its name
+) -> list: # `LayerTiming`s
+    "Time each distinct layer in half and in fp32, turn about; a layer that can't run alone is left out."
+    names, groups = {m: n for n, m in model.named_modules()}, defaultdict(list)
+    for m, xs in inputs.items():
+        if len(set(xs)) == 1: groups[_signature(m, xs[0])].append(m)  # a shared layer of several shapes has no one answer
+    rows = []
+    for (cls, (shape, stride, dtype, grad), *_), ms in groups.items():
+        m, device = ms[0], ms[0].weight.device
+        x = torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_().requires_grad_(grad)
+        try: runs = [[layer_ms(m, x, device, half, f) for f in (False, True)] for _ in range(WARM_UP + ROUNDS)][WARM_UP:]
+        except Exception: continue
+        in_half, in_fp32 = (statistics.median(o) for o in zip(*runs))
+        rows.append(LayerTiming(tuple(names[o] for o in ms), cls.__name__, tuple(shape), precision, in_half, in_fp32,
+                                'fp32' if in_fp32 < MARGIN*in_half else precision))
+    return rows
+
+
+def fp32_names(rows, precision) -> list:
+    "The names of the layers that are to stay in fp32 beside this half precision."
+    return [n for r in rows if r.kept == 'fp32' and r.precision == precision for n in r.names]
