@@ -56,7 +56,7 @@ class _Candidate:
         self.ms, self.note, self.running, self.valid, self.scaler = [], '', True, True, None
         self.loss_diff = self.grad_diff = self.memory = None
 
-    def out(self, note, valid=False): self.note, self.running, self.valid = note, False, valid
+    def out(self, note, valid=False): self.note, self.running, self.valid = '; '.join(filter(None, [self.note, note])), False, valid
 
     def switch(self, learn, cbs):
         "Make the Learner, inside `untouched`, train in this format and precision."
@@ -190,7 +190,8 @@ def _measure(learn, candidates, batches, num_it, tick, originals, tune, scaler) 
         if mixed:
             candidates.append(mixed)
             _warm_up([mixed])
-    _check_numbers(learn, candidates, cbs, batches[0])
+    # uncompiled: each eval-mode variant would be one more recompilation, and those are limited
+    with torch.compiler.set_stance('force_eager'): _check_numbers(learn, candidates, cbs, batches[0])
     for i in range(num_it):
         # there and back, so that drift hits all alike and the format changes once a round
         for c in candidates[::-1] if i % 2 else candidates:
