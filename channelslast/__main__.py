@@ -92,8 +92,12 @@ def cli():
         del sys.argv[1]
     else: run = main
     parser = anno_parser(run, prog='channelslast')
-    if '--amp-mode' not in parser.format_usage():  # before 2.0, fastcore wrote options with underscores
-        sys.argv[1:] = [o.replace('--amp-mode', '--amp_mode') for o in sys.argv[1:]]
+    usage = parser.format_usage()
+    def _spelled(option): # before 2.0, fastcore wrote options with underscores
+        name, eq, value = option.partition('=')
+        other = '--' + name[2:].replace('-', '_')
+        return other + eq + value if name.startswith('--') and name not in usage and other in usage else option
+    sys.argv[1:] = map(_spelled, sys.argv[1:])
     args = vars(parser.parse_args())
     args.pop('pdb', None), args.pop('xtra', None)
     try: run(**args)
