@@ -222,7 +222,8 @@ def _mixed(learn, c, cbs, batch, scaler) -> tuple:
 def _current(learn) -> tuple:
     "Memory format and precision that the Learner trains in now."
     mp = next(iter(learn._grab_cbs(MixedPrecision)), None)
-    fast = mp and _precision.accelerates(fit_device(learn).type, mp.amp_mode)
+    device = fit_device(learn).type
+    fast = mp and (isinstance(mp, DeviceMixedPrecision) or device == 'cuda') and _precision.accelerates(device, mp.amp_mode)
     tuned = '+fp32'*bool(getattr(mp, 'fp32_layers', ()))
     return FORMATS[bool(learn._grab_cbs(_FastaiChannelsLast))], mp.amp_mode.value + tuned if fast else 'fp32'
 

@@ -28,7 +28,7 @@ class FormatSummary:
     """What `Learner.format_summary` found. Prints as a table, renders as one in a notebook.
 
     `.rows`: a `Conversion` an event, in order of execution; `.lost`, `.regained`: those of that kind; `.bytes_moved`: of
-    all rows; `.holds`: there are channels-last activations, and none is lost; `.counts[backward]`: `(kept, had)`, the
+    all rows; `.holds`: there are channels-last activations, none is lost, and none has to be regained; `.counts[backward]`: `(kept, had)`, the
     operations that took a channels-last activation and made a new one, and those whose result was channels last too."""
     def __init__(self, rows, counts, note='', max_rows=20):
         self.rows, self.counts, self.note, self.max_rows = list(rows), counts, note, max_rows
@@ -40,7 +40,10 @@ class FormatSummary:
     @property
     def bytes_moved(self): return sum(r.bytes for r in self.rows)
     @property
-    def holds(self): return not self.lost and self.counts[False][1] > 0
+    def holds(self): return not self.lost and not self._unseen and self.counts[False][1] > 0
+    @property
+    def _unseen(self): # what comes back was lost, if by an operation on tensors without pixels, where formats have no name
+        return not self.lost and [r for r in self.regained if not r.backward]
 
     def to_frame(self) -> pd.DataFrame:
         "One row an event, as in `.rows`."
@@ -55,6 +58,10 @@ class FormatSummary:
         of = f"{kept} of {had} activations forward, {bkept} of {bhad} backward"
         moved = f"{len(self.rows)} conversion{'s'*(len(self.rows) != 1)} move {_mb(self.bytes_moved)} per step."
         if self.holds: return f"Channels last holds: {of}. {moved}{self.note}"
+        if self._unseen:
+            return (f"Channels last does not hold: {self._unseen[0].module or '(model)'} has to regain it, {len(self._unseen)} time"
+                    f"{'s'*(len(self._unseen) != 1)} forward, so that an operation before it on tensors of other dimensions lost it "
+                    f"(kept by {of}). {moved}{self.note}")
         top = Counter(r.cls for r in self.lost).most_common(3)
         times = 'once' if len(self.lost) == 1 else f'{len(self.lost)} times'
         return (f"Channels last is lost {times} (kept by {of}): mostly {', '.join(f'{c} ({n})' for c, n in top)}. "

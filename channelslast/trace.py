@@ -148,7 +148,9 @@ class FormatTrace(TorchDispatchMode):
         was = any(p.was_last for t, p in sources if p.backward == self.backward and not _pooled(t))
         for t, r in outs:
             if r not in self.past or (t, r) in new:
-                is_last = layout_of(t) == 'channels_last'
+                # in any number of dimensions: pixels flattened, channels moved to the end, as long as they stay innermost
+                is_last = layout_of(t) == 'channels_last' or any(
+                    p.is_last and o.shape == t.shape and _innermost(o) == _innermost(t) for o, p in sources)
                 self.past[r] = Past(is_last, was or is_last, self.backward)
         made = {layout_of(t) for t, _ in new} - {None}
         last = [t for t, _ in sources if layout_of(t) == 'channels_last']

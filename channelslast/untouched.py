@@ -84,12 +84,16 @@ def untouched(learn,
     except IndexError: raise ValueError("The Learner's DataLoaders hold no loader: there is nothing to run on.") from None
     with keep_random_states(), keep_autocast(fit_device(learn).type), torch.enable_grad(), ExitStack() as undo:
         if eager: undo.enter_context(torch.compiler.set_stance('force_eager'))
-        for o in (learn, *learn.cbs, loader, *modules): _keep_dict(undo, vars(o))
+        owners = modules if isinstance(learn.loss_func, nn.Module) or not hasattr(learn.loss_func, '__dict__') else [*modules, learn.loss_func]
+        for o in (learn, *learn.cbs, loader, *owners): _keep_dict(undo, vars(o))
         # what modules hold on to: fastai's UNet keeps activations in `Hook` objects
         for o in {id(v): v for m in modules for v in vars(m).values() if type(v).__module__ != 'builtins'}.values():
             if hasattr(o, '__dict__') and not isinstance(o, (nn.Module, Tensor, type)): _keep_dict(undo, vars(o))
         if hasattr(rng := getattr(loader, 'rng', None), 'getstate'): undo.callback(rng.setstate, rng.getstate())
-        originals = _run_on_copies(undo, [t for m in modules for t in (*m.parameters(False), *m.buffers(False))])
+        for g in (getattr(o, 'generator', None) for o in (loader, getattr(loader, 'sampler', None))):  # PyTorch's own loader
+            if isinstance(g, torch.Generator): undo.callback(g.set_state, g.get_state())
+        # parameters, buffers, and tensors that are plain attributes
+        originals = _run_on_copies(undo, [t for o in owners for t in tree_leaves(list(vars(o).values())) if isinstance(t, Tensor)])
         originals += _keep_optimizer(undo, learn.opt if learn.opt is not None or not isinstance(learn.opt_func, OptimWrapper) else learn.opt_func)
         learn.cbs = L(o for o in learn.cbs if isinstance(o, take_part))
         if eager: learn.model = unwrapped(learn.model)

@@ -8,7 +8,7 @@ import matplotlib
 import pytest
 import torch
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
-from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, GradientAccumulation, GradientClip, Learner,
+from fastai.vision.all import (Callback, DataLoader, DataLoaders, GradientAccumulation, GradientClip, Learner,
                                MixUp, OptimWrapper, load_learner, ranger)
 from torch import nn
 
@@ -314,6 +314,12 @@ def test_to_fastest_passes_scaler_arguments_on(has, fake):
     has('fp16'); fake({('channels_last', 'fp16'): 10.})
     learn = learner().to_fastest(num_it=3, init_scale=128.)
     assert learn.mixed_precision.kwargs == dict(init_scale=128.)
+
+
+def test_fastais_cuda_only_precision_is_replaced(has, fake):
+    has('fp16'); fake({('channels_last', 'fp16'): 10.})
+    learn = learner().to_fp16().to_fastest(num_it=3)
+    assert [type(o).__name__ for o in learn._grab_cbs(MixedPrecision)] == ['DeviceMixedPrecision']
 
 
 def test_exports_after_to_fastest_need_no_library(fake, tmp_path):

@@ -6,13 +6,13 @@ from functools import partial
 import pytest
 import torch
 import torchvision.models as tv
-from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Hook, Learner, OptimWrapper,
+from fastai.vision.all import (CrossEntropyLossFlat, DataLoader, DataLoaders, Hook, Learner, OptimWrapper,
                                unet_learner, xresnet18)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from channelslast import ChannelsLast, FormatSummary, format_summary as module
-from channelslast.trace import Conversion, FormatTrace, layout_of
+from channelslast.trace import Conversion, layout_of
 from tests.conftest import convnet, learner, loaders, strides
 
 CL = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -55,7 +55,7 @@ PANEL = dict(
     efficientnet=(partial(get, 'efficientnet_b0'), 0, 1, (3, 64, 64)), mobilenet=(partial(get, 'mobilenet_v3_small'), 0, 1, (3, 64, 64)),
     convnext=(partial(get, 'convnext_tiny'), 0, 6, (3, 64, 64)),
     shufflenet=(partial(get, 'shufflenet_v2_x0_5'), 16, 16, (3, 64, 64)), vgg=(partial(get, 'vgg11_bn'), 1, 0, (3, 64, 64)),
-    maxvit=(lambda: tv.MaxVit((112, 112), 16, 7, [16, 16], [2, 2], 8, 0.1, num_classes=4), 2, 20, (3, 112, 112)),
+    maxvit=(lambda: tv.MaxVit((112, 112), 16, 7, [16, 16], [2, 2], 8, 0.1, num_classes=4), 4, 20, (3, 112, 112)),
     deeplab=(lambda: Out(tv.segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)), 1, 9, (3, 64, 64)),
     attention=(partial(xresnet18, n_out=4, sa=True), 3, 6, (3, 32, 32)),
     instance_norm=(lambda: between(nn.InstanceNorm2d(8)), 1, 1, (3, 16, 16)),
@@ -113,11 +113,11 @@ def test_panel_agrees_with_hooks(name):
     r = Reading(model)
     s = summary_of(model, shape)
     assert len(lost(s, False)) == forward and len(lost(s, True)) <= backward and s.holds == (not s.lost)
-    if backward and forward != 2: assert lost(s, True) or name == 'deeplab'
+    if backward and name != 'maxvit': assert lost(s, True) or name == 'deeplab'
     modules = dict(model.named_modules())
     leaves = {n for n, m in modules.items() if not len(list(m.children()))}
     rearranged = {n for n in leaves if n.endswith('partition_op')}  # windows: channels stay innermost, which hooks can't tell
-    assert {o.module for o in s.lost if not o.backward and o.module in leaves and len(o.shape) > 3} == r.leaf_lost - rearranged
+    assert {o.module for o in s.lost if not o.backward and o.module in leaves and len(o.shape) > 3} - rearranged == r.leaf_lost - rearranged
     for n in {n for n, _ in lost(s, False)} - leaves: # a function in its forward: fed with it, or made by a child, and gone after
         inside = [c for c in modules if c.startswith(n + '.'*bool(n)) and c != n]
         assert True in r.ins[n] or any(r.outs.get(c) for c in inside)
@@ -295,6 +295,22 @@ def test_writing_into_another_format_counts():
     assert ('1', 'aten.copy_') in lost(summary_of(body(Canvas())), False)
 
 
+@pytest.mark.parametrize('f, seen', [
+    (lambda x: nn.functional.layer_norm(x.flatten(2).transpose(1, 2), (8,)).transpose(1, 2).contiguous().view(x.shape), True),
+    (lambda x: (x.flatten(2).transpose(1, 2) + 1).transpose(1, 2).contiguous().view(x.shape), True),
+    (lambda x: nn.functional.gelu(x.flatten(2)).contiguous().view_as(x), True),
+    (lambda x: torch.stack([o.relu() for o in x.unbind(0)]), False), (lambda x: x.view(2, 2, 4, 16, 16).sum(1).repeat(1, 2, 1, 1), False)],
+    ids=range(5))
+def test_what_is_lost_in_other_dimensions(f, seen):
+    "Named where a copy shows it; else the verdict says that it had to be regained."
+    class F(nn.Module):
+        def forward(self, x): return f(x)
+    s = summary_of(body(F()))
+    assert not s.holds and bool([r for r in s.lost if r.module == '1' and not r.backward]) == seen
+    s = FormatSummary([r for r in s.rows if r.kind != 'lost'], s.counts)
+    assert not s.holds and 'Channels last does not hold: 2 has to regain it, 1 time forward' in repr(s)
+
+
 # what the user sees
 
 def test_hints_hold():
@@ -413,6 +429,32 @@ def test_everything_is_as_it_was(has, where, amp, opt):
     for a, b in zip(before, state(learn)): assert same(a, b)
     learn.model.boom, learn.loss_func = None, CrossEntropyLossFlat()
     if amp != 'fastai': learn.fit(1)  # and it still trains
+
+
+class Centre(nn.Module):
+    "Tensors that are plain attributes, updated in place."
+    def __init__(self): super().__init__(); self.n, self.center, self.d = convnet(), torch.zeros(4), dict(a=torch.zeros(4))
+    def forward(self, x):
+        out = self.n(x)
+        self.center.add_(out.detach().mean(0)); self.d['a'].add_(1)
+        return out
+
+
+class PlainLoss:
+    "No module, yet with a parameter and a counter."
+    def __init__(self): self.n, self.w = 0, nn.Parameter(torch.ones(1))
+    def __call__(self, p, y): self.n += 1; return nn.functional.cross_entropy(p, y)*self.w
+
+
+@pytest.mark.parametrize('call', ['format_summary', 'format_find'])
+def test_what_models_losses_and_pytorchs_loader_keep_elsewhere(call):
+    from torch.utils.data import DataLoader as TorchDL
+    g, ds = torch.Generator().manual_seed(0), [(torch.randn(3, 8, 8), i % 4) for i in range(16)]
+    learn = Learner(DataLoaders(*[TorchDL(ds, batch_size=4, shuffle=True, generator=g)]*2), Centre(), PlainLoss(), cbs=ChannelsLast())
+    state = g.get_state()
+    getattr(learn, call)(**dict(num_it=1, show_plot=False) if call == 'format_find' else {})
+    assert torch.equal(g.get_state(), state) and not learn.model.center.any() and not learn.model.d['a'].any()
+    assert learn.loss_func.n == 0 and learn.loss_func.w.grad is None
 
 
 # models, batches and Learners of all kinds

@@ -141,7 +141,6 @@ def step(m, opt, x):
 
 def states(opt):
     opt = getattr(opt, 'opt', opt)
-    slow = getattr(opt, 'slow_weights', None)
     return [(p, s) for p in opt.state for s in opt.state[p].values() if isinstance(s, torch.Tensor) and s.shape == p.shape]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from channelslast import less_random
-from tests.conftest import convnet, learner, loaders
+from tests.conftest import learner, loaders
 
 
 def draw(): return random.random(), np.random.rand(), torch.rand(1).item()
