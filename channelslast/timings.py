@@ -96,9 +96,10 @@ class FormatTimings:
         if ax is None: ax = plt.subplots(figsize=(7, 0.9 + 0.45*len(rows)), layout='constrained')[1]
         bars = ax.barh([label(r) for r in rows], [r.speedup for r in rows], height=0.62,
                        color=['#0072B2' if r is self.best else '#B0B7BF' if r.valid else '#E6E6E6' for r in rows])
-        ax.bar_label(bars, [f'{r.speedup:.2f}×  ({r.ms:.3g} ms)' + ('' if r.valid else ' ✗') for r in rows], padding=4)
         ax.axvline(1, color='#444444', lw=1, ls='--')
-        ax.set(xlabel='speed-up of a training step over contiguous fp32 (dashed)', xlim=(0, 1.35*max(r.speedup for r in rows)),
+        ax.bar_label(bars, [f"{r.speedup:.2f}×  ({r.ms:.{0 if r.ms >= 100 else 1}f} ms){'' if r.valid else '  wrong numbers'}" for r in rows],
+                     padding=4, bbox=dict(facecolor='white', edgecolor='none', pad=1))
+        ax.set(xlabel='speed-up of a training step over contiguous fp32 (dashed)', xlim=(0, 1.4*max(r.speedup for r in rows)),
                title=f'Suggested: {label(self.best)}')
         ax.invert_yaxis()
         ax.spines[['top', 'right']].set_visible(False)
