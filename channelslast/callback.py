@@ -49,9 +49,9 @@ def to_channelslast(self:Learner,
     """Train in channels last, with mixed precision unless `to_fp16=False`; returns the Learner.
 
     Mixed precision that the Learner has is kept, unless this call names `amp_mode`, `fp32_layers` or an argument of
-    `GradScaler`: then it is replaced by what the call says. Where the device has no fast arithmetic of the asked type, training stays in
-    fp32 with a warning. `use_amp`, fastai's newer name of `to_fp16`, is taken too. The GradScaler arguments serve fp16
-    only: https://docs.pytorch.org/docs/stable/amp.html
+    `GradScaler`: then it is replaced by what the call says. Where the device has no fast arithmetic of the asked type,
+    training stays in fp32 with a warning. `use_amp`, fastai's newer name of `to_fp16`, is taken too. The GradScaler
+    arguments serve fp16 only: https://docs.pytorch.org/docs/stable/amp.html
 
     Raises `TypeError` for an unknown argument, `ValueError` for an impossible value, before anything changes."""
     to_fp16 = kwargs.pop('use_amp', to_fp16)

@@ -295,7 +295,7 @@ def apply(learn, row:Timing, layers=(), **scaler):
     half, _, tuned = row.precision.partition('+')
     names = fp32_names(layers, half) if tuned else ()
     if half == 'fp32': learn.to_fp32().to_channelslast(to_fp16=False)
-    elif _current(learn)[1] == row.precision and not scaler and tuple(names) == tuple(getattr(learn.mixed_precision, 'fp32_layers', ())):
+    elif _current(learn)[1] == row.precision and not scaler and tuple(names) == tuple(getattr(getattr(learn, 'mixed_precision', None), 'fp32_layers', ())):
         learn.to_channelslast()
     else: learn.to_channelslast(amp_mode=half, fp32_layers=names or None, **(scaler if half == 'fp16' else {}))
     return learn if row.memory_format == 'channels_last' else learn.to_contiguous()

@@ -16,8 +16,8 @@ from fastai.learner import Learner
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-__all__ = ['accelerates', 'model_device', 'fit_device', 'pickled_as', 'check_amp_mode', 'check_scaler', 'layer_names', 'fp32_forward', 'synchronize', 'unwrapped',
-           'keep_autocast', 'DeviceMixedPrecision']
+__all__ = ['model_device', 'fit_device', 'synchronize', 'unwrapped', 'accelerates', 'check_amp_mode', 'check_scaler', 'layer_names',
+           'fp32_forward', 'keep_autocast', 'pickled_as', 'DeviceMixedPrecision']
 
 DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
 

@@ -34,8 +34,8 @@ def less_random(
     """Context manager: two runs that build their data, model and Learner inside it, on one machine, give the same losses.
 
     Seeds everything and restores all random states and flags on leaving, also after an exception. In place of fastai's
-    `no_random`, which turns `cudnn.benchmark` off and `deterministic` on: under these, cuDNN may know no algorithm for a
-    convolution in channels last (https://docs.fast.ai/callback.channelslast.html). Some kernels, in CUDA mostly, add in
+    `no_random`, which turns `cudnn.benchmark` off and `deterministic` on: under these, convolutions in channels last are
+    reported to fail (what the flags do: https://docs.pytorch.org/docs/stable/notes/randomness.html). Some kernels, in CUDA mostly, add in
     any order; with those, losses agree to rounding only, unless you pass `deterministic=True`."""
     with keep_random_states():
         set_seed(seed)
