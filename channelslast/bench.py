@@ -20,9 +20,9 @@ from .precision import synchronize
 from .timings import label
 
 # pixels and images a batch on a CPU; on a GPU, 224 and 128
-PANEL = dict(resnet18=(128, 16), resnet50=(96, 16), densenet121=(64, 16), mobilenet_v3_small=(128, 16), efficientnet_b0=(96, 16),
-             convnext_tiny=(64, 16), vgg11_bn=(64, 16), regnet_y_400mf=(96, 16), vit_b_16=(96, 8), unet=(64, 8), r3d_18=(56, 4),
-             xresnet18=(128, 16))
+PANEL = dict(resnet18=(128, 16), resnet50=(96, 16), densenet121=(64, 16), mobilenet_v2=(96, 16), mobilenet_v3_small=(128, 16),
+             efficientnet_b0=(96, 16), shufflenet_v2_x1_0=(128, 16), convnext_tiny=(64, 16), vgg11_bn=(64, 16), regnet_y_400mf=(96, 16),
+             vit_b_16=(96, 8), unet=(64, 8), r3d_18=(56, 4), xresnet18=(128, 16))
 
 
 def make_learner(name, size, bs, device) -> Learner:
