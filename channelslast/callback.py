@@ -98,8 +98,13 @@ _load = Learner.load
 
 @patch
 @delegates(_load)
-def load(self:Learner, file, device=None, **kwargs):
-    "Load model and optimizer state (if `with_opt`) from `self.path/self.model_dir/file` using `device`"
+def load(self:Learner,
+    file, # Name, with or without `.pth`, or path
+    device=None, # To load to; None: that of the DataLoaders
+    **kwargs
+):
+    """Load model and optimizer state (if `with_opt`) from `self.path/self.model_dir/file` using `device`: fastai's own, but
+    that the optimizer state takes the strides of the Learner's parameters, whatever format it was saved in."""
     _load(self, file, device=device, **kwargs)
     align_optimizer(self.opt)  # a checkpoint brings the strides of the Learner that saved it
     return self

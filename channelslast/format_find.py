@@ -303,7 +303,10 @@ def apply(learn, row:Timing, layers=(), **scaler):
 
 @patch
 @delegates(Learner.format_find)
-def to_fastest(self:Learner, show_plot:bool=False, **kwargs):
+def to_fastest(self:Learner,
+    show_plot:bool=False, # Draw the chart?
+    **kwargs
+):
     """Measure with `format_find`, switch the Learner to the winner, say it in one line; returns the Learner.
 
     The measurements stay in `learn.format_timings`."""

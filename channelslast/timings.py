@@ -89,7 +89,9 @@ class FormatTimings:
     def __repr__(self): return f'{_table(self).to_string(index=False)}\n{self.verdict}'
     def _repr_html_(self): return f'{_table(self).to_html(index=False)}<p>{html.escape(self.verdict)}</p>'
 
-    def plot(self, ax=None):
+    def plot(self,
+        ax=None, # matplotlib axes to draw on; None makes new ones
+    ):
         "Bars of the speed-up of each candidate that ran, contiguous fp32 marked; returns the axes."
         from matplotlib import pyplot as plt
         rows = [r for r in self.rows if r.ms]
