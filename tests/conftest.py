@@ -8,12 +8,41 @@ from channelslast import less_random
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'cuda: needs a CUDA GPU')
+    config.addinivalue_line('markers', 'zoo: an architecture; without `-m zoo`, each tenth runs')
+    config.option.nbmake, config.option.nbmake_timeout = True, 300  # nbs/*.ipynb are tests, each run in a kernel
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if 'zoo' not in config.option.markexpr: # all of it takes 20 minutes: a fixed tenth
+        zoo = [o for o in items if o.get_closest_marker('zoo')]
+        left = {*zoo} - {*zoo[::10]} if len(zoo) > 10 else set()
+        items[:] = [o for o in items if o not in left]
+        config.hook.pytest_deselected(items=[*left])
     if torch.cuda.is_available(): return
     for item in items:
         if item.get_closest_marker('cuda'): item.add_marker(pytest.mark.skip(reason='no CUDA GPU on this machine'))
+
+
+ZOO = pytest.StashKey()
+
+
+@pytest.fixture
+def zoo_report(pytestconfig):
+    "Write down one architecture; all are printed at the end."
+    rows = pytestconfig.stash.setdefault(ZOO, [])
+    def _report(name, params, shape, exact, each, noise, summary, reason, seconds=None):
+        num = lambda v: '–' if v is None else f'{v:.0e}'
+        rows.append(f'| {name} | ' + (f"{params/1e6:.1f} | {'×'.join(map(str, shape))} | {num(exact)} | {num(each)} | {noise[0]:.0e} | {noise[1]:.0e} | "
+                                      f"{len(summary.lost)} | equal ({seconds:.0f} s) |" if not reason else f'| | | | | | | {reason} |'))
+    return _report
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not (rows := config.stash.get(ZOO, [])): return
+    terminalreporter.section('zoo')
+    for row in ['| model | million parameters | input | float64 | worst gradient | float32 contiguous | float32 channels last | lost | |',
+                '|---|---|---|---|---|---|---|---|---|', *rows]: terminalreporter.write_line(row)
+    terminalreporter.write_line(f"{sum('| equal' in o for o in rows)} of {len(rows)} architectures equal")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,100 @@
+"The stored outputs of the notebooks (pytest runs the notebooks themselves, through nbmake), and the README's code."
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, Learner, Resize, resnet50
+
+import channelslast
+from .notebooks import chart, folder, plots, problems, tidy
+
+PAGES = sorted(folder.glob('*.ipynb'))
+
+
+def page(name): return nbformat.read(folder/f'{name}.ipynb', as_version=4)
+def cells(nb, kind): return [c for c in nb.cells if c.cell_type == kind]
+
+
+def test_pytest_runs_them(pytestconfig): assert pytestconfig.pluginmanager.hasplugin('nbmake') and pytestconfig.option.nbmake
+
+
+@pytest.mark.parametrize('path', PAGES, ids=lambda p: p.stem)
+def test_stored_outputs(path):
+    nb = nbformat.read(path, as_version=4)
+    assert problems(nb) == []
+    assert cells(nb, 'markdown')[0].source.startswith('# ') and nb.cells[0].cell_type == 'markdown'
+    assert any('assert' in c.source or 'test_' in c.source for c in cells(nb, 'code')) or path.stem == '05_reference'
+
+
+def _nb(**output):
+    cell = nbformat.v4.new_code_cell('1', execution_count=1, outputs=[nbformat.v4.new_output(**output)])
+    return nbformat.v4.new_notebook(cells=[cell])
+
+
+@pytest.mark.parametrize('output, problem', [
+    (dict(output_type='error', ename='ValueError', evalue='', traceback=['x']), 'a traceback'),
+    (dict(output_type='stream', text='Traceback (most recent call last):'), 'a traceback'),
+    (dict(output_type='stream', text='in /home/me/lib/thing.py:3'), 'a path, /home/me/lib/thing.py'),
+    (dict(output_type='display_data', data={'text/html': '<a href="C:\\Users">'}), 'a path, C:\\Users'),
+    (dict(output_type='display_data', data={'text/html': '<progress value=1>'}), 'a progress bar'),
+    (dict(output_type='stream', text=' 50%|█████     |'), 'a progress bar')])
+def test_problems_are_seen(output, problem): assert problems(_nb(**output)) == [f'cell 1: {problem}']
+
+
+@pytest.mark.parametrize('text', ['1/2', 'ms/step', 'https://docs.pytorch.org/docs/stable/amp.html', 'forward / backward', '8×3×224×224'])
+def test_no_problem(text): assert problems(_nb(output_type='stream', text=text)) == []
+
+
+def test_cells_run_in_order():
+    nb = _nb(output_type='stream', text='')
+    nb.cells[0].execution_count = 2
+    assert problems(nb) == ['not run from top to bottom']
+
+
+def test_tidy():
+    nb = _nb(output_type='display_data', data={'text/html': '<progress value=1>'})
+    nb.cells[0].metadata['execution'] = dict(started='now')
+    tidy(nb)
+    assert nb.cells[0].outputs == [] and nb.cells[0].metadata == {}
+
+
+def test_the_readmes_chart_is_the_notebooks(): assert chart.read_bytes() == plots(page('03_format_find'))[0]
+
+
+def test_links_lead_somewhere():
+    for path in PAGES:
+        for link in re.findall(r'\]\(([\w./]+\.ipynb)\)', path.read_text(encoding='utf-8')): assert (folder/link).exists(), (path, link)
+    readme = folder.parent/'README.md'
+    for link in re.findall(r'\]\(([\w./]+)\)', readme.read_text(encoding='utf-8')): assert (readme.parent/link).exists(), link
+
+
+def test_the_reference_is_complete():
+    shown = '\n'.join(c.source for c in cells(page('05_reference'), 'code'))
+    methods = {k for k, v in vars(Learner).items() if getattr(v, '__module__', '').startswith('channelslast')} - {'one_batch'}
+    assert methods == {'to_channelslast', 'to_contiguous', 'load', 'format_summary', 'format_find', 'to_fastest'}
+    for name in [*channelslast.__all__, *(f'Learner.{m}' for m in methods)]: assert f'show({name}' in shown, name
+
+
+@pytest.fixture
+def no_download(monkeypatch):
+    "Pretrained weights are made up."
+    from torchvision.models._api import WeightsEnum
+    monkeypatch.setattr(WeightsEnum, 'get_state_dict', lambda self, *args, **kwargs: resnet50(weights=None).state_dict())
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_readme_runs(no_download, tmp_path, monkeypatch):
+    "Every fenced Python block, one after the other, as a reader would."
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r'```python\n(.*?)```', (folder.parent/'README.md').read_text(encoding='utf-8'), re.S)
+    assert len(blocks) >= 4
+    import numpy as np
+    images = np.random.default_rng(0).integers(0, 255, (32, 40, 40, 3), np.uint8)
+    dls = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: range(32), get_x=images.__getitem__, get_y=lambda i: i % 4,
+                    item_tfms=Resize(32)).dataloaders(None, bs=8, device=torch.device('cpu'), num_workers=0)
+    names = dict(dls=dls, model=torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.LazyLinear(4)))
+    names['model'](torch.randn(1, 3, 32, 32))
+    for block in blocks: exec(compile(block, 'README.md', 'exec'), names)
+    assert names['learn'].mixed_precision.fp32_layers == ()  # ResNet has no depthwise convolution

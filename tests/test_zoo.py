@@ -1,0 +1,176 @@
+"""Every architecture of torchvision's, and one of each of timm's families, against itself in the contiguous format.
+
+`pytest -m zoo` runs all, a plain `pytest` each tenth (see conftest.py). No weights are loaded; dropout and stochastic depth
+are off, since PyTorch draws their masks in the order of memory."""
+import gc
+import math
+import re
+import time
+import warnings
+
+import pytest
+import timm
+import torch
+import torchvision
+from fastai.vision.all import Callback, CancelBatchException, DataLoader, DataLoaders, Learner, SGD
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import channelslast
+from .conftest import strides
+
+SEGMENTATION, VIDEO = (torchvision.models.list_models(module=m) for m in (torchvision.models.segmentation, torchvision.models.video))
+# the smallest of each family (module) of timm 1.0.31, its own test models left out
+TIMM = '''beit_base_patch16_224 halonet_h1 mobileone_s1 cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 convnext_zepto_rms
+cpubone_nano crossvit_tiny_240 csatv2 cs3darknet_focus_s cspnext_tiny davit_tiny deepseek_vit_412m deit_tiny_patch16_224 densenet121
+dla46x_c dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientnet_b0 efficientvim_m1 efficientvit_b0
+efficientvit_m0 vit_tiny_patch16_dinov3_qkvb fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny gemma4_vit_167m ghostnet_050
+hardcorenas_b hgnetv2_b0 hiera_tiny_224 sam2_hiera_tiny hrnet_w18_small iformer_t inception_next_atto inception_resnet_v2 inception_v3
+inception_v4 lcnetv2_small levit_128s lowformer_b0 mambaout_femto coatnet_pico_rw_224 poolformerv2_s12 gmlp_ti16_224
+mobilenetv3_small_050 mobilenetv5_base mobilevit_xxs mvitv2_tiny naflexvit_base_patch16_parfac_gap nasnetalarge nest_tiny
+nextvit_small nf_regnet_b0 pit_ti_224 pnasnet5large pvt_v2_b0 qwen3_vit_88m rdnet_tiny regnetx_002 repghostnet_050 repvit_m1
+res2next50 resnest14d resnet10t resnetv2_18 rexnet_100 selecsls42 legacy_seresnet18 sequencer2d_s shvit_s1 skresnet18 starnet_s050
+swiftformer_xs swin_tiny_patch4_window7_224 swinv2_tiny_window16_256 swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_legacy_patch16_224
+tresnet_m twins_svt_small vgg11 visformer_tiny flexivit_small vit_tiny_r_s16_p8_224 vit_srelpos_small_patch16_224
+samvit_base_patch16_224 vitamin_small_224 volo_d1_224 ese_vovnet19b_slim_dw legacy_xception xception41p xcit_nano_12_p8_224'''.split()
+ZOO = ([f'torchvision/{n}' for n in torchvision.models.list_models(module=torchvision.models)]
+       + [f'segmentation/{n}' for n in SEGMENTATION] + [f'video/{n}' for n in VIDEO] + [f'timm/{n}' for n in TIMM])
+
+LARGE = 150e6      # parameters: float32 alone, in a library's tolerance, for the machine's memory
+EXACT = 1e-8       # float64, relative, of the loss and of each gradient (of the largest one, for those near zero)
+NOISE = 5          # float32: how many times as far from float64 as contiguous float32 is, plus a thousandth
+REASONS = {}       # what can't work in channels last, and why
+
+
+def make(name, size) -> tuple:
+    "The model and the shape of its input."
+    source, name = name.split('/')
+    if source == 'segmentation': return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=5), (3, size, size)
+    if source == 'video': return torchvision.models.get_model(name, weights=None, num_classes=10), (3, max(8, size//14), size, size)
+    get = timm.create_model if source == 'timm' else torchvision.models.get_model
+    for extra in dict(img_size=size), dict(image_size=size), dict(input_size=(size, size)), dict(aux_logits=False, init_weights=False), {}:
+        try: return get(name, num_classes=10, **extra), (3, size, size)
+        except (TypeError, AssertionError): pass
+
+
+def fitting(name) -> tuple:
+    "The model and its input, at the smallest size it takes."
+    for size in 64, 112, 224, 256:
+        torch.manual_seed(0)
+        try:
+            model, shape = make(name, size)
+            x = torch.randn(2, *shape)
+            with torch.no_grad(): model(x)
+            break
+        except Exception as e: error = e
+    else: raise error
+    for m in model.modules():
+        if isinstance(m, (nn.modules.dropout._DropoutNd, torchvision.ops.StochasticDepth)): m.p = 0.
+        if hasattr(m, 'drop_prob'): m.drop_prob = 0.
+    with torch.no_grad():  # scales that start at zero would hide the layers behind them
+        for p in model.parameters():
+            if p.dim() < 2: p.add_(torch.randn_like(p), alpha=0.05)
+    return model, x
+
+
+def energy(out, y):
+    "A loss for whatever a model returns; fastai's Recorder takes float32 only."
+    loss = sum(o.square().mean() for o in tree_leaves(out) if isinstance(o, torch.Tensor) and o.is_floating_point())
+    energy.exact = loss.item()
+    return loss.float()
+
+
+class Stop(Callback):
+    "Keep loss and gradients of the one batch."
+    order = -1000
+    def before_step(self):
+        self.found = energy.exact, [p.grad for p in self.model.parameters()]
+        for p in self.model.parameters(): p.grad = None
+        raise CancelBatchException
+
+
+def learner(model, x):
+    y = torch.zeros(len(x))
+    dl = DataLoader(list(zip(x, y)), bs=len(x))
+    learn = Learner(DataLoaders(dl, dl), model, energy, opt_func=SGD, lr=1e-3)
+    return learn.remove_cb(learn.progress) if hasattr(learn, 'progress') else learn
+
+
+def loss_and_grads(model, x, last):
+    with channelslast.less_random(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn = learner(model, x).add_cb(stop := Stop())
+        if last: learn.to_channelslast(to_fp16=False)
+        with learn.no_logging(): learn.fit(1)
+        if last: learn.to_contiguous()
+    return stop.found
+
+
+def error(found, truth) -> float:
+    "The larger of the relative differences of the loss and of all gradients together."
+    (loss, grads), (loss0, grads0) = found, truth
+    assert [g is None for g in grads] == [g is None for g in grads0]
+    pairs = [(a, b) for a, b in zip(grads, grads0) if b is not None]
+    off, norm = (math.sqrt(sum(f(a, b).square().sum().item() for a, b in pairs)) for f in (lambda a, b: a.to(b.dtype) - b, lambda a, b: b))
+    return max(abs(loss - loss0)/abs(loss0), off/norm)
+
+
+def each_error(found, truth) -> float:
+    "The largest relative difference of any one gradient."
+    pairs = [(a, b) for a, b in zip(found[1], truth[1]) if b is not None]
+    largest = max(b.norm().item() for _, b in pairs)
+    return max(((a - b).norm()/max(b.norm().item(), 1e-3*largest)).item() for a, b in pairs)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize('name', ZOO)
+def test_same_numbers(name, zoo_report):
+    start = time.perf_counter()
+    if name.startswith('timm/') and not timm.is_model(name.split('/')[1]): pytest.skip(f'timm {timm.__version__} does not have it')
+    try:
+        model, x = fitting(name)
+        params = sum(p.numel() for p in model.parameters())
+        exact = each = None
+        if params < LARGE:
+            model.double()
+            try:
+                with torch.no_grad(): model(x.double())
+            except RuntimeError: pass  # some make float32 tensors in their forward
+            else:
+                truth, found = (loss_and_grads(model, x.double(), last) for last in (False, True))
+                exact, each = error(found, truth), each_error(found, truth)
+                assert exact < EXACT and each < EXACT
+                found = None
+        model.float()
+        plain = loss_and_grads(model, x, False)
+        if exact is None: truth = plain
+        noise, wrong = error(plain, truth), error(loss_and_grads(model, x, True), truth)
+        if exact is None: assert wrong < 5e-2
+        else: assert wrong < NOISE*noise + 1e-3
+        truth = plain = None
+
+        learn = learner(model, x)
+        before = strides(learn)[0]
+        with warnings.catch_warnings(), learn.no_logging():
+            warnings.simplefilter('ignore')
+            learn.to_channelslast().fit(1)
+            assert all(p.stride(1) == 1 for p in model.parameters() if p.dim() in (4, 5) and p.shape[1] > 1)
+            summary = learn.format_summary()
+        assert str(summary)
+        learn.to_contiguous(to_fp32=True)
+        assert strides(learn)[0] == before
+    except Exception as e:
+        zoo_report(name, None, None, None, None, None, None, REASONS.get(name) or f'{type(e).__name__}: {str(e)[:90]}')
+        if name in REASONS and re.search(REASONS[name], str(e)): pytest.xfail(REASONS[name])
+        raise
+    else:
+        zoo_report(name, params, tuple(x.shape), exact, each, (noise, wrong), summary, '', time.perf_counter() - start)
+        assert name not in REASONS, 'works by now'
+    finally: gc.collect()
+
+
+@pytest.mark.zoo
+def test_every_family():
+    "Of the timm that is installed."
+    have = {timm.models.model_entrypoint(n).__module__.split('.')[-1] for n in TIMM if timm.is_model(n)}
+    assert timm.__version__ > '1.0.31' or have == set(timm.list_modules()), set(timm.list_modules()) - have
