@@ -87,10 +87,35 @@ def to_contiguous(self:Learner,
     to_fp32:bool=False, # Remove mixed precision too?
 ):
     "Cast model, gradients and optimizer state back to contiguous at once and remove `ChannelsLast`; returns the Learner."
+    if to_fp32 not in (True, False): raise ValueError(f"to_fp32={to_fp32!r}: use True or False")
     cast_module(self.model, channels_last=False)
     align_optimizer(self.opt)
     self.remove_cb(_FastaiChannelsLast)
     return self.remove_cb(MixedPrecision) if to_fp32 else self
+
+
+_to_fp16 = Learner.to_fp16
+
+
+# fastai's own add a second callback beside the one that is there: losses would be scaled twice
+@patch
+@delegates(_to_fp16)
+def to_fp16(self:Learner,
+    amp_mode:str|AMPMode=AMPMode.FP16, # `'fp16'` or `'bf16'`
+    **kwargs
+):
+    "Train in mixed precision, in place of any other that the Learner has; returns the Learner."
+    mode = check_amp_mode(amp_mode)
+    check_scaler(**kwargs)
+    ours = self._grab_cbs(DeviceMixedPrecision)
+    self.remove_cb(MixedPrecision)
+    return self.add_cb(DeviceMixedPrecision(mode, **kwargs)) if ours else _to_fp16(self, amp_mode=mode, **kwargs)
+
+
+@patch
+def to_bf16(self:Learner):
+    "Train in bf16 mixed precision, in place of any other that the Learner has; returns the Learner."
+    return self.to_fp16(amp_mode=AMPMode.BF16)
 
 
 _load = Learner.load

@@ -23,7 +23,7 @@ from .memory_format import align_optimizer, cast_module
 from .layers import fp32_names, record_inputs, time_layers
 from .precision import DTYPES, DeviceMixedPrecision, check_scaler, fit_device, synchronize, unwrapped
 from .timings import FormatTimings, Timing, choose, label, noise_margin
-from .untouched import TAKE_PART, untouched
+from .untouched import TAKE_PART, check_model, untouched
 
 FORMATS, PRECISIONS = ('contiguous', 'channels_last'), ('fp32', 'fp16', 'bf16')
 WARM_UP, BATCHES, LOADER_BATCHES = 3, 4, 8
@@ -255,12 +255,18 @@ def format_find(self:Learner,
     those that are clearly faster there: its precision reads `'bf16+fp32'`.
 
     Other arguments are those of `torch.amp.GradScaler`, for fp16. In a distributed run, rank 0's result holds for all.
-    Raises `ValueError` for arguments that can't be, an empty loader, or a loader without labels; an error in contiguous
+    Raises `ValueError` for arguments that can't be, a model that can't train or whose weights are in half precision, an
+    empty loader, or a loader without labels; an error in contiguous
     fp32 is raised as it is, in any other candidate it is its `note`."""
     check_scaler(**kwargs)
     if not isinstance(num_it, int) or isinstance(num_it, bool) or num_it < 1: raise ValueError(f'num_it={num_it!r}: use a whole number from 1')
     if self._grab_cbs(NonNativeMixedPrecision):
         raise ValueError('The Learner has `NonNativeMixedPrecision`: call `learn.to_non_native_fp32()` first.')
+    check_model(self)
+    if not any(p.requires_grad for p in self.model.parameters()):
+        raise ValueError("No parameter of the model requires a gradient: there is nothing to train. `learn.unfreeze()` first.")
+    if half := {str(p.dtype).removeprefix('torch.') for p in self.model.parameters() if p.dtype in DTYPES.values()}:
+        raise ValueError(f"The model's weights are {' and '.join(sorted(half))}: mixed precision keeps them in fp32. `learn.model.float()` first.")
     device = fit_device(self)
     fast = [p for p in PRECISIONS if p == 'fp32' or _precision.accelerates(device.type, AMPMode(p))]
     precisions, formats = _asked('precisions', precisions, fast), _asked('formats', formats, FORMATS)
@@ -303,7 +309,7 @@ def apply(learn, row:Timing, layers=(), **scaler):
 
 @patch
 @delegates(Learner.format_find)
-def to_fastest(self:Learner,
+def to_fastest(self:Learner, *,
     show_plot:bool=False, # Draw the chart?
     **kwargs
 ):

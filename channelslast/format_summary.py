@@ -8,12 +8,12 @@ import pandas as pd
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.learner import Learner
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .memory_format import castable
 from .trace import FormatTrace
-from .untouched import untouched
+from .untouched import check_model, untouched
 
 __all__ = ['FormatSummary']
 
@@ -108,7 +108,9 @@ class _OneStep(Callback):
     order = -1000
     def __init__(self, trace, stack): self.trace, self.stack = trace, stack
     def before_batch(self): self.stack.enter_context(self.trace)
-    def before_backward(self): self.trace.backward = True
+    def before_backward(self):
+        if not self.loss_grad.requires_grad: raise CancelBatchException
+        self.trace.backward = True
     def before_step(self): raise CancelBatchException
 
 
@@ -130,14 +132,6 @@ def _batch_of(learn, batch):
     return tuple(batch)
 
 
-def _check(learn):
-    if not any(True for _ in learn.model.parameters()):
-        raise ValueError("The model has no parameters: fastai reads the device from them, so it can't run this model.")
-    if any(nn.parameter.is_lazy(p) for p in learn.model.parameters()):
-        raise ValueError("The model has lazy modules without shapes yet: run one batch through it first, "
-                         "`learn.model(learn.dls.one_batch()[0])`.")
-
-
 @patch
 def format_summary(self:Learner,
     batch=None, # `(x, y)` as the Learner's loader yields it, or without labels; None: the loader's first
@@ -147,12 +141,12 @@ def format_summary(self:Learner,
     copied out of channels last and back.
 
     In the Learner's current format and precision, on its device. The Learner is left bit for bit as it was. A compiled
-    model is traced as the module it was made from; a batch without labels forward only. Costs a few times the step itself.
+    model is traced as the module it was made from; a batch without labels, or a frozen model, forward only. Costs a few times the step itself.
 
     Raises `ValueError` for an empty loader or a batch without a 4-D or 5-D floating-point tensor; the model's own
     exceptions come as they are."""
     if not isinstance(max_rows, int) or max_rows < 1: raise ValueError(f'max_rows={max_rows!r}: use a whole number from 1')
-    _check(self)
+    check_model(self)
     model = self.model
     with untouched(self), ExitStack() as stack:
         batch = self._set_device(_batch_of(self, batch))
@@ -169,5 +163,6 @@ def format_summary(self:Learner,
         self.n_iter = 1
         self.one_batch(0, batch)
         notes = [" Traced forward only: the batch has no labels."]*(not len(self.yb))
+        notes += [" Traced forward only: no parameter requires a gradient."]*(not any(p.requires_grad for p in model.parameters()))
         notes += [" Traced the module that was compiled, uncompiled."]*(model is not self.model)
         return FormatSummary(trace.rows, trace.counts, ''.join(notes), max_rows)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from .precision import fit_device, keep_autocast, unwrapped
 from .reproducible import keep_random_states
 
-__all__ = ['untouched', 'learner_modules']
+__all__ = ['untouched', 'learner_modules', 'check_model']
 
 TAKE_PART = TrainEvalCallback, CastToTensor, ChannelsLast, MixedPrecision  # callbacks without which a step is another one
 
@@ -24,6 +24,18 @@ def learner_modules(learn) -> list:
     "Every module of the Learner's model and, if it has any, of its loss."
     roots = [learn.model, learn.loss_func, getattr(learn.loss_func, 'func', None)]
     return list({id(m): m for root in roots if isinstance(root, nn.Module) for m in root.modules()}.values())
+
+
+def check_model(learn):
+    "`ValueError` for a model that can't run in a Learner, with what to do."
+    params = list(learn.model.parameters())
+    if not params: raise ValueError("The model has no parameters: fastai reads the device from them, so it can't run this model.")
+    if any(nn.parameter.is_lazy(p) for p in params):
+        raise ValueError("The model has lazy modules without shapes yet: run one batch through it first, "
+                         "`learn.model(learn.dls.one_batch()[0])`.")
+    if any(p.is_meta for p in params):
+        raise ValueError("The model is on the meta device, it has shapes but no numbers: "
+                         "`learn.model.to_empty(device='cpu')`, then load weights.")
 
 
 def _keep_dict(undo, d):
