@@ -11,6 +11,7 @@ from fastai.callback.channelslast import ChannelsLast as _FastaiChannelsLast
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip
 from fastai.learner import Learner
+from fastai.torch_core import num_distrib
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
@@ -315,7 +316,10 @@ def to_fastest(self:Learner, *,
 ):
     """Measure with `format_find`, switch the Learner to the winner, say it in one line; returns the Learner.
 
-    The measurements stay in `learn.format_timings`."""
+    The measurements stay in `learn.format_timings`. In a distributed run call it inside `learn.distrib_ctx()`, where all
+    processes take rank 0's choice; `ValueError` outside, where each would make its own."""
+    if num_distrib() > 1 and not torch.distributed.is_initialized():
+        raise ValueError("Each process would decide for itself: call it inside `with learn.distrib_ctx():`, where rank 0 decides for all.")
     timings = self.format_find(show_plot=show_plot, **kwargs)
     apply(self, timings.best, timings.layers, **{k: v for k, v in kwargs.items() if k not in ('precisions', 'formats', 'num_it', 'layers')})
     self.format_timings = timings

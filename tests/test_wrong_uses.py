@@ -14,7 +14,6 @@ from torch import nn
 
 from channelslast import ChannelsLast, less_random
 from .conftest import convnet, learner, loaders
-from .test_format_find import fake  # noqa: F401  a fixture
 
 nan, inf = float('nan'), float('inf')
 
@@ -253,7 +252,7 @@ def _expanded(m): m.register_buffer('wide', torch.randn(1, 3, 1, 1).expand(2, 3,
 
 @pytest.mark.parametrize('change', [_nan, _sparse, _quantized, _integer, _unused, _none, _partly_frozen, _tied, _expanded])
 @pytest.mark.parametrize('call', [run, summary(), find(num_it=1, show_plot=False)], ids=['fit', 'summary', 'find'])
-def test_strange_models_work(change, call, fake):  # noqa: F811
+def test_strange_models_work(change, call):
     learn = learner(with_model(change))
     before = checksum(learn)
     assert call(learn) is not None
@@ -262,7 +261,7 @@ def test_strange_models_work(change, call, fake):  # noqa: F811
 
 @pytest.mark.parametrize('without', [Recorder, CastToTensor, (Recorder, CastToTensor)])
 @pytest.mark.parametrize('call', [run, summary(), find(num_it=1, show_plot=False)], ids=['fit', 'summary', 'find'])
-def test_removed_callbacks(without, call, fake):  # noqa: F811
+def test_removed_callbacks(without, call):
     learn = learner()
     for cls in [without] if isinstance(without, type) else without: learn.remove_cbs(learn._grab_cbs(cls))
     if call is run and without is not CastToTensor: learn.no_logging = warnings.catch_warnings  # that takes a Recorder
@@ -279,7 +278,7 @@ class During(Callback):
 @pytest.mark.parametrize('call', [summary(), find(num_it=1, show_plot=False), to(to_fp16=False), back()],
                          ids=['format_summary', 'format_find', 'to_channelslast', 'to_contiguous'])
 @pytest.mark.parametrize('start', [lambda o: o, lambda o: o.to_channelslast(to_fp16=False)], ids=['contiguous', 'channels last'])
-def test_inside_a_fit(call, start, fake):  # noqa: F811
+def test_inside_a_fit(call, start):
     "The fit goes on with the same losses."
     def _losses(cbs):
         with less_random(), warnings.catch_warnings():
@@ -291,7 +290,7 @@ def test_inside_a_fit(call, start, fake):  # noqa: F811
     assert _losses([During(call)]) == pytest.approx(plain, rel=1e-4)
 
 
-def test_interrupted_search(fake, monkeypatch):  # noqa: F811
+def test_interrupted_search(monkeypatch):
     learn = learner()
     learn.fit(1)
     before, calls = checksum(learn), iter(range(100))
@@ -306,7 +305,7 @@ def test_interrupted_search(fake, monkeypatch):  # noqa: F811
     learn.fit(1)
 
 
-def test_read_only_directory(tmp_path, monkeypatch, fake):  # noqa: F811
+def test_read_only_directory(tmp_path, monkeypatch):
     "Nothing that measures writes."
     def _refuse(*args, **kwargs): raise PermissionError
     learn = learner(path=tmp_path)
@@ -317,7 +316,7 @@ def test_read_only_directory(tmp_path, monkeypatch, fake):  # noqa: F811
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cancelled_fit(fake):  # noqa: F811
+def test_a_cancelled_fit():
     class Cancel(Callback):
         def before_batch(self): raise CancelFitException
     learn = learner().to_channelslast(to_fp16=False)

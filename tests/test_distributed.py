@@ -1,0 +1,50 @@
+"fastai's `distrib_ctx` with two processes over gloo, as on two machines or GPUs."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+here = Path(__file__).parent
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    "What both processes wrote, and what they printed."
+    folder = tmp_path_factory.mktemp('two')
+    path = os.pathsep.join([str(here.parent), os.environ.get('PYTHONPATH', '')])
+    out = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(here/'two_processes.py'), str(folder)],
+                         capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true'}, timeout=500)
+    assert out.returncode == 0, out.stderr[-3000:]
+    ranks = [torch.load(folder/f'{r}.pt') for r in (0, 1)], [json.loads((folder/f'{r}.json').read_text()) for r in (0, 1)]
+    return *ranks, out.stdout + out.stderr
+
+
+def test_both_processes_end_with_the_same_weights(two):
+    weights, facts, _ = two
+    assert [f['world'] for f in facts] == [2, 2] and all(f['last'] for f in facts)
+    for name in weights[0]:
+        for a, b in zip(weights[0][name], weights[1][name]): assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize('how', ['last', 'inside', 'callback'])
+def test_as_the_contiguous_run(two, how):
+    for a, b in zip(two[0][0][how], two[0][0]['contiguous']): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_match_their_buckets(two):
+    "✗ PyTorch warns, and copies each gradient, where the format changes after DDP has wrapped the model."
+    assert 'bucket' not in two[2]
+
+
+def test_one_decision_for_all(two):
+    "Though the second process measured the opposite."
+    _, (first, second), _ = two
+    assert first['best'] == second['best'] == ['contiguous', 1.0] and first['cbs'] == second['cbs']
+
+
+def test_to_fastest_before_the_processes_know_each_other_is_refused(two):
+    for facts in two[1]: assert 'distrib_ctx' in facts['refused']

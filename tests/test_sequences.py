@@ -1,0 +1,85 @@
+"Any sequence of public calls: formats agree, nothing is there twice, and training goes as it would have without the library."
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
+from fastai.callback.fp16 import MixedPrecision
+from fastai.vision.all import Adam, OptimWrapper, partial
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from channelslast import ChannelsLast, less_random
+from .conftest import convnet, learner, loaders
+
+FORMAT = {  # what this library adds
+    'to_channelslast': lambda learn: learn.to_channelslast(), 'channels last in fp32': lambda learn: learn.to_channelslast(to_fp16=False),
+    'bf16': lambda learn: learn.to_channelslast(amp_mode='bf16'), 'fp32_layers': lambda learn: learn.to_channelslast(fp32_layers='3'),
+    'to_contiguous': lambda learn: learn.to_contiguous(), 'to_contiguous fp32': lambda learn: learn.to_contiguous(to_fp32=True),
+    'format_summary': lambda learn: learn.format_summary(),
+    'format_find': lambda learn: learn.format_find(num_it=1, show_plot=False), 'to_fastest': lambda learn: learn.to_fastest(num_it=1)}
+FASTAI = {
+    'fit': lambda learn: learn.fit(1), 'validate': lambda learn: learn.validate(), 'save': lambda learn: learn.save('a'),
+    'load': lambda learn: learn.load('a') if (learn.path/'models/a.pth').exists() else None,
+    'to_fp16': lambda learn: learn.to_fp16(), 'to_bf16': lambda learn: learn.to_bf16(), 'to_fp32': lambda learn: learn.to_fp32(),
+    'freeze': lambda learn: learn.freeze(), 'unfreeze': lambda learn: learn.unfreeze()}
+CALLS = FORMAT | FASTAI
+OPTIMIZERS = dict(Adam=Adam, AdamW=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)),
+                  SGD=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=0.9)))
+
+
+def check(learn, since):
+    cbs = learn.cbs
+    assert sum(isinstance(o, FastaiChannelsLast) for o in cbs) <= 1 and sum(isinstance(o, MixedPrecision) for o in cbs) <= 1
+    assert len({o.name for o in cbs}) == len(cbs)
+    state = getattr(learn.opt, 'opt', learn.opt).state if learn.opt else {}
+    four = [p for p in learn.model.parameters() if p.dim() == 4]
+    for p in learn.model.parameters():
+        if p.grad is not None: assert p.grad.stride() == p.stride(), since
+        for v in state.get(p, {}).values():
+            if isinstance(v, torch.Tensor) and v.shape == p.shape: assert v.stride() == p.stride(), since
+    last = [p.stride(1) == 1 for p in four if p.shape[1] > 1 and p.shape[2] > 1] # else both formats are one
+    if since in ('fit', 'validate'): assert all(last) == any(last) == any(isinstance(o, ChannelsLast) for o in cbs)
+    if since.startswith('to_contiguous'): assert not any(isinstance(o, FastaiChannelsLast) for o in cbs) and all(p.is_contiguous() for p in four)
+    assert not torch.is_autocast_enabled('cpu')
+
+
+def run(calls, opt, path) -> list:
+    "The losses and metrics of each fit and validation."
+    found = []
+    with less_random(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        model = convnet(c=3, n=4)
+        split = lambda m: [list(m[:4].parameters()), list(m[4:].parameters())]
+        learn = learner(model, loaders(n=16, shuffle=True), opt_func=OPTIMIZERS[opt], splitter=split, lr=1e-3, path=path)
+        for name in calls:
+            value = CALLS[name](learn)
+            check(learn, name)
+            if name == 'fit': found += [o.item() for o in learn.recorder.losses] + list(learn.recorder.values[-1])
+            if name == 'validate': found += list(value)
+    return found
+
+
+SEEN = []
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=[*HealthCheck])
+@given(calls=st.lists(st.sampled_from(list(CALLS)), min_size=4, max_size=14), opt=st.sampled_from(list(OPTIMIZERS)))
+def _any_sequence(calls, opt):
+    calls = [*calls, 'fit']
+    path = Path(tempfile.mkdtemp())
+    try:
+        found = run(calls, opt, path/'with')
+        plain = run([c for c in calls if c in FASTAI], opt, path/'without')
+    finally: shutil.rmtree(path)
+    assert found == pytest.approx(plain, rel=2e-3, abs=1e-4)
+    SEEN.append(calls)
+
+
+def test_any_sequence(has, capsys):
+    has()  # fp32 everywhere: these are about state, not about rounding
+    _any_sequence()
+    with capsys.disabled(): print(f'\n{len(SEEN)} sequences of {sum(map(len, SEEN))} calls', end=' ')

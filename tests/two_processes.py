@@ -1,0 +1,67 @@
+"Run by test_distributed.py in each of two processes: `torchrun --nproc_per_node 2 two_processes.py folder`."
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from fastai.distributed import DistributedDL
+from fastai.vision.all import *
+from torch.utils.data import TensorDataset
+
+from channelslast import *
+from channelslast import format_find as module
+from channelslast import precision
+
+# fastai sends the shuffled indices through the GPU, "nccl only works with cuda tensors"; gloo takes them as they are
+def _broadcast(self, t, rank):
+    t = torch.tensor(list(t))
+    torch.distributed.broadcast(t, rank)
+    return t.tolist()
+
+
+DistributedDL._broadcast = _broadcast
+precision.accelerates = lambda device, amp_mode: False  # fp32 on every machine
+folder, rank = Path(sys.argv[1]), rank_distrib()
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    data = TensorDataset(torch.randn(32, 3, 16, 16), torch.randint(0, 4, (32,)))
+    dl = [DataLoader(data, bs=4, shuffle=s, num_workers=0) for s in (True, False)]
+    model = nn.Sequential(ConvLayer(3, 8), ConvLayer(8, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    return Learner(DataLoaders(*dl, device=torch.device('cpu')), model, CrossEntropyLossFlat(), lr=1e-3,
+                   opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
+
+
+def train(switch, inside):
+    with less_random():
+        learn = make() if inside else switch(make())
+        with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
+            if inside: switch(learn)
+            learn.fit(2)
+    return learn
+
+
+with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', 'This cpu has no fast')
+    try: make().to_fastest(num_it=2)
+    except ValueError as e: refused = str(e)
+    learns = {'last': train(lambda o: o.to_channelslast(), False), 'inside': train(lambda o: o.to_channelslast(), True),
+              'callback': train(lambda o: o.add_cb(ChannelsLast()), False), 'contiguous': train(noop, False)}
+    torch.save({k: [p.detach().contiguous() for p in v.model.parameters()] for k, v in learns.items()}, folder/f'{rank}.pt')
+    last = learns['last'].model[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+
+    # each process would decide otherwise, if asked alone
+    real = module.step_ms
+    def _ms(learn, batch):
+        real(learn, batch)
+        return 1. if bool(learn._grab_cbs(ChannelsLast)) == bool(rank) else 2.
+    module.step_ms = _ms
+    learn = make()
+    with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
+        learn.to_fastest(num_it=2)
+        learn.fit(1)
+    best = learn.format_timings.best
+    (folder/f'{rank}.json').write_text(json.dumps(dict(last=last, world=num_distrib(), best=[best.memory_format, best.ms], refused=refused,
+        cbs=sorted(type(o).__name__ for o in learn.cbs), loss=learn.recorder.losses[-1].item())))
