@@ -9,7 +9,9 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 
 from .memory_format import align_optimizer, cast_module, cast_tree, castable
-from .precision import DeviceMixedPrecision, check_amp_mode, check_scaler, fit_device, layer_names, model_device, pickled_as
+from .precision import (DeviceMixedPrecision, check_amp_mode, check_scaler, fit_device, keep_autocast, layer_names, model_device,
+                        pickled_as)
+from .workarounds import overruns, replace_forwards, unstrided
 
 __all__ = ['ChannelsLast']
 
@@ -22,20 +24,50 @@ class ChannelsLast(_FastaiChannelsLast):
     (`torch.channels_last_3d`) parameters, buffers and gradients, and gives the optimizer's state the strides of its
     parameters; before each batch it casts the inputs of as many dimensions as the model has weights of (clips for a 2-D
     network over frames stay as they are). What already has its format is not touched."""
-    order, dims, _told = -1, (), False  # before any callback that wraps or copies the model
+    order, dims, _told, _layers, _made, _undo = -1, (), False, (), None, None  # before any callback that wraps or copies the model
 
     def before_fit(self):
         cast_module(self.model)
         align_optimizer(self.learn.opt)
         self.dims = {p.dim() for p in self.model.parameters() if castable(p)}
+        device = model_device(self.model).type
+        self._made, self._layers = {}, [m for m in self.model.modules() if overruns(m)] if device == 'cpu' else ()
         cudnn = torch.backends.cudnn
-        if not self._told and model_device(self.model).type == 'cuda' and cudnn.deterministic and not cudnn.benchmark:
+        if not self._told and device == 'cuda' and cudnn.deterministic and not cudnn.benchmark:
             self._told = True
             warnings.warn("cuDNN is deterministic and may not benchmark (fastai's `no_random` sets it so): convolutions in "
                           "channels last can fail. `channelslast.less_random` makes runs repeatable without that.",
                           stacklevel=2)
 
-    def before_batch(self): self.learn.xb = cast_tree(self.xb, self.dims)
+    def before_batch(self):
+        self.leave()
+        self.learn.xb = cast_tree(self.xb, self.dims)
+        self._undo = replace_forwards(self._layers, unstrided, self._made)
+
+    def leave(self):
+        "Give layers whose forward was replaced their own back."
+        if self._undo: self._undo()
+        self._undo = None
+
+    def after_fit(self):
+        self.leave()
+        self._layers, self._made = (), None
+
+
+_one_batch = Learner.one_batch
+
+
+@patch
+def one_batch(self:Learner, i, b):
+    "Train or evaluate `self.model` on batch `(xb,yb)`"
+    # `MixedPrecision` turns autocast on before the batch and off after the loss; no event tells it that the model or the
+    # loss raised in between, and the whole session would go on in half precision. Replaced forwards serve until the
+    # backward pass is over: checkpointing calls them again there. The last one put on is the first one off.
+    ours = self._grab_cbs(DeviceMixedPrecision) + self._grab_cbs(ChannelsLast)
+    with keep_autocast(fit_device(self).type):
+        try: _one_batch(self, i, b)
+        finally:
+            for cb in ours: cb.leave()
 
 
 @patch

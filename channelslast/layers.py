@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .precision import fp32_forward, synchronize
+from .workarounds import overruns, unstrided
 
 __all__ = ['LayerTiming', 'record_inputs', 'time_layers', 'fp32_names']
 
@@ -47,7 +48,8 @@ def _signature(m, x) -> tuple:
 
 def layer_ms(m, x, device, half, in_fp32) -> float:
     "Milliseconds of one forward and backward pass of a layer inside autocast, or outside it with the casts that this needs."
-    forward = fp32_forward(m, device.type, half) if in_fp32 else m.forward
+    forward = unstrided(m, m.forward) if device.type == 'cpu' and overruns(m) else m.forward
+    if in_fp32: forward = fp32_forward(forward, device.type, half)
     synchronize(device)
     start = time.perf_counter()
     with torch.autocast(device.type, half): out = forward(x)

@@ -10,11 +10,11 @@ from itertools import chain
 
 import torch
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from fastcore.basics import patch
 from fastcore.foundation import L
-from fastai.learner import Learner
 from torch import nn
 from torch.utils._pytree import tree_map_only
+
+from .workarounds import replace_forwards
 
 __all__ = ['model_device', 'fit_device', 'synchronize', 'unwrapped', 'accelerates', 'check_amp_mode', 'check_scaler', 'layer_names',
            'fp32_forward', 'keep_autocast', 'pickled_as', 'DeviceMixedPrecision']
@@ -94,7 +94,8 @@ def pickled_as(base):
     def _decorate(cls):
         def __reduce_ex__(self, protocol):
             if type(self) is not cls: return object.__reduce_ex__(self, protocol) # a user's own subclass
-            return copyreg._reconstructor, (base, object, None), self.__getstate__()
+            passing = {k for k in vars(cls) if k.startswith('_') and not k.startswith('__')}  # what a fit keeps, its functions among it
+            return copyreg._reconstructor, (base, object, None), {k: v for k, v in self.__getstate__().items() if k not in passing}
         def __copy__(self):
             new = type(self).__new__(type(self))
             new.__dict__.update(self.__dict__)
@@ -128,9 +129,8 @@ def _cast_floats(x, to: torch.dtype, types: tuple):
     return tree_map_only(torch.Tensor, lambda t: t.to(to) if t.dtype in types else t, x)
 
 
-def fp32_forward(m: nn.Module, device_type: str, half: torch.dtype):
-    "The forward of `m` outside autocast: half-precision inputs as fp32, fp32 outputs as half, so that nothing around it changes."
-    forward = m.forward
+def fp32_forward(forward, device_type: str, half: torch.dtype):
+    "A module's forward outside autocast: half-precision inputs as fp32, fp32 outputs as half, so that nothing around it changes."
     def _forward(*args, **kwargs):
         if not torch.is_autocast_enabled(device_type): return forward(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
@@ -145,7 +145,7 @@ class DeviceMixedPrecision(MixedPrecision):
     """fastai's `MixedPrecision` on the device the model is on (fastai's own names `'cuda'` whatever the device), with
     every `GradScaler` argument kept. Where the device has no fast arithmetic of the asked type it trains in fp32 and says
     so once."""
-    name, fp32_layers, _told, _entered, _replaced = 'mixed_precision', (), False, False, ()
+    name, fp32_layers, _told, _entered, _layers, _made, _undo = 'mixed_precision', (), False, False, (), None, None
 
     def __init__(self,
         amp_mode: str|AMPMode = AMPMode.FP16, # `'fp16'` or `'bf16'`
@@ -162,7 +162,7 @@ class DeviceMixedPrecision(MixedPrecision):
         if not fast: self._tell(device)
         self.autocast = torch.autocast(device, DTYPES[self.amp_mode], enabled=fast)
         names = layer_names(self.model, self.fp32_layers) if fast else ()
-        self._layers = [unwrapped(self.model).get_submodule(n) for n in names]
+        self._made, self._layers = {}, [unwrapped(self.model).get_submodule(n) for n in names]
         # bf16 has the range of fp32: nothing to scale
         enabled = fast and self.amp_mode is AMPMode.FP16 and self.kwargs.get('enabled', True)
         self.learn.scaler, self.scales = torch.amp.GradScaler(device, **{**self.kwargs, 'enabled': enabled}), L()
@@ -181,22 +181,24 @@ class DeviceMixedPrecision(MixedPrecision):
         self.autocast.__enter__()
         self._entered = True
         # on the instance and for this batch alone: outside it the model is as it was
-        self._replaced = [(vars(m), vars(m).get('forward')) for m in self._layers]
-        for m in self._layers: vars(m)['forward'] = fp32_forward(m, self.autocast.device, self.autocast.fast_dtype)
+        device, half = self.autocast.device, self.autocast.fast_dtype
+        self._undo = replace_forwards(self._layers, lambda m, forward: fp32_forward(forward, device, half), self._made)
+
+    def after_loss(self):
+        if self._entered: self.autocast.__exit__(None, None, None)
+        self._entered = False
 
     def leave(self):
         "Leave autocast if it is still on, and give its layers their own forward back."
-        if self._entered: self.autocast.__exit__(None, None, None)
-        for own, forward in self._replaced:
-            if forward is None: own.pop('forward', None)
-            else: own['forward'] = forward
-        self._entered, self._replaced = False, ()
+        self.after_loss()
+        if self._undo: self._undo()
+        self._undo = None
 
-    after_loss = after_cancel_batch = leave
+    after_cancel_batch = leave
 
     def after_fit(self):
         self.leave()
-        self._layers = ()
+        self._layers, self._made = (), None
         super().after_fit()
 
 
@@ -217,18 +219,3 @@ def keep_autocast(device_type: str):
             torch.clear_autocast_cache()
             torch.set_autocast_enabled(device_type, enabled)
             torch.set_autocast_dtype(device_type, dtype)
-
-
-_one_batch = Learner.one_batch
-
-
-@patch
-def one_batch(self:Learner, i, b):
-    "Train or evaluate `self.model` on batch `(xb,yb)`"
-    # `MixedPrecision` turns autocast on before the batch and off after the loss; no event tells it that the model or the
-    # loss raised in between, and the whole session would go on in half precision
-    ours = self._grab_cbs(DeviceMixedPrecision)
-    with keep_autocast(fit_device(self).type):
-        try: _one_batch(self, i, b)
-        finally:
-            for cb in ours: cb.leave()

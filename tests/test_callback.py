@@ -266,6 +266,18 @@ def test_kept_cuda_only_mixed_precision_is_said():
     with pytest.warns(UserWarning, match='works on CUDA only'): learner().to_fp16().to_channelslast()
 
 
+@pytest.mark.parametrize('first', [lambda o: o, lambda o: o.to_fp16(), lambda o: o.to_bf16(), lambda o: o.to_channelslast(amp_mode='bf16')])
+@pytest.mark.parametrize('then, mode', [(lambda o: o.to_fp16(), AMPMode.FP16), (lambda o: o.to_bf16(), AMPMode.BF16),
+                                        (lambda o: o.to_fp16(amp_mode=AMPMode.BF16), AMPMode.BF16), (lambda o: o.to_fp16(init_scale=8.), AMPMode.FP16)])
+def test_one_mixed_precision_at_a_time(first, then, mode):
+    "✗ fastai adds a second callback: the loss is scaled twice. Of this library's kind, if that one was."
+    learn = first(learner())
+    ours = any(isinstance(o, DeviceMixedPrecision) for o in learn.cbs)
+    assert then(learn) is learn
+    mp, = learn._grab_cbs(MixedPrecision)
+    assert mp.amp_mode is mode and isinstance(mp, DeviceMixedPrecision) == ours and learn.mixed_precision is mp
+
+
 class OwnPrecision(MixedPrecision): pass
 
 

@@ -48,3 +48,7 @@ def test_one_decision_for_all(two):
 
 def test_to_fastest_before_the_processes_know_each_other_is_refused(two):
     for facts in two[1]: assert 'distrib_ctx' in facts['refused']
+
+
+def test_layers_in_fp32_inside_ddp(two):
+    for facts in two[1]: assert facts['dtypes']['0.0'][0] == 'torch.float32' and facts['dtypes']['1.0'][0] == 'torch.bfloat16'

@@ -7,6 +7,7 @@ import math
 import re
 import time
 import warnings
+from unittest import mock
 
 import pytest
 import timm
@@ -36,9 +37,11 @@ samvit_base_patch16_224 vitamin_small_224 volo_d1_224 ese_vovnet19b_slim_dw lega
 ZOO = ([f'torchvision/{n}' for n in torchvision.models.list_models(module=torchvision.models)]
        + [f'segmentation/{n}' for n in SEGMENTATION] + [f'video/{n}' for n in VIDEO] + [f'timm/{n}' for n in TIMM])
 
-LARGE = 150e6      # parameters: float32 alone, in a library's tolerance, for the machine's memory
+LARGE = 60e6       # parameters: float32 alone, for the machine's memory
 EXACT = 1e-8       # float64, relative, of the loss and of each gradient (of the largest one, for those near zero)
-NOISE = 5          # float32: how many times as far from float64 as contiguous float32 is, plus a thousandth
+ROUGH = 1e-2       # float32, of the loss and all gradients together
+# in float32 something smooth stands in place of these: an activation at its kink falls one way or the other by rounding
+KINKED = 'relu', 'relu_', 'relu6', 'hardswish', 'hardsigmoid', 'hardtanh', 'leaky_relu'
 REASONS = {}       # what can't work in channels last, and why
 
 
@@ -78,6 +81,11 @@ def energy(out, y):
     loss = sum(o.square().mean() for o in tree_leaves(out) if isinstance(o, torch.Tensor) and o.is_floating_point())
     energy.exact = loss.item()
     return loss.float()
+
+
+def smooth():
+    "Context manager: activations have no kinks."
+    return mock.patch.multiple(nn.functional, **{k: lambda x, *args, **kwargs: nn.functional.softplus(x) for k in KINKED})
 
 
 class Stop(Callback):
@@ -142,12 +150,9 @@ def test_same_numbers(name, zoo_report):
                 assert exact < EXACT and each < EXACT
                 found = None
         model.float()
-        plain = loss_and_grads(model, x, False)
-        if exact is None: truth = plain
-        noise, wrong = error(plain, truth), error(loss_and_grads(model, x, True), truth)
-        if exact is None: assert wrong < 5e-2
-        else: assert wrong < NOISE*noise + 1e-3
-        truth = plain = None
+        truth = None
+        with smooth(): rough = error(*(loss_and_grads(model, x, last) for last in (True, False)))
+        assert rough < ROUGH
 
         learn = learner(model, x)
         before = strides(learn)[0]
@@ -164,7 +169,7 @@ def test_same_numbers(name, zoo_report):
         if name in REASONS and re.search(REASONS[name], str(e)): pytest.xfail(REASONS[name])
         raise
     else:
-        zoo_report(name, params, tuple(x.shape), exact, each, (noise, wrong), summary, '', time.perf_counter() - start)
+        zoo_report(name, params, tuple(x.shape), exact, each, rough, summary, '', time.perf_counter() - start)
         assert name not in REASONS, 'works by now'
     finally: gc.collect()
 

@@ -52,6 +52,19 @@ with warnings.catch_warnings():
     torch.save({k: [p.detach().contiguous() for p in v.model.parameters()] for k, v in learns.items()}, folder/f'{rank}.pt')
     last = learns['last'].model[0][0].weight.is_contiguous(memory_format=torch.channels_last)
 
+    # names mean the user's own modules, inside DistributedDataParallel too
+    precision.accelerates = lambda device, amp_mode: amp_mode.value == 'bf16'
+    dtypes = {}
+    def watch(learn):
+        for i in 0, 1:
+            def _seen(*args, i=i, real=(m := learn.model[i][0])._conv_forward):
+                dtypes[f'{i}.0'] = str(args[0].dtype), str(args[1].dtype)
+                return real(*args)
+            m._conv_forward = _seen
+        return learn.to_channelslast(amp_mode='bf16', fp32_layers='0.0')
+    train(watch, False)
+    precision.accelerates = lambda device, amp_mode: False
+
     # each process would decide otherwise, if asked alone
     real = module.step_ms
     def _ms(learn, batch):
@@ -63,5 +76,5 @@ with warnings.catch_warnings():
         learn.to_fastest(num_it=2)
         learn.fit(1)
     best = learn.format_timings.best
-    (folder/f'{rank}.json').write_text(json.dumps(dict(last=last, world=num_distrib(), best=[best.memory_format, best.ms], refused=refused,
+    (folder/f'{rank}.json').write_text(json.dumps(dict(last=last, dtypes=dtypes, world=num_distrib(), best=[best.memory_format, best.ms], refused=refused,
         cbs=sorted(type(o).__name__ for o in learn.cbs), loss=learn.recorder.losses[-1].item())))
