@@ -42,7 +42,7 @@ def zoo_report(pytestconfig, capsys):
 def pytest_terminal_summary(terminalreporter, config):
     if not (rows := config.stash.get(ZOO, [])): return
     terminalreporter.section('zoo')
-    for row in ['| model | million parameters | input | float64 | worst gradient | float32 | lost | |',
+    for row in ['| model | million parameters | input | float64 | worst gradient | float32 | lost | result |',
                 '|---|---|---|---|---|---|---|---|', *rows]: terminalreporter.write_line(row)
     terminalreporter.write_line(f"{sum('| equal' in o for o in rows)} of {len(rows)} architectures equal")
 

@@ -66,7 +66,7 @@ def run(calls, opt, path) -> list:
 SEEN = []
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=[*HealthCheck])
+@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=[*HealthCheck])
 @given(calls=st.lists(st.sampled_from(list(CALLS)), min_size=4, max_size=14), opt=st.sampled_from(list(OPTIMIZERS)))
 def _any_sequence(calls, opt):
     calls = [*calls, 'fit']

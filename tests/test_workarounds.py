@@ -5,12 +5,13 @@ from copy import deepcopy  # noqa: F401  for the process of its own
 
 import pytest
 import torch
-from fastai.vision.all import Callback, CrossEntropyLossFlat, Learner
+from fastai.vision.all import Callback, CrossEntropyLossFlat, Learner, load_learner
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from channelslast.workarounds import overruns, replace_forwards, unstrided
 from .conftest import convnet, learner, loaders
+from .test_callback import image_folder
 
 conv = nn.Conv2d
 
@@ -81,6 +82,23 @@ def test_no_trace_after_an_error(error):
     learn = learner(nn.Sequential(stem()[0], Raises())).to_channelslast(to_fp16=False)
     with pytest.raises(error): learn.fit(1)
     assert 'forward' not in vars(learn.model[0]) and learn.model[0].stride == (2, 2)
+
+
+class Interrupt(Callback):
+    order = 60
+    def after_backward(self): raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_exports_after_an_interruption(has, tmp_path):
+    "What a fit keeps, functions among it, does not travel."
+    has('bf16')
+    learn = learner(stem(), image_folder(tmp_path), path=tmp_path).to_channelslast(amp_mode='bf16', fp32_layers='0')
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Interrupt())
+    learn.remove_cb(Interrupt)
+    learn.export('e.pkl')
+    loaded = load_learner(tmp_path/'e.pkl', cpu=False)
+    assert not {'_made', '_undo', '_layers'} & {*vars(loaded.channels_last), *vars(loaded.mixed_precision)}
 
 
 class Checkpointed(nn.Module):
