@@ -102,6 +102,7 @@ def interpretation(switch, path):
 
 
 def show(switch, path):
+    plt.close('all')
     learn = switch(small())
     learn.fit(1)
     learn.show_results(max_n=4)
