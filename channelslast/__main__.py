@@ -82,7 +82,7 @@ def main(
     print()
     print(pd.DataFrame(rows, columns=['format', 'precision', 'ms/step', 'speed-up', 'accuracy']).to_string(index=False))
     print(f'The whole fit, loading and validation included: {seconds[0]:.1f} s → {seconds[1]:.1f} s, {seconds[0]/seconds[1]:.2f}×; '
-          f'a step was to be {best.speedup:.2f}×.')
+          f'format_find had said {best.speedup:.2f}× for a step.')
 
 
 def cli():

@@ -75,7 +75,7 @@ def one_batch(self:Learner, i, b):
 def to_channelslast(self:Learner,
     to_fp16:bool=True, # Add mixed precision? Needed for the full speed of channels last
     amp_mode:str|AMPMode=None, # `'fp16'` (default) or `'bf16'`
-    fp32_layers=None, # Modules that mixed precision leaves in fp32: names as in `named_modules`, or functions of a module
+    fp32_layers=None, # Modules that mixed precision leaves in fp32: names as in `named_modules`, classes, or functions of a module
     **kwargs
 ):
     """Train in channels last, with mixed precision unless `to_fp16=False`; returns the Learner.

@@ -18,7 +18,7 @@ from .untouched import check_model, untouched
 __all__ = ['FormatSummary']
 
 # Remedies, each shown by a test to remove the loss; by class name or operation
-_group_norm = '`nn.GroupNorm(C, C)` computes the same and keeps the format'
+_group_norm = '`nn.GroupNorm(C, C, affine=False)` computes the same and keeps the format'
 HINTS = dict(InstanceNorm2d=_group_norm, InstanceNorm3d=_group_norm,
              Softmax2d='`x.movedim(1, -1).softmax(-1).movedim(-1, 1)` keeps it',
              GLU='`a, b = x.chunk(2, 1); a * b.sigmoid()` keeps it')
@@ -56,7 +56,7 @@ class FormatSummary:
         if not had: return ("No activation is channels last, so there is nothing to lose: "
                             "call `learn.to_channelslast()` first.") + self.note
         of = f"{kept} of {had} activations forward, {bkept} of {bhad} backward"
-        moved = f"{len(self.rows)} conversion{'s'*(len(self.rows) != 1)} move {_mb(self.bytes_moved)} per step."
+        moved = f"{len(self.rows)} conversion{'s'*(len(self.rows) != 1)} move{'s'*(len(self.rows) == 1)} {_mb(self.bytes_moved)} per step."
         if self.holds: return f"Channels last holds: {of}. {moved}{self.note}"
         if self._unseen:
             return (f"Channels last does not hold: {self._unseen[0].module or '(model)'} has to regain it, {len(self._unseen)} time"

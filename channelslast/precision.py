@@ -111,17 +111,22 @@ def pickled_as(base):
 
 def layer_names(
     model: nn.Module,
-    layers, # Names as in `named_modules`, or predicates on modules, one or several
+    layers, # Names as in `named_modules`, modules, classes of modules, or functions of a module; one or several
 ) -> list: # Names, in the model's order
     "The names of the modules meant; `ValueError` for a name that the model does not have."
     modules = dict(unwrapped(model).named_modules())
     asked = [layers] if isinstance(layers, str) or callable(layers) else list(layers)
+    def _means(o, n, m):
+        if isinstance(o, str): return n == o
+        if isinstance(o, nn.Module): return m is o
+        return isinstance(m, o) if isinstance(o, type) else o(m)
     for o in asked:
-        if isinstance(o, str) and o in modules and o or callable(o): continue
+        if isinstance(o, str) and o in modules and o or any(m is o for m in modules.values()): continue
+        if callable(o) and not isinstance(o, nn.Module): continue
         near = get_close_matches(str(o), modules, 3, 0.4)
         raise ValueError(f"fp32_layers: the model has no module {o!r}; " + (f"did you mean {', '.join(map(repr, near))}?" if near else
                          "use names as in `model.named_modules()`, or a function of a module that returns True or False"))
-    return [n for n, m in modules.items() if n and any(n == o if isinstance(o, str) else o(m) for o in asked)]
+    return [n for n, m in modules.items() if n and any(_means(o, n, m) for o in asked)]
 
 
 def _cast_floats(x, to: torch.dtype, types: tuple):

@@ -8,6 +8,7 @@ import pandas as pd
 
 __all__ = ['Timing', 'FormatTimings', 'noise_margin', 'choose', 'label']
 
+NOISY = 0.1  # a margin above which a measurement says little
 LABELS = dict(contiguous='contiguous', channels_last='channels last')
 
 
@@ -82,6 +83,7 @@ class FormatTimings:
     def verdict(self) -> str:
         b = self.best
         out = f"Fastest: {label(b)}, {b.speedup:.2f}× contiguous fp32 (differences below {self.margin:.0%} are a tie)."
+        if self.margin > NOISY: out += ' That is much: measure again when this machine is less busy.'
         if self.input_bound: out += (f" But training is input-bound: the loader takes {self.loader_ms:.1f} ms a batch, the fastest "
                                      f"step {min(r.ms for r in self.rows if r.valid):.1f} ms. No format can help until it is faster.")
         return out

@@ -42,13 +42,13 @@ def layout_of(
     t: Tensor,
 ):
     """`'channels_last'`, `'other'`, or `None` where there is nothing to tell: no 4-D or 5-D floating-point tensor, one
-    channel or 1×1 pixels (both formats are one), elements that share memory (`expand`).
+    channel or 1×1 pixels (both formats are one, or a clip's can't be told from a view's), elements that share memory (`expand`).
 
     Judged by the order of the strides, as PyTorch's kernels do, so that a slice of a channels-last tensor is channels last.
     The stride of a dimension of size 1 means nothing, so a batch of one is judged by its channels and pixels alone."""
     if t.dim() not in (4, 5) or not t.is_floating_point() or t.layout is not torch.strided: return None
     pixels = range(t.dim() - 1, 1, -1)
-    if not t.numel() or t.shape[1] == 1 or all(t.shape[d] == 1 for d in pixels): return None
+    if not t.numel() or t.shape[1] == 1 or t.shape[-1] == t.shape[-2] == 1: return None
     if any(t.stride(d) == 0 and t.shape[d] > 1 for d in range(t.dim())): return None
     return 'channels_last' if _nested(t, (1, *pixels, 0)) else 'other'
 

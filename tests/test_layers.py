@@ -10,6 +10,7 @@ from torch import nn
 
 from channelslast import ChannelsLast, format_find as find_module, layers as module
 from channelslast.layers import fp32_names, record_inputs, time_layers
+from channelslast.precision import layer_names
 from tests.conftest import convnet, learner, loaders
 from tests.test_callback import image_folder
 from tests.test_format_find import fake, find
@@ -294,3 +295,10 @@ def test_on_cuda(mode):
     m = Uses()
     learner(m, loaders().to(torch.device('cuda'))).to_channelslast(amp_mode=mode, fp32_layers='two').fit(1)
     assert {t[:3] for t in m.two.types} == {(torch.float32,)*3}
+
+
+def test_classes_and_modules_are_names_too():
+    m = convnet()
+    assert layer_names(m, nn.Conv2d) == ['0', '3', '5'] and layer_names(m, (nn.Linear, nn.BatchNorm2d)) == ['1', '8']
+    assert layer_names(m, m[3]) == ['3'] == layer_names(m, [m[3]])
+    with pytest.raises(ValueError, match='no module'): layer_names(m, nn.Conv2d(1, 1, 1))

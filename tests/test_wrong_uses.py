@@ -141,7 +141,7 @@ WRONG = [ # Learner, call, error, part of its message
     (learner, to(fp32_layers=''), ValueError, "no module ''"),
     (learner, to(fp32_layers=3), TypeError, ''),
     (learner, to(fp32_layers=[None]), ValueError, 'no module None'),
-    (learner, to(fp32_layers=[nn.Conv2d(1, 1, 1)]), Exception, ''),
+    (learner, to(fp32_layers=[nn.Conv2d(1, 1, 1)]), ValueError, 'no module Conv2d'),
     (learner, to(fp32_layers=lambda m: m.groups == 8), AttributeError, 'groups'),
     # to_contiguous, to_fp16
     (learner, back(to_fp32='yes'), ValueError, 'use True or False'),
