@@ -13,7 +13,7 @@ from fastai.vision.all import (Callback, DataLoader, DataLoaders, GradientAccumu
 from torch import nn
 
 from channelslast import ChannelsLast, format_find as module, layers as layers_module
-from channelslast.timings import Timing, choose, noise_margin
+from channelslast.timings import FormatTimings, Timing, choose, noise_margin
 from tests.conftest import convnet, learner, loaders, strides
 from tests.test_callback import image_folder
 from tests.test_format_summary import Net, same, state
@@ -366,3 +366,9 @@ def test_on_cuda():
     t = learn.format_find(num_it=3, show_plot=False)
     assert len(t.rows) >= 4 and all(r.memory for r in t.rows if r.ms) and strides(learn) == before
     learn.to_fastest(num_it=3).fit(1)
+
+
+@pytest.mark.parametrize('margin, said', [(0.03, False), (0.45, True)])
+def test_a_busy_machine_is_said(margin, said):
+    r = row()
+    assert ('less busy' in FormatTimings([r], r, margin, 1.).verdict) == said

@@ -533,3 +533,9 @@ def test_panel_on_cuda(name):
     learn = Learner(DataLoaders(dl, dl, device=torch.device('cuda')), make(), CrossEntropyLossFlat()).to_channelslast()
     s = learn.format_summary()
     assert all(r.module in dict(learn.model.named_modules()) or r.module == 'loss' for r in s.rows) and s.counts[True][1]
+
+
+def test_nothing_to_tell_of_one_pixel():
+    "A shuffled view of 1×1 pixels looks channels last, in a Learner that is not."
+    s = Learner(loaders((3, 32, 32), n=8), tv.shufflenet_v2_x1_0(num_classes=4), CrossEntropyLossFlat()).format_summary()
+    assert 'nothing to lose' in s.verdict and s.rows == []

@@ -27,6 +27,7 @@ FASTAI = {
     'to_fp16': lambda learn: learn.to_fp16(), 'to_bf16': lambda learn: learn.to_bf16(), 'to_fp32': lambda learn: learn.to_fp32(),
     'freeze': lambda learn: learn.freeze(), 'unfreeze': lambda learn: learn.unfreeze()}
 CALLS = FORMAT | FASTAI
+OFTEN = ['fit']*6 + ['to_channelslast', 'to_contiguous', 'save', 'load']*2  # what makes state, and moves it
 OPTIMIZERS = dict(Adam=Adam, AdamW=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)),
                   SGD=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=0.9)))
 
@@ -66,8 +67,8 @@ def run(calls, opt, path) -> list:
 SEEN = []
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=[*HealthCheck])
-@given(calls=st.lists(st.sampled_from(list(CALLS)), min_size=4, max_size=14), opt=st.sampled_from(list(OPTIMIZERS)))
+@settings(max_examples=100, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=[*HealthCheck])
+@given(calls=st.lists(st.sampled_from([*CALLS, *OFTEN]), min_size=4, max_size=14), opt=st.sampled_from(list(OPTIMIZERS)))
 def _any_sequence(calls, opt):
     calls = [*calls, 'fit']
     path = Path(tempfile.mkdtemp())

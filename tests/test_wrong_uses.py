@@ -324,3 +324,9 @@ def test_a_cancelled_fit():
     learn.fit(1, cbs=Cancel())
     learn.to_contiguous()
     assert all(p.is_contiguous() for p in learn.model.parameters())
+
+
+def test_a_frozen_model_is_traced_forward():
+    learn = frozen().to_channelslast(to_fp16=False)
+    summary = learn.format_summary()
+    assert 'no parameter requires a gradient' in str(summary) and summary.counts[False][1] and not summary.counts[True][1]
