@@ -17,7 +17,7 @@ from . import less_random
 from .classifiers import Mistake, build, pick_device
 from .format_find import apply, step_ms
 from .memory_format import cast_tree
-from .precision import synchronize
+from .precision import elapsed_ms
 from .timings import label
 
 # pixels and images a batch on a CPU; on a GPU, 224 and 128
@@ -60,16 +60,12 @@ def bare(learn, batch, row):
         if p.dim() == x.dim(): p.data = p.data.to(memory_format=fmt)
     opt, scaler = learn.opt_func(learn.splitter(model), lr=0.), torch.amp.GradScaler(device.type, enabled=row.precision == 'fp16')
     def _step():
-        synchronize(device)
-        start = time.perf_counter()
         with torch.autocast(device.type, dtype, enabled=dtype is not None): loss = learn.loss_func(model(x), y)
         scaler.scale(loss).backward()
         if scaler.is_enabled(): scaler.step(opt); scaler.update()
         else: opt.step()
         opt.zero_grad()
-        synchronize(device)
-        return (time.perf_counter() - start)*1e3
-    return _step
+    return partial(elapsed_ms, device, _step)
 
 
 def interleaved(steps, n) -> dict:
@@ -109,19 +105,11 @@ def overhead(device, n=20) -> str:
     learn = make_learner('resnet152', 64, 2, device).to_channelslast(to_fp16=False)
     learn.create_opt()
     learn.model.to(device)
-    def _median(f):
-        ms = []
-        for _ in range(n + 1):
-            synchronize(device)
-            start = time.perf_counter()
-            f()
-            synchronize(device)
-            ms.append((time.perf_counter() - start)*1e3)
-        return statistics.median(ms[1:])
-    before_fit = _median(lambda: learn.channels_last('before_fit'))
     batch = torch.randn(64, 3, 224, 224, device=device)
-    return (f'before_fit of a ResNet-152 that is channels last already: {before_fit:.1f} ms a fit; '
-            f'casting a batch of 64×3×224×224: {_median(lambda: cast_tree(batch, {4})):.1f} ms')
+    work = dict(fit=lambda: learn.channels_last('before_fit'), batch=lambda: cast_tree(batch, {4}))
+    ms = interleaved({k: partial(elapsed_ms, device, f) for k, f in work.items()}, n)
+    return (f"before_fit of a ResNet-152 that is channels last already: {ms['fit']:.1f} ms a fit; "
+            f"casting a batch of 64×3×224×224: {ms['batch']:.1f} ms")
 
 
 def versions(device) -> str:

@@ -22,7 +22,7 @@ from . import precision as _precision
 from .callback import ChannelsLast
 from .memory_format import align_optimizer, cast_module
 from .layers import fp32_names, record_inputs, time_layers
-from .precision import DTYPES, DeviceMixedPrecision, check_scaler, fit_device, synchronize, unwrapped
+from .precision import DTYPES, DeviceMixedPrecision, check_scaler, elapsed_ms, fit_device, synchronize, unwrapped
 from .timings import FormatTimings, Timing, choose, label, noise_margin
 from .untouched import TAKE_PART, check_model, untouched
 
@@ -39,12 +39,7 @@ TOLERANCE = dict(fp32=(1e-3, 5e-2), fp16=(2e-2, 0.4), bf16=(5e-2, 0.8))
 
 def step_ms(learn, batch) -> float:
     "Milliseconds of one training step of the Learner."
-    device = fit_device(learn)
-    synchronize(device)
-    start = time.perf_counter()
-    learn.one_batch(0, batch)
-    synchronize(device)
-    return (time.perf_counter() - start) * 1e3
+    return elapsed_ms(fit_device(learn), lambda: learn.one_batch(0, batch))
 
 
 class _Candidate:

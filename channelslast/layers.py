@@ -1,13 +1,12 @@
 "Which layers does half precision slow down? Each measured alone, at the shapes it really gets."
 import statistics
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from .precision import fp32_forward, synchronize
+from .precision import elapsed_ms, fp32_forward
 from .workarounds import overruns, unstrided
 
 __all__ = ['LayerTiming', 'record_inputs', 'time_layers', 'fp32_names']
@@ -50,12 +49,10 @@ def layer_ms(m, x, device, half, in_fp32) -> float:
     "Milliseconds of one forward and backward pass of a layer inside autocast, or outside it with the casts that this needs."
     forward = unstrided(m, m.forward) if device.type == 'cpu' and overruns(m) else m.forward
     if in_fp32: forward = fp32_forward(forward, device.type, half)
-    synchronize(device)
-    start = time.perf_counter()
-    with torch.autocast(device.type, half): out = forward(x)
-    if out.requires_grad: out.backward(torch.ones_like(out))
-    synchronize(device)
-    ms = (time.perf_counter() - start)*1e3
+    def _pass():
+        with torch.autocast(device.type, half): out = forward(x)
+        if out.requires_grad: out.backward(torch.ones_like(out))
+    ms = elapsed_ms(device, _pass)
     x.grad = None
     m.zero_grad(set_to_none=True)
     return ms

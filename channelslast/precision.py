@@ -2,6 +2,7 @@
 import copyreg
 import math
 import operator
+import time
 import warnings
 from contextlib import contextmanager
 from copy import deepcopy
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from .workarounds import replace_forwards
 
-__all__ = ['model_device', 'fit_device', 'synchronize', 'unwrapped', 'accelerates', 'check_amp_mode', 'check_scaler', 'layer_names',
+__all__ = ['model_device', 'fit_device', 'synchronize', 'elapsed_ms', 'unwrapped', 'accelerates', 'check_amp_mode', 'check_scaler', 'layer_names',
            'fp32_forward', 'keep_autocast', 'pickled_as', 'DeviceMixedPrecision']
 
 DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
@@ -31,6 +32,15 @@ def model_device(model) -> torch.device:
 def synchronize(device: torch.device):
     "Wait until the device has done all that it was given."
     getattr(torch, device.type).synchronize()
+
+
+def elapsed_ms(device: torch.device, f) -> float:
+    "Milliseconds from an idle device until it has done all that `f()` gave it."
+    synchronize(device)
+    start = time.perf_counter()
+    f()
+    synchronize(device)
+    return (time.perf_counter() - start)*1e3
 
 
 def unwrapped(model) -> nn.Module:

@@ -13,7 +13,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if 'zoo' not in config.option.markexpr: # all of it takes 20 minutes: a fixed tenth
+    if 'zoo' not in config.option.markexpr: # all of it takes a quarter of an hour: a fixed tenth
         zoo = [o for o in items if o.get_closest_marker('zoo')]
         left = {*zoo} - {*zoo[::10]} if len(zoo) > 10 else set()
         items[:] = [o for o in items if o not in left]
