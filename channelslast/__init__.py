@@ -1,4 +1,5 @@
 "Train fastai image models faster in PyTorch's channels-last memory format."
+from . import mended  # fastai's own methods, for every Learner
 from .callback import ChannelsLast
 from .format_find import FormatTimings
 from .format_summary import FormatSummary

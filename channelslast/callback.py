@@ -8,9 +8,10 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
+from .devices import fit_device, model_device
 from .memory_format import align_optimizer, cast_module, cast_tree, castable
-from .precision import (DeviceMixedPrecision, check_amp_mode, check_scaler, fit_device, keep_autocast, layer_names, model_device,
-                        pickled_as)
+from .pickling import pickled_as
+from .precision import DeviceMixedPrecision, check_amp_mode, check_scaler, layer_names
 from .workarounds import overruns, replace_forwards, unstrided
 
 __all__ = ['ChannelsLast']
@@ -24,7 +25,8 @@ class ChannelsLast(_FastaiChannelsLast):
     (`torch.channels_last_3d`) parameters, buffers and gradients, and gives the optimizer's state the strides of its
     parameters; before each batch it casts the inputs of as many dimensions as the model has weights of (clips for a 2-D
     network over frames stay as they are). What already has its format is not touched."""
-    order, dims, _told, _layers, _made, _undo = -1, (), False, (), None, None  # before any callback that wraps or copies the model
+    order, dims = -1, ()  # before any callback that wraps or copies the model
+    _told, _layers, _made, _undo = False, (), None, None
 
     def before_fit(self):
         cast_module(self.model)
@@ -35,8 +37,8 @@ class ChannelsLast(_FastaiChannelsLast):
         cudnn = torch.backends.cudnn
         if not self._told and device == 'cuda' and cudnn.deterministic and not cudnn.benchmark:
             self._told = True
-            warnings.warn("cuDNN is deterministic and may not benchmark (fastai's `no_random` sets it so): convolutions in "
-                          "channels last can fail. `channelslast.less_random` makes runs repeatable without that.",
+            warnings.warn("cuDNN is deterministic and may not benchmark (fastai's `no_random` sets it so): convolutions"
+                          " in channels last can fail. `channelslast.less_random` makes runs repeatable without that.",
                           stacklevel=2)
 
     def before_batch(self):
@@ -54,28 +56,12 @@ class ChannelsLast(_FastaiChannelsLast):
         self._layers, self._made = (), None
 
 
-_one_batch = Learner.one_batch
-
-
-@patch
-def one_batch(self:Learner, i, b):
-    "Train or evaluate `self.model` on batch `(xb,yb)`"
-    # `MixedPrecision` turns autocast on before the batch and off after the loss; no event tells it that the model or the
-    # loss raised in between, and the whole session would go on in half precision. Replaced forwards serve until the
-    # backward pass is over: checkpointing calls them again there. The last one put on is the first one off.
-    ours = self._grab_cbs(DeviceMixedPrecision) + self._grab_cbs(ChannelsLast)
-    with keep_autocast(fit_device(self).type):
-        try: _one_batch(self, i, b)
-        finally:
-            for cb in ours: cb.leave()
-
-
 @patch
 @delegates(torch.amp.GradScaler, but=['device'])
 def to_channelslast(self:Learner,
     to_fp16:bool=True, # Add mixed precision? Needed for the full speed of channels last
     amp_mode:str|AMPMode=None, # `'fp16'` (default) or `'bf16'`
-    fp32_layers=None, # Modules that mixed precision leaves in fp32: names as in `named_modules`, classes, or functions of a module
+    fp32_layers=None, # Modules to leave in fp32: names as in `named_modules`, classes, or functions of a module
     **kwargs
 ):
     """Train in channels last, with mixed precision unless `to_fp16=False`; returns the Learner.
@@ -103,8 +89,8 @@ def to_channelslast(self:Learner,
         if mode is AMPMode.BF16: idle = list(kwargs)
         self.remove_cb(MixedPrecision).add_cb(DeviceMixedPrecision(mode, layers, **kwargs))
     elif any(type(o) is MixedPrecision for o in kept) and fit_device(self).type != 'cuda':
-        warnings.warn("This Learner keeps fastai's own `MixedPrecision`, which works on CUDA only. Name an `amp_mode` in "
-                      "`to_channelslast` to replace it.", stacklevel=2)
+        warnings.warn("This Learner keeps fastai's own `MixedPrecision`, which works on CUDA only. Name an `amp_mode` "
+                      "in `to_channelslast` to replace it.", stacklevel=2)
     if fp32_layers is not None and not layers:
         warnings.warn("fp32_layers: no module of the model is meant; all layers run in half precision.", stacklevel=2)
     if idle:
@@ -118,50 +104,10 @@ def to_channelslast(self:Learner,
 def to_contiguous(self:Learner,
     to_fp32:bool=False, # Remove mixed precision too?
 ):
-    "Cast model, gradients and optimizer state back to contiguous at once and remove `ChannelsLast`; returns the Learner."
+    """Cast model, gradients and optimizer state back to contiguous at once and remove `ChannelsLast`; returns the
+    Learner."""
     if to_fp32 not in (True, False): raise ValueError(f"to_fp32={to_fp32!r}: use True or False")
     cast_module(self.model, channels_last=False)
     align_optimizer(self.opt)
     self.remove_cb(_FastaiChannelsLast)
     return self.remove_cb(MixedPrecision) if to_fp32 else self
-
-
-_to_fp16 = Learner.to_fp16
-
-
-# fastai's own add a second callback beside the one that is there: losses would be scaled twice
-@patch
-@delegates(_to_fp16)
-def to_fp16(self:Learner,
-    amp_mode:str|AMPMode=AMPMode.FP16, # `'fp16'` or `'bf16'`
-    **kwargs
-):
-    "Train in mixed precision, in place of any other that the Learner has; returns the Learner."
-    mode = check_amp_mode(amp_mode)
-    check_scaler(**kwargs)
-    ours = self._grab_cbs(DeviceMixedPrecision)
-    self.remove_cb(MixedPrecision)
-    return self.add_cb(DeviceMixedPrecision(mode, **kwargs)) if ours else _to_fp16(self, amp_mode=mode, **kwargs)
-
-
-@patch
-def to_bf16(self:Learner):
-    "Train in bf16 mixed precision, in place of any other that the Learner has; returns the Learner."
-    return self.to_fp16(amp_mode=AMPMode.BF16)
-
-
-_load = Learner.load
-
-
-@patch
-@delegates(_load)
-def load(self:Learner,
-    file, # Name, with or without `.pth`, or path
-    device=None, # To load to; None: that of the DataLoaders
-    **kwargs
-):
-    """Load model and optimizer state (if `with_opt`) from `self.path/self.model_dir/file` using `device`: fastai's own, but
-    that the optimizer state takes the strides of the Learner's parameters, whatever format it was saved in."""
-    _load(self, file, device=device, **kwargs)
-    align_optimizer(self.opt)  # a checkpoint brings the strides of the Learner that saved it
-    return self

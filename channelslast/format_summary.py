@@ -3,6 +3,7 @@ import html
 import re
 from collections import Counter, defaultdict
 from contextlib import ExitStack
+from dataclasses import fields
 
 import pandas as pd
 from fastai.callback.core import Callback, CancelBatchException
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .memory_format import castable
-from .trace import FormatTrace
+from .trace import Conversion, FormatTrace
 from .untouched import check_model, untouched
 
 __all__ = ['FormatSummary']
@@ -27,9 +28,10 @@ HINTS = dict(InstanceNorm2d=_group_norm, InstanceNorm3d=_group_norm,
 class FormatSummary:
     """What `Learner.format_summary` found. Prints as a table, renders as one in a notebook.
 
-    `.rows`: a `Conversion` an event, in order of execution; `.lost`, `.regained`: those of that kind; `.bytes_moved`: of
-    all rows; `.holds`: there are channels-last activations, none is lost, and none has to be regained; `.counts[backward]`: `(kept, had)`, the
-    operations that took a channels-last activation and made a new one, and those whose result was channels last too."""
+    `.rows`: a `Conversion` an event, in order of execution; `.lost`, `.regained`: those of that kind; `.bytes_moved`:
+    of all rows; `.holds`: there are channels-last activations, none is lost, and none has to be regained;
+    `.counts[backward]`: `(kept, had)`, the operations that took a channels-last activation and made a new one, and
+    those whose result was channels last too."""
     def __init__(self, rows, counts, note='', max_rows=20):
         self.rows, self.counts, self.note, self.max_rows = list(rows), counts, note, max_rows
 
@@ -42,12 +44,13 @@ class FormatSummary:
     @property
     def holds(self): return not self.lost and not self._unseen and self.counts[False][1] > 0
     @property
-    def _unseen(self): # what comes back was lost, if by an operation on tensors without pixels, where formats have no name
+    def _unseen(self):
+        # what comes back was lost, if by an operation on tensors without pixels, where formats have no name
         return not self.lost and [r for r in self.regained if not r.backward]
 
     def to_frame(self) -> pd.DataFrame:
         "One row an event, as in `.rows`."
-        return pd.DataFrame([vars(r) for r in self.rows], columns=['module', 'cls', 'op', 'backward', 'kind', 'shape', 'bytes'])
+        return pd.DataFrame([vars(r) for r in self.rows], columns=[f.name for f in fields(Conversion)])
 
     @property
     def verdict(self) -> str:
@@ -56,12 +59,13 @@ class FormatSummary:
         if not had: return ("No activation is channels last, so there is nothing to lose: "
                             "call `learn.to_channelslast()` first.") + self.note
         of = f"{kept} of {had} activations forward, {bkept} of {bhad} backward"
-        moved = f"{len(self.rows)} conversion{'s'*(len(self.rows) != 1)} move{'s'*(len(self.rows) == 1)} {_mb(self.bytes_moved)} per step."
+        n = len(self.rows)
+        moved = f"{n} conversion{'s'*(n != 1)} move{'s'*(n == 1)} {_mb(self.bytes_moved)} per step."
         if self.holds: return f"Channels last holds: {of}. {moved}{self.note}"
-        if self._unseen:
-            return (f"Channels last does not hold: {self._unseen[0].module or '(model)'} has to regain it, {len(self._unseen)} time"
-                    f"{'s'*(len(self._unseen) != 1)} forward, so that an operation before it on tensors of other dimensions lost it "
-                    f"(kept by {of}). {moved}{self.note}")
+        if unseen := self._unseen:
+            return (f"Channels last does not hold: {unseen[0].module or '(model)'} has to regain it, {len(unseen)} time"
+                    f"{'s'*(len(unseen) != 1)} forward, so that an operation before it on tensors of other dimensions "
+                    f"lost it (kept by {of}). {moved}{self.note}")
         top = Counter(r.cls for r in self.lost).most_common(3)
         times = 'once' if len(self.lost) == 1 else f'{len(self.lost)} times'
         return (f"Channels last is lost {times} (kept by {of}): mostly {', '.join(f'{c} ({n})' for c, n in top)}. "
@@ -87,17 +91,23 @@ def _common(names) -> str:
     return '.'.join(p[0] if len(set(p)) == 1 else re.sub(r'\d+', '*', p[0]) for p in parts)
 
 
+def _row(events) -> dict:
+    "Like events as one row of the table."
+    first, name = events[0], _common(dict.fromkeys(r.module for r in events)) or '(model)'
+    return {'module': name + (f' ×{len(events)}' if len(events) > 1 else ''), 'class': first.cls, 'op': first.op,
+            'pass': 'backward' if first.backward else 'forward', 'kind': first.kind,
+            'shape': '×'.join(map(str, max(events, key=lambda r: r.bytes).shape)),
+            'moved': _mb(sum(r.bytes for r in events)),
+            'hint': HINTS.get(first.cls, '') if first.kind == 'lost' else ''}
+
+
 def _folded(summary) -> tuple:
     "The table people read: like events in one row, the costliest first; and a line on what `max_rows` hides."
     groups = defaultdict(list)
     for r in summary.rows: groups[re.sub(r'\d+', '*', r.module), r.cls, r.op, r.backward, r.kind].append(r)
     groups = sorted(groups.values(), key=lambda g: -sum(r.bytes for r in g))
     shown = groups[:summary.max_rows]
-    rows = [dict(module=(_common(dict.fromkeys(r.module for r in g)) or '(model)') + (f' ×{len(g)}' if len(g) > 1 else ''),
-                 **{'class': g[0].cls}, op=g[0].op, **{'pass': 'backward' if g[0].backward else 'forward'}, kind=g[0].kind,
-                 shape='×'.join(map(str, max(g, key=lambda r: r.bytes).shape)), moved=_mb(sum(r.bytes for r in g)),
-                 hint=HINTS.get(g[0].cls, '') if g[0].kind == 'lost' else '') for g in shown]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(map(_row, shown))
     if len(table) and not table['hint'].any(): table = table.drop(columns='hint')
     more = len(groups) - len(shown)
     return table, [f"… and {more} more row{'s'*(more != 1)}: `max_rows={len(groups)}` shows all."] if more else []
@@ -127,8 +137,9 @@ def _batch_of(learn, batch):
             raise ValueError("The Learner's training loader yields no batch: pass one, `format_summary(batch)`.") from e
     if isinstance(batch, (Tensor, dict)): return (batch,)
     if not isinstance(batch, (tuple, list)) or not len(batch):
-        raise ValueError(f"batch is {type(batch).__name__}{' without elements'*isinstance(batch, (tuple, list))}: use `(x, y)`"
-                         " as the Learner's loader yields it, or `(x,)`")
+        empty = ' without elements'*isinstance(batch, (tuple, list))
+        raise ValueError(f"batch is {type(batch).__name__}{empty}: use `(x, y)` as the Learner's loader yields it, "
+                         "or `(x,)`")
     return tuple(batch)
 
 
@@ -141,11 +152,13 @@ def format_summary(self:Learner,
     copied out of channels last and back.
 
     In the Learner's current format and precision, on its device. The Learner is left bit for bit as it was. A compiled
-    model is traced as the module it was made from; a batch without labels, or a frozen model, forward only. Costs a few times the step itself.
+    model is traced as the module it was made from; a batch without labels, or a frozen model, forward only. Costs a few
+    times the step itself.
 
     Raises `ValueError` for an empty loader or a batch without a 4-D or 5-D floating-point tensor; the model's own
     exceptions come as they are."""
-    if not isinstance(max_rows, int) or max_rows < 1: raise ValueError(f'max_rows={max_rows!r}: use a whole number from 1')
+    if not isinstance(max_rows, int) or max_rows < 1:
+        raise ValueError(f'max_rows={max_rows!r}: use a whole number from 1')
     check_model(self)
     model = self.model
     with untouched(self), ExitStack() as stack:
@@ -153,9 +166,9 @@ def format_summary(self:Learner,
         self._split(batch)
         self.opt = None # nothing steps, nothing of it is touched
         if not any(castable(t) for t in tree_leaves(self.xb)):
-            shapes = ', '.join(f'{tuple(t.shape)} {t.dtype}' for t in tree_leaves(self.xb) if isinstance(t, Tensor)) or 'no tensor'
-            raise ValueError("The batch's inputs hold no 4-D or 5-D floating-point tensor, so no memory format matters. "
-                             f"They hold: {shapes}.")
+            shapes = ', '.join(f'{tuple(t.shape)} {t.dtype}' for t in tree_leaves(self.xb) if isinstance(t, Tensor))
+            raise ValueError("The batch's inputs hold no 4-D or 5-D floating-point tensor, so no memory format matters."
+                             f" They hold: {shapes or 'no tensor'}.")
         loss = type(self.loss_func).__name__ if not hasattr(self.loss_func, '__name__') else self.loss_func.__name__
         trace = FormatTrace(self.model, batch, loss)
         self.add_cb(_OneStep(trace, stack))
@@ -163,6 +176,7 @@ def format_summary(self:Learner,
         self.n_iter = 1
         self.one_batch(0, batch)
         notes = [" Traced forward only: the batch has no labels."]*(not len(self.yb))
-        notes += [" Traced forward only: no parameter requires a gradient."]*(not any(p.requires_grad for p in model.parameters()))
+        frozen = not any(p.requires_grad for p in model.parameters())
+        notes += [" Traced forward only: no parameter requires a gradient."]*frozen
         notes += [" Traced the module that was compiled, uncompiled."]*(model is not self.model)
         return FormatSummary(trace.rows, trace.counts, ''.join(notes), max_rows)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .precision import elapsed_ms, fp32_forward
+from .devices import elapsed_ms
+from .precision import fp32_forward
 from .workarounds import overruns, unstrided
 
-__all__ = ['LayerTiming', 'record_inputs', 'time_layers', 'fp32_names']
+__all__ = ['LayerTiming', 'record_inputs', 'signature', 'time_layers', 'fp32_names']
 
 KINDS = nn.modules.conv._ConvNd, nn.Linear  # what autocast runs in half; transposed convolutions are among the first
 MARGIN, WARM_UP, ROUNDS = 0.9, 2, 5  # fp32 has to take less than this part of the time in half
@@ -31,7 +32,8 @@ def record_inputs(model: nn.Module, run) -> dict:
     "What each convolution and linear layer gets in `run()`: `{module: [(shape, strides, dtype, needs gradient)]}`."
     seen = defaultdict(list)
     def _note(m, args):
-        if args and isinstance(x := args[0], torch.Tensor): seen[m].append((x.shape, x.stride(), x.dtype, x.requires_grad))
+        if not args or not isinstance(x := args[0], torch.Tensor): return
+        seen[m].append((x.shape, x.stride(), x.dtype, x.requires_grad))
     handles = [m.register_forward_pre_hook(_note) for m in model.modules() if isinstance(m, KINDS)]
     try: run()
     finally:
@@ -39,14 +41,15 @@ def record_inputs(model: nn.Module, run) -> dict:
     return seen
 
 
-def _signature(m, x) -> tuple:
+def signature(m, x) -> tuple:
     "Layers that agree in this take the same time."
-    conv = ('stride', 'padding', 'dilation', 'groups', 'output_padding', 'padding_mode')
-    return (type(m), x, m.weight.shape, m.weight.requires_grad, m.bias is not None, *(getattr(m, o, None) for o in conv))
+    conv = (getattr(m, o, None) for o in ('stride', 'padding', 'dilation', 'groups', 'output_padding', 'padding_mode'))
+    return type(m), x, m.weight.shape, m.weight.requires_grad, m.bias is not None, *conv
 
 
 def layer_ms(m, x, device, half, in_fp32) -> float:
-    "Milliseconds of one forward and backward pass of a layer inside autocast, or outside it with the casts that this needs."
+    """Milliseconds of one forward and backward pass of a layer inside autocast, or outside it with the casts that this
+    needs."""
     forward = unstrided(m, m.forward) if device.type == 'cpu' and overruns(m) else m.forward
     if in_fp32: forward = fp32_forward(forward, device.type, half)
     def _pass():
@@ -67,14 +70,15 @@ def time_layers(
     "Time each distinct layer in half and in fp32, turn about; a layer that can't run alone is left out."
     names, groups = {m: n for n, m in model.named_modules()}, defaultdict(list)
     for m, xs in inputs.items():
-        if len(set(xs)) == 1: groups[_signature(m, xs[0])].append(m)  # a shared layer of several shapes has no one answer
+        # a shared layer of several shapes has no one answer
+        if len(set(xs)) == 1: groups[signature(m, xs[0])].append(m)
     rows = []
     for (cls, (shape, stride, dtype, grad), *_), ms in groups.items():
         m, device = ms[0], ms[0].weight.device
         x = torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_().requires_grad_(grad)
-        try: runs = [[layer_ms(m, x, device, half, f) for f in (False, True)] for _ in range(WARM_UP + ROUNDS)][WARM_UP:]
+        try: runs = [[layer_ms(m, x, device, half, f) for f in (False, True)] for _ in range(WARM_UP + ROUNDS)]
         except Exception: continue
-        in_half, in_fp32 = (statistics.median(o) for o in zip(*runs))
+        in_half, in_fp32 = (statistics.median(o) for o in zip(*runs[WARM_UP:]))
         rows.append(LayerTiming(tuple(names[o] for o in ms), cls.__name__, tuple(shape), precision, in_half, in_fp32,
                                 'fp32' if in_fp32 < MARGIN*in_half else precision))
     return rows

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 __all__ = ['FORMATS', 'castable', 'strides_of', 'cast', 'cast_tree', 'cast_module', 'align_optimizer']
 
-FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # the channels-last format of a tensor of so many dimensions
+# the channels-last format of a tensor of so many dimensions
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def castable(t) -> bool:
@@ -68,7 +69,7 @@ def cast_module(
     module: nn.Module,
     channels_last: bool = True, # False: back to contiguous
 ):
-    """Cast each floating-point parameter and buffer of 4 or 5 dimensions, and give each gradient its parameter's strides.
+    """Cast each floating-point parameter and buffer of 4 or 5 dimensions; give each gradient its parameter's strides.
 
     Parameters keep their identity, so optimizers, hooks and tied weights stay valid; two parameters on one memory stay
     so. What already has its format is not touched."""

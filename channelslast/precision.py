@@ -1,13 +1,9 @@
-"Mixed precision on the device the model is on."
-import copyreg
+"Mixed precision on the device the model is on, with some layers in fp32; and the checks of its arguments."
 import math
 import operator
-import time
 import warnings
 from contextlib import contextmanager
-from copy import deepcopy
 from difflib import get_close_matches
-from itertools import chain
 
 import torch
 from fastai.callback.fp16 import AMPMode, MixedPrecision
@@ -15,61 +11,18 @@ from fastcore.foundation import L
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from . import devices
+from .devices import model_device, unwrapped
+from .pickling import pickled_as
 from .workarounds import replace_forwards
 
-__all__ = ['model_device', 'fit_device', 'synchronize', 'elapsed_ms', 'unwrapped', 'accelerates', 'check_amp_mode', 'check_scaler', 'layer_names',
-           'fp32_forward', 'keep_autocast', 'pickled_as', 'DeviceMixedPrecision']
+__all__ = ['DTYPES', 'check_amp_mode', 'check_scaler', 'layer_names', 'fp32_forward', 'DeviceMixedPrecision',
+           'keep_autocast']
 
 DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
 
 
-def model_device(model) -> torch.device:
-    "The device of the model's first parameter or buffer; the CPU for a model that has neither."
-    t = next(chain(model.parameters(), model.buffers()), None)
-    return torch.device('cpu') if t is None else t.device
-
-
-def synchronize(device: torch.device):
-    "Wait until the device has done all that it was given."
-    getattr(torch, device.type).synchronize()
-
-
-def elapsed_ms(device: torch.device, f) -> float:
-    "Milliseconds from an idle device until it has done all that `f()` gave it."
-    synchronize(device)
-    start = time.perf_counter()
-    f()
-    synchronize(device)
-    return (time.perf_counter() - start)*1e3
-
-
-def unwrapped(model) -> nn.Module:
-    "The user's own module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
-        elif isinstance(inner := vars(model).get('_modules', {}).get('_orig_mod'), nn.Module): model = inner
-        else: return model
-
-
-def fit_device(learn) -> torch.device:
-    "The device that the Learner will train on: fastai moves the model there when a fit begins."
-    return torch.device(getattr(learn.dls, 'device', None) or model_device(learn.model))
-
-
-def accelerates(
-    device_type: str, # `'cpu'`, `'cuda'`, `'mps'`, …
-    amp_mode: AMPMode,
-) -> bool:
-    """True where autocast to this type makes a device compute faster, not only differently.
-
-    A CPU without fp16 instructions emulates it many times slower than fp32; oneDNN knows which it is."""
-    if not torch.amp.is_autocast_available(device_type): return False
-    if device_type == 'cpu':
-        test = getattr(torch.ops.mkldnn, f'_is_mkldnn_{amp_mode.value}_supported', None)  # no such op: no oneDNN here
-        return bool(test and test())
-    if device_type == 'cuda' and amp_mode is AMPMode.BF16: return torch.cuda.is_bf16_supported(including_emulation=False)
-    return True
-
+# what users ask for
 
 def check_amp_mode(amp_mode) -> AMPMode:
     "The `AMPMode` of a name or an `AMPMode`; `ValueError` for anything else."
@@ -98,25 +51,13 @@ def check_scaler(**kwargs):
         if not ok: raise ValueError(f'{k}={v!r}: use {rule}')
 
 
-def pickled_as(base):
-    """Class decorator: instances pickle as `base`, fastai's own class, so that an exported Learner loads where this
-    library is not installed. Copies keep their class."""
-    def _decorate(cls):
-        def __reduce_ex__(self, protocol):
-            if type(self) is not cls: return object.__reduce_ex__(self, protocol) # a user's own subclass
-            passing = {k for k in vars(cls) if k.startswith('_') and not k.startswith('__')}  # what a fit keeps, its functions among it
-            return copyreg._reconstructor, (base, object, None), {k: v for k, v in self.__getstate__().items() if k not in passing}
-        def __copy__(self):
-            new = type(self).__new__(type(self))
-            new.__dict__.update(self.__dict__)
-            return new
-        def __deepcopy__(self, memo):
-            new = memo[id(self)] = type(self).__new__(type(self))
-            new.__dict__.update(deepcopy(self.__dict__, memo))
-            return new
-        cls.__reduce_ex__, cls.__copy__, cls.__deepcopy__ = __reduce_ex__, __copy__, __deepcopy__
-        return cls
-    return _decorate
+# layers in fp32
+
+def _means(asked, name, module) -> bool:
+    "Is this module meant by a name, a module, a class or a function?"
+    if isinstance(asked, str): return name == asked
+    if isinstance(asked, nn.Module): return module is asked
+    return isinstance(module, asked) if isinstance(asked, type) else asked(module)
 
 
 def layer_names(
@@ -126,16 +67,13 @@ def layer_names(
     "The names of the modules meant; `ValueError` for a name that the model does not have."
     modules = dict(unwrapped(model).named_modules())
     asked = [layers] if isinstance(layers, str) or callable(layers) else list(layers)
-    def _means(o, n, m):
-        if isinstance(o, str): return n == o
-        if isinstance(o, nn.Module): return m is o
-        return isinstance(m, o) if isinstance(o, type) else o(m)
     for o in asked:
         if isinstance(o, str) and o in modules and o or any(m is o for m in modules.values()): continue
         if callable(o) and not isinstance(o, nn.Module): continue
         near = get_close_matches(str(o), modules, 3, 0.4)
-        raise ValueError(f"fp32_layers: the model has no module {o!r}; " + (f"did you mean {', '.join(map(repr, near))}?" if near else
-                         "use names as in `model.named_modules()`, or a function of a module that returns True or False"))
+        hint = (f"did you mean {', '.join(map(repr, near))}?" if near else
+                "use names as in `model.named_modules()`, or a function of a module that returns True or False")
+        raise ValueError(f"fp32_layers: the model has no module {o!r}; {hint}")
     return [n for n, m in modules.items() if n and any(_means(o, n, m) for o in asked)]
 
 
@@ -145,7 +83,8 @@ def _cast_floats(x, to: torch.dtype, types: tuple):
 
 
 def fp32_forward(forward, device_type: str, half: torch.dtype):
-    "A module's forward outside autocast: half-precision inputs as fp32, fp32 outputs as half, so that nothing around it changes."
+    """A module's forward outside autocast: half-precision inputs as fp32, fp32 outputs as half, so that nothing around
+    it changes."""
     def _forward(*args, **kwargs):
         if not torch.is_autocast_enabled(device_type): return forward(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
@@ -155,12 +94,15 @@ def fp32_forward(forward, device_type: str, half: torch.dtype):
     return _forward
 
 
+# the callback
+
 @pickled_as(MixedPrecision)
 class DeviceMixedPrecision(MixedPrecision):
     """fastai's `MixedPrecision` on the device the model is on (fastai's own names `'cuda'` whatever the device), with
-    every `GradScaler` argument kept. Where the device has no fast arithmetic of the asked type it trains in fp32 and says
-    so once."""
-    name, fp32_layers, _told, _entered, _layers, _made, _undo = 'mixed_precision', (), False, False, (), None, None
+    every `GradScaler` argument kept. Where the device has no fast arithmetic of the asked type it trains in fp32 and
+    says so once."""
+    name, fp32_layers = 'mixed_precision', ()
+    _told, _entered, _layers, _made, _undo = False, False, (), None, None
 
     def __init__(self,
         amp_mode: str|AMPMode = AMPMode.FP16, # `'fp16'` or `'bf16'`
@@ -173,7 +115,7 @@ class DeviceMixedPrecision(MixedPrecision):
     def before_fit(self):
         self.leave()  # of a fit that this one interrupts
         device = model_device(self.model).type
-        fast = accelerates(device, self.amp_mode)
+        fast = devices.accelerates(device, self.amp_mode)
         if not fast: self._tell(device)
         self.autocast = torch.autocast(device, DTYPES[self.amp_mode], enabled=fast)
         names = layer_names(self.model, self.fp32_layers) if fast else ()
@@ -185,11 +127,11 @@ class DeviceMixedPrecision(MixedPrecision):
     def _tell(self, device):
         if self._told: return
         self._told = True
-        other = next((o for o in AMPMode if o is not self.amp_mode and accelerates(device, o)), None)
+        other = next((o for o in AMPMode if o is not self.amp_mode and devices.accelerates(device, o)), None)
         use = f"use `amp_mode='{other.value}'`, which it has, or `to_fp16=False`" if other else (
               "use `to_fp16=False` to say so yourself (`amp_mode='bf16'` needs a CPU with AVX512-BF16 or AMX)")
-        warnings.warn(f"This {device} has no fast {self.amp_mode.value}: training stays in fp32. To silence this, {use}.",
-                      stacklevel=2)
+        warnings.warn(f"This {device} has no fast {self.amp_mode.value}: training stays in fp32. "
+                      f"To silence this, {use}.", stacklevel=2)
 
     def before_batch(self):
         self.leave()  # a callback may have cancelled the last batch before its loss
@@ -217,16 +159,20 @@ class DeviceMixedPrecision(MixedPrecision):
         super().after_fit()
 
 
+def _depth() -> int:
+    "How many autocast contexts are open."
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
 @contextmanager
 def keep_autocast(device_type: str):
     "Context manager: autocast is on or off afterwards as it was before, whoever left it in whatever state."
     if not torch.amp.is_autocast_available(device_type):
         yield
         return
-    def _depth():
-        torch.autocast_increment_nesting()
-        return torch.autocast_decrement_nesting()
-    enabled, dtype, depth = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type), _depth()
+    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    depth = _depth()
     try: yield
     finally:
         if (left := _depth() - depth) > 0:

@@ -11,7 +11,8 @@ __all__ = ['keep_random_states', 'less_random']
 
 @contextmanager
 def keep_random_states():
-    "Restore the states of `random`, NumPy and PyTorch (all devices) and cuDNN's flags on leaving, however that happens."
+    """Restore the states of `random`, NumPy and PyTorch (all devices) and cuDNN's flags on leaving, however that
+    happens."""
     cudnn = torch.backends.cudnn
     states = random.getstate(), np.random.get_state(), torch.get_rng_state(), cudnn.deterministic, cudnn.benchmark
     devices = [m for m in (torch.cuda, torch.xpu) if m.is_available()]
@@ -31,12 +32,14 @@ def less_random(
     deterministic: bool = None, # cuDNN's `deterministic`; None leaves it as it is
     benchmark: bool = None, # cuDNN's `benchmark`; None leaves it as it is
 ):
-    """Context manager: two runs that build their data, model and Learner inside it, on one machine, give the same losses.
+    """Context manager: two runs that build their data, model and Learner inside it, on one machine, give the same
+    losses.
 
     Seeds everything and restores all random states and flags on leaving, also after an exception. In place of fastai's
-    `no_random`, which turns `cudnn.benchmark` off and `deterministic` on: under these, convolutions in channels last are
-    reported to fail (what the flags do: https://docs.pytorch.org/docs/stable/notes/randomness.html). Some kernels, in CUDA mostly, add in
-    any order; with those, losses agree to rounding only, unless you pass `deterministic=True`."""
+    `no_random`, which turns `cudnn.benchmark` off and `deterministic` on: under these, convolutions in channels last
+    are reported to fail (what the flags do: https://docs.pytorch.org/docs/stable/notes/randomness.html). Some kernels,
+    in CUDA mostly, add in any order; with those, losses agree to rounding only, unless you pass
+    `deterministic=True`."""
     with keep_random_states():
         set_seed(seed)
         if deterministic is not None: torch.backends.cudnn.deterministic = deterministic

@@ -1,12 +1,10 @@
-"What `format_find` measured, and which choice follows from it: facts, and apart from them their table and chart."
+"What `format_find` measured: facts, and apart from them their table and chart."
 import html
-import math
-import statistics
 from dataclasses import asdict, dataclass
 
 import pandas as pd
 
-__all__ = ['Timing', 'FormatTimings', 'noise_margin', 'choose', 'label']
+__all__ = ['Timing', 'FormatTimings', 'label']
 
 NOISY = 0.1  # a margin above which a measurement says little
 LABELS = dict(contiguous='contiguous', channels_last='channels last')
@@ -29,49 +27,24 @@ class Timing:
 def label(row: Timing) -> str: return f'{LABELS[row.memory_format]}, {row.precision}'
 
 
-def noise_margin(
-    times: list, # Milliseconds of each step, a list a candidate, all measured in the same rounds
-) -> float: # A fraction: differences below it say nothing
-    """Twice the standard error of the median ratio to the fastest candidate, round by round; at least 2 %.
-
-    Ratios within a round, since a machine's drift hits a whole round alike; from the median absolute deviation, so that
-    single slow steps count little. Of several candidates, the median of their errors."""
-    fastest = min(times, key=statistics.median)
-    def _error(ms):
-        logs = [math.log(a/b) for a, b in zip(ms, fastest)]
-        med = statistics.median(logs)
-        return 1.2533 * 1.4826 * statistics.median(abs(o - med) for o in logs) / len(logs)**0.5
-    return max(0.02, 2*statistics.median([_error(ms) for ms in times if ms is not fastest] or [0]))
-
-
-def choose(
-    rows: list, # `Timing`s
-    current: tuple, # `(memory_format, precision)` of the Learner
-    margin: float, # Fraction within which times are equal
-) -> Timing:
-    """The fastest valid row; of those within the margin of it the simplest: what the Learner has, then fp32, then
-    one precision for all layers, then contiguous."""
-    valid = [r for r in rows if r.valid]
-    tied = [r for r in valid if r.ms <= min(o.ms for o in valid) * (1 + margin)]
-    return min(tied, key=lambda r: ((r.memory_format, r.precision) != current, r.precision != 'fp32',
-                                    '+' in r.precision, r.memory_format != 'contiguous', r.ms))
-
-
 class FormatTimings:
     """What `Learner.format_find` measured. Prints as a table, renders as one in a notebook.
 
-    `.rows`: a `Timing` a candidate; `.best`: the suggested one; `.margin`: the fraction within which times count as equal;
-    `.loader_ms`: median milliseconds the loader needs for a batch; `.input_bound`: does it need longer than the fastest step?
-    `.layers`: a `LayerTiming` for each distinct layer and half precision."""
+    `.rows`: a `Timing` a candidate; `.best`: the suggested one; `.margin`: the fraction within which times count as
+    equal; `.loader_ms`: median milliseconds the loader needs for a batch; `.input_bound`: does it need longer than the
+    fastest step? `.layers`: a `LayerTiming` for each distinct layer and half precision."""
     def __init__(self, rows, best, margin, loader_ms, layers=()):
-        self.rows, self.best, self.margin, self.loader_ms, self.layers = list(rows), best, margin, loader_ms, list(layers)
+        self.rows, self.best, self.margin = list(rows), best, margin
+        self.loader_ms, self.layers = loader_ms, list(layers)
 
     @property
-    def input_bound(self) -> bool: return self.loader_ms > min(r.ms for r in self.rows if r.valid)
+    def fastest_ms(self) -> float: return min(r.ms for r in self.rows if r.valid)
+    @property
+    def input_bound(self) -> bool: return self.loader_ms > self.fastest_ms
 
     def __reduce__(self): # an exported Learner that holds this loads where this library is not installed
-        return dict, (dict(rows=[asdict(r) for r in self.rows], best=asdict(self.best), margin=self.margin, loader_ms=self.loader_ms,
-                           layers=[asdict(r) for r in self.layers]),)
+        return dict, (dict(rows=[asdict(r) for r in self.rows], best=asdict(self.best), margin=self.margin,
+                           loader_ms=self.loader_ms, layers=[asdict(r) for r in self.layers]),)
     def __copy__(self): return self
     def __deepcopy__(self, memo): return self
 
@@ -84,9 +57,9 @@ class FormatTimings:
         b = self.best
         out = f"Fastest: {label(b)}, {b.speedup:.2f}× contiguous fp32 (differences below {self.margin:.0%} are a tie)."
         if self.margin > NOISY: out += ' That is much: measure again when this machine is less busy.'
-        if self.input_bound: out += (f" But training is input-bound: the loader takes {self.loader_ms:.1f} ms a batch, the fastest "
-                                     f"step {min(r.ms for r in self.rows if r.valid):.1f} ms. No format can help until it is faster.")
-        return out
+        if not self.input_bound: return out
+        return out + (f" But training is input-bound: the loader takes {self.loader_ms:.1f} ms a batch, the fastest "
+                      f"step {self.fastest_ms:.1f} ms. No format can help until it is faster.")
 
     def __repr__(self): return f'{_table(self).to_string(index=False)}\n{self.verdict}'
     def _repr_html_(self): return f'{_table(self).to_html(index=False)}<p>{html.escape(self.verdict)}</p>'
@@ -95,26 +68,33 @@ class FormatTimings:
         ax=None, # matplotlib axes to draw on; None makes new ones
     ):
         "Bars of the speed-up of each candidate that ran, contiguous fp32 marked; returns the axes."
-        from matplotlib import pyplot as plt
-        rows = [r for r in self.rows if r.ms]
-        if ax is None: ax = plt.subplots(figsize=(7, 0.9 + 0.45*len(rows)), layout='constrained')[1]
-        bars = ax.barh([label(r) for r in rows], [r.speedup for r in rows], height=0.62,
-                       color=['#0072B2' if r is self.best else '#B0B7BF' if r.valid else '#E6E6E6' for r in rows])
-        ax.axvline(1, color='#444444', lw=1, ls='--')
-        ax.bar_label(bars, [f"{r.speedup:.2f}×  ({r.ms:.{0 if r.ms >= 100 else 1}f} ms){'' if r.valid else '  wrong numbers'}" for r in rows],
-                     padding=4, bbox=dict(facecolor='white', edgecolor='none', pad=1))
-        ax.set(xlabel='speed-up of a training step over contiguous fp32 (dashed)', xlim=(0, 1.4*max(r.speedup for r in rows)),
-               title=f'Suggested: {label(self.best)}')
-        ax.invert_yaxis()
-        ax.spines[['top', 'right']].set_visible(False)
-        return ax
+        return _chart(self, ax)
 
 
 def _table(t) -> pd.DataFrame:
     "The columns people read; memory and notes only where there are any."
     def _num(v, spec): return '–' if v is None else format(v, spec)
-    table = pd.DataFrame([{'': '→' if r is t.best else '', 'format': LABELS[r.memory_format], 'precision': r.precision,
+    table = pd.DataFrame([{
+        '': '→' if r is t.best else '', 'format': LABELS[r.memory_format], 'precision': r.precision,
         'ms/step': _num(r.ms, '.1f'), 'speed-up': '–' if r.speedup is None else f'{r.speedup:.2f}×',
-        'loss diff': _num(r.loss_diff, '.0e'), 'grad diff': _num(r.grad_diff, '.0e'), 'MiB': _num(r.memory, '.0f'), 'note': r.note}
-        for r in t.rows])
+        'loss diff': _num(r.loss_diff, '.0e'), 'grad diff': _num(r.grad_diff, '.0e'),
+        'MiB': _num(r.memory, '.0f'), 'note': r.note} for r in t.rows])
     return table.drop(columns=[c for c, empty in (('MiB', '–'), ('note', '')) if (table[c] == empty).all()])
+
+
+def _chart(t, ax):
+    from matplotlib import pyplot as plt
+    rows = [r for r in t.rows if r.ms]
+    if ax is None: ax = plt.subplots(figsize=(7, 0.9 + 0.45*len(rows)), layout='constrained')[1]
+    bars = ax.barh([label(r) for r in rows], [r.speedup for r in rows], height=0.62,
+                   color=['#0072B2' if r is t.best else '#B0B7BF' if r.valid else '#E6E6E6' for r in rows])
+    ax.axvline(1, color='#444444', lw=1, ls='--')
+    def _said(r):
+        wrong = '' if r.valid else '  wrong numbers'
+        return f'{r.speedup:.2f}×  ({r.ms:.{0 if r.ms >= 100 else 1}f} ms){wrong}'
+    ax.bar_label(bars, map(_said, rows), padding=4, bbox=dict(facecolor='white', edgecolor='none', pad=1))
+    ax.set(xlabel='speed-up of a training step over contiguous fp32 (dashed)',
+           xlim=(0, 1.4*max(r.speedup for r in rows)), title=f'Suggested: {label(t.best)}')
+    ax.invert_yaxis()
+    ax.spines[['top', 'right']].set_visible(False)
+    return ax

@@ -42,10 +42,12 @@ def layout_of(
     t: Tensor,
 ):
     """`'channels_last'`, `'other'`, or `None` where there is nothing to tell: no 4-D or 5-D floating-point tensor, one
-    channel or 1×1 pixels (both formats are one, or a clip's can't be told from a view's), elements that share memory (`expand`).
+    channel or 1×1 pixels (both formats are one, or a clip's can't be told from a view's), elements that share memory
+    (`expand`).
 
-    Judged by the order of the strides, as PyTorch's kernels do, so that a slice of a channels-last tensor is channels last.
-    The stride of a dimension of size 1 means nothing, so a batch of one is judged by its channels and pixels alone."""
+    Judged by the order of the strides, as PyTorch's kernels do, so that a slice of a channels-last tensor is channels
+    last. The stride of a dimension of size 1 means nothing, so a batch of one is judged by its channels and pixels
+    alone."""
     if t.dim() not in (4, 5) or not t.is_floating_point() or t.layout is not torch.strided: return None
     pixels = range(t.dim() - 1, 1, -1)
     if not t.numel() or t.shape[1] == 1 or t.shape[-1] == t.shape[-2] == 1: return None
@@ -71,6 +73,36 @@ def _innermost(t: Tensor):
 def _ref(t: Tensor): return StorageWeakRef(t.untyped_storage())  # views are one with what they view
 
 
+# rules: what an operation does to the formats of what it gets
+
+def _strided(tree) -> list:
+    """The strided tensors in nested containers, each with its memory; sparse and quantized ones have no strides to
+    judge."""
+    return [(t, _ref(t)) for t in tree_leaves(tree) if isinstance(t, Tensor) and t.layout is torch.strided]
+
+
+def _made(func, ins, outs, sources) -> tuple:
+    """Those results that are new, and the sources that they were made from. Views and what is written in place are not
+    new, but `copy_` is a copy from one tensor into another: all of its result is new, and its target no source."""
+    if func is torch.ops.aten.copy_.default: return outs, [(t, p) for t, p in sources if t is not ins[0][0]]
+    known = {r for _, r in ins}
+    return [(t, r) for t, r in outs if r not in known], sources
+
+
+def _stays_innermost(t, sources) -> bool:
+    """In any number of dimensions: a tensor of a channels-last source's shape whose memory runs along the same
+    dimension is channels last too, as with pixels flattened or channels moved to the end."""
+    return any(p.is_last and o.shape == t.shape and _innermost(o) == _innermost(t) for o, p in sources)
+
+
+def _rearranged(func, new, sources) -> list:
+    """The sources that are rearranged views of channels-last memory, of any number of dimensions, where the result has
+    something else than channels innermost: what a channel shuffle copies, or attention over flattened pixels."""
+    if not new or func.overloadpacket is torch.ops.aten.bmm: return []  # a matrix product's result has no channels
+    return [t for t, p in sources if p.is_last and t.dim() > 2 and t.shape == new[0].shape
+            and layout_of(t) != 'channels_last' and _innermost(t) != _innermost(new[0])]
+
+
 class FormatTrace(TorchDispatchMode):
     """Context manager: notes each `Conversion` in `.rows`, in order of execution, and in `.counts[backward]` how many
     operations `(kept, had)` channels last: of those that took a channels-last activation and made a new one.
@@ -87,9 +119,11 @@ class FormatTrace(TorchDispatchMode):
         self.names = {id(m): Owner(n, type(m).__name__) for n, m in model.named_modules()}
         self.root, self.loss = self.names[id(model)], Owner('loss', loss_name)
         self.model, self.rows, self.counts, self.backward = model, [], {False: [0, 0], True: [0, 0]}, False
-        self.stack, self.idle, self.last = [], self.root, self.root  # modules that are running; who owns what no module runs
+        self.stack = []  # modules that are running
+        self.idle = self.last = self.root  # who owns what no module runs
         self.since, self.owners = [], []  # from which autograd sequence number on who creates the nodes
-        self.past = {_ref(t): Past(*[layout_of(t) == 'channels_last']*2, False) for t in tree_leaves(inputs) if isinstance(t, Tensor)}
+        self.past = {_ref(t): Past(*[layout_of(t) == 'channels_last']*2, False)
+                     for t in tree_leaves(inputs) if isinstance(t, Tensor)}
 
     def __enter__(self):
         self._handles = [hooks.register_module_forward_pre_hook(self._enter_module),
@@ -131,44 +165,42 @@ class FormatTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self._look(func, [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], out)
+        # the other outputs of a convolution's backward pass belong to weight and bias
+        result = out[0] if func is torch.ops.aten.convolution_backward.default else out
+        self._look(func, _strided((args, kwargs)), _strided(result))
         return out
 
-    def _look(self, func, ins, out):
-        owner, ins = self._owner(), [(t, _ref(t)) for t in ins if t.layout is torch.strided]
-        sources = [(t, self.past[r]) for t, r in ins if r in self.past]
+    def _look(self, func, ins, outs):
+        owner, sources = self._owner(), [(t, self.past[r]) for t, r in ins if r in self.past]
         if not sources: return
-        if func is torch.ops.aten.convolution_backward.default: out = out[0]  # the others belong to weight and bias
-        outs = [(t, _ref(t)) for t in tree_leaves(out) if isinstance(t, Tensor) and t.layout is torch.strided]
-        known = {r for _, r in ins}
-        new = [(t, r) for t, r in outs if r not in known]  # views and what is written in place are not new
-        if func is torch.ops.aten.copy_.default:
-            new, sources = outs, [(t, p) for t, p in sources if t is not ins[0][0]]
-        # a gradient's past is its own, not that of the saved activations that it meets; pooled to 1×1 pixels it has none
-        was = any(p.was_last for t, p in sources if p.backward == self.backward and not _pooled(t))
-        for t, r in outs:
-            if r not in self.past or (t, r) in new:
-                # in any number of dimensions: pixels flattened, channels moved to the end, as long as they stay innermost
-                is_last = layout_of(t) == 'channels_last' or any(
-                    p.is_last and o.shape == t.shape and _innermost(o) == _innermost(t) for o, p in sources)
-                self.past[r] = Past(is_last, was or is_last, self.backward)
-        made = {layout_of(t) for t, _ in new} - {None}
+        made, sources = _made(func, ins, outs, sources)
+        self._remember(outs, made, sources)
+        new, layouts = [t for t, _ in made], {layout_of(t) for t, _ in made} - {None}
         last = [t for t, _ in sources if layout_of(t) == 'channels_last']
-        if new and not last and func.overloadpacket is not torch.ops.aten.bmm: # its result has no channels
-            # a rearranged view of channels-last memory, of any number of dimensions, whose result has something else than
-            # channels innermost: what a channel shuffle copies, or attention over flattened pixels
-            last = [t for t, p in sources if p.is_last and t.dim() > 2 and t.shape == new[0][0].shape
-                    and layout_of(t) != 'channels_last' and _innermost(t) != _innermost(new[0][0])]
-            if last: made = {'other'}
-        if not made: return
-        other = [(t, p) for t, p in sources if layout_of(t) == 'other']
-        if last:
+        if not last and (last := _rearranged(func, new, sources)): layouts = {'other'}
+        lost = bool(last) and 'other' in layouts
+        if last and layouts:
             self.counts[self.backward][1] += 1
-            self.counts[self.backward][0] += 'other' not in made
-        if last and 'other' in made: self._note(owner, func, 'lost', max(last, key=Tensor.numel))
-        elif other and 'channels_last' in made:
-            t, p = max(other, key=lambda o: o[0].numel())
-            self._note(owner, func, 'regained' if p.was_last else 'entry', t)
+            self.counts[self.backward][0] += not lost
+        if lost: self._note(owner, func, 'lost', max(last, key=Tensor.numel))
+        elif 'channels_last' in layouts: self._note_return(owner, func, sources)
+
+    def _remember(self, outs, made, sources):
+        "What the results are, and whether they come from channels last."
+        # a gradient's past is its own, not that of saved activations that it meets; pooled to 1×1 pixels it has none
+        was = any(p.was_last for t, p in sources if p.backward == self.backward and not _pooled(t))
+        made = {r for _, r in made}
+        for t, r in outs:
+            if r in self.past and r not in made: continue
+            is_last = layout_of(t) == 'channels_last' or _stays_innermost(t, sources)
+            self.past[r] = Past(is_last, was or is_last, self.backward)
+
+    def _note_return(self, owner, func, sources):
+        "An operation that made channels last of what was not: again, or for the first time?"
+        other = [(t, p) for t, p in sources if layout_of(t) == 'other']
+        if not other: return
+        t, p = max(other, key=lambda o: o[0].numel())
+        self._note(owner, func, 'regained' if p.was_last else 'entry', t)
 
     def _note(self, owner, func, kind, t):
         self.rows.append(Conversion(*owner, str(func.overloadpacket), self.backward, kind, tuple(t.shape),

@@ -12,12 +12,14 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .precision import fit_device, keep_autocast, unwrapped
+from .devices import fit_device, unwrapped
+from .precision import keep_autocast
 from .reproducible import keep_random_states
 
 __all__ = ['untouched', 'learner_modules', 'check_model']
 
-TAKE_PART = TrainEvalCallback, CastToTensor, ChannelsLast, MixedPrecision  # callbacks without which a step is another one
+# callbacks without which a step is another one
+TAKE_PART = TrainEvalCallback, CastToTensor, ChannelsLast, MixedPrecision
 
 
 def learner_modules(learn) -> list:
@@ -29,13 +31,23 @@ def learner_modules(learn) -> list:
 def check_model(learn):
     "`ValueError` for a model that can't run in a Learner, with what to do."
     params = list(learn.model.parameters())
-    if not params: raise ValueError("The model has no parameters: fastai reads the device from them, so it can't run this model.")
+    if not params:
+        raise ValueError("The model has no parameters: fastai reads the device from them, so it can't run this model.")
     if any(nn.parameter.is_lazy(p) for p in params):
         raise ValueError("The model has lazy modules without shapes yet: run one batch through it first, "
                          "`learn.model(learn.dls.one_batch()[0])`.")
     if any(p.is_meta for p in params):
         raise ValueError("The model is on the meta device, it has shapes but no numbers: "
                          "`learn.model.to_empty(device='cpu')`, then load weights.")
+
+
+def _tensors(tree) -> list: return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def _held(modules):
+    "What modules hold on to beside tensors and modules: fastai's UNet keeps activations in `Hook` objects."
+    held = {id(v): v for m in modules for v in vars(m).values() if type(v).__module__ != 'builtins'}
+    return [o for o in held.values() if hasattr(o, '__dict__') and not isinstance(o, (nn.Module, Tensor, type))]
 
 
 def _keep_dict(undo, d):
@@ -66,8 +78,8 @@ def _run_on_copies(undo, tensors):
 
 
 def _keep_optimizer(undo, opt):
-    """Have `undo` restore an optimizer, wrapped ones too: what it holds, its hyper-parameters, its state by value; returns
-    its state's tensors with their originals."""
+    """Have `undo` restore an optimizer, wrapped ones too: what it holds, its hyper-parameters, its state by value;
+    returns its state's tensors with their originals."""
     originals = []
     while opt is not None:
         own = vars(opt)
@@ -75,7 +87,7 @@ def _keep_optimizer(undo, opt):
         for group in (*own.get('param_groups', ()), *own.get('hypers', ())): _keep_dict(undo, group)
         for state in getattr(opt, 'state', {}).values():
             if isinstance(state, dict): _keep_dict(undo, state)
-        originals += _run_on_copies(undo, [t for t in tree_leaves([own.get('state'), *map(list, own.get('slow_weights') or ())]) if isinstance(t, Tensor)])
+        originals += _run_on_copies(undo, _tensors([own.get('state'), *map(list, own.get('slow_weights') or ())]))
         inner = own.get('opt', own.get('optimizer'))
         opt = inner if hasattr(inner, 'state') else None
     return originals
@@ -87,26 +99,28 @@ def untouched(learn,
     eager=True, # Run compiled models as the modules they were made from?
 ):
     """Context manager: use the Learner as you like inside; afterwards it is bit for bit what it was, however the block
-    ended: weights, buffers, gradients, their formats and memory, optimizer, modes, callbacks, recorder, hooks, random states,
-    autocast, the training loader's shuffling. Costs one copy of the tensors of model and optimizer.
+    ended: weights, buffers, gradients, their formats and memory, optimizer, modes, callbacks, recorder, hooks, random
+    states, autocast, the training loader's shuffling. Costs one copy of the tensors of model and optimizer.
 
     Gives the tensors with their originals' memory. What a module keeps deeper than in objects among its attributes is
     not known here."""
     try: loader, modules = learn.dls.train, learner_modules(learn)
-    except IndexError: raise ValueError("The Learner's DataLoaders hold no loader: there is nothing to run on.") from None
+    except IndexError:
+        raise ValueError("The Learner's DataLoaders hold no loader: there is nothing to run on.") from None
     with keep_random_states(), keep_autocast(fit_device(learn).type), torch.enable_grad(), ExitStack() as undo:
         if eager: undo.enter_context(torch.compiler.set_stance('force_eager'))
-        owners = modules if isinstance(learn.loss_func, nn.Module) or not hasattr(learn.loss_func, '__dict__') else [*modules, learn.loss_func]
+        plain_loss = not isinstance(learn.loss_func, nn.Module) and hasattr(learn.loss_func, '__dict__')
+        owners = [*modules, learn.loss_func] if plain_loss else modules
         for o in (learn, *learn.cbs, loader, *owners): _keep_dict(undo, vars(o))
-        # what modules hold on to: fastai's UNet keeps activations in `Hook` objects
-        for o in {id(v): v for m in modules for v in vars(m).values() if type(v).__module__ != 'builtins'}.values():
-            if hasattr(o, '__dict__') and not isinstance(o, (nn.Module, Tensor, type)): _keep_dict(undo, vars(o))
+        for o in _held(modules): _keep_dict(undo, vars(o))
         if hasattr(rng := getattr(loader, 'rng', None), 'getstate'): undo.callback(rng.setstate, rng.getstate())
-        for g in (getattr(o, 'generator', None) for o in (loader, getattr(loader, 'sampler', None))):  # PyTorch's own loader
+        for o in loader, getattr(loader, 'sampler', None):  # PyTorch's own loader
+            g = getattr(o, 'generator', None)
             if isinstance(g, torch.Generator): undo.callback(g.set_state, g.get_state())
         # parameters, buffers, and tensors that are plain attributes
-        originals = _run_on_copies(undo, [t for o in owners for t in tree_leaves(list(vars(o).values())) if isinstance(t, Tensor)])
-        originals += _keep_optimizer(undo, learn.opt if learn.opt is not None or not isinstance(learn.opt_func, OptimWrapper) else learn.opt_func)
+        originals = _run_on_copies(undo, _tensors([list(vars(o).values()) for o in owners]))
+        opt = learn.opt_func if learn.opt is None and isinstance(learn.opt_func, OptimWrapper) else learn.opt
+        originals += _keep_optimizer(undo, opt)
         learn.cbs = L(o for o in learn.cbs if isinstance(o, take_part))
         if eager: learn.model = unwrapped(learn.model)
         yield originals

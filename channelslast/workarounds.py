@@ -10,14 +10,15 @@ def overruns(m: nn.Module) -> bool:
     """Does this layer's backward pass in channels last, on a CPU, write past its memory?
 
     oneDNN's gradient of a 1×1 convolution's weights does, with a stride, without padding and with fewer input channels
-    than a block: wrong gradients, a crash or a hang (https://github.com/uxlfoundation/oneDNN/issues/6035). The first layers of
-    RepVGG-like networks, MobileOne among them, are such."""
+    than a block: wrong gradients, a crash or a hang (https://github.com/uxlfoundation/oneDNN/issues/6035). The first
+    layers of RepVGG-like networks, MobileOne among them, are such."""
     return (isinstance(m, nn.Conv2d) and m.in_channels < BLOCK and m.groups == 1 and set(m.kernel_size) == {1}
             and max(m.stride) > 1 and m.padding in ('valid', (0, 0)))
 
 
 def unstrided(m: nn.Conv2d, forward):
-    "`forward` of a 1×1 convolution, without stride, on the pixels that the stride would have left: the same by a safe kernel."
+    """`forward` of a 1×1 convolution, without stride, on the pixels that the stride would have left: the same by a safe
+    kernel."""
     def _forward(x, *args, **kwargs):
         h, w = stride = m.stride
         m.stride = 1, 1

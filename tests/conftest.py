@@ -3,10 +3,18 @@ import torch
 from torch import nn
 from fastai.vision.all import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
 
-from channelslast import less_random
+from channelslast import devices, less_random
+
+
+def pytest_addoption(parser):
+    parser.addoption('--accelerates', default='native', help="run as on a machine that accelerates just these: "
+                     "'bf16', 'fp16,bf16', 'none'; 'native', the default: as this machine is. Notebooks run natively")
 
 
 def pytest_configure(config):
+    asked = config.getoption('accelerates')
+    if asked not in ('native', 'none') and not {*asked.split(',')} <= {'fp16', 'bf16'}:
+        raise pytest.UsageError(f"--accelerates {asked}: use native, none, fp16, bf16 or fp16,bf16")
     config.addinivalue_line('markers', 'cuda: needs a CUDA GPU')
     config.addinivalue_line('markers', 'zoo: an architecture; without `-m zoo`, each tenth runs')
     config.option.nbmake, config.option.nbmake_timeout = True, 300  # nbs/*.ipynb are tests, each run in a kernel
@@ -57,11 +65,17 @@ def quiet(monkeypatch):
 
 @pytest.fixture
 def has(monkeypatch):
-    "Pretend that the device accelerates just these: `has('bf16')`."
-    def _has(*modes):
-        from channelslast import precision
-        monkeypatch.setattr(precision, 'accelerates', lambda device, amp_mode: amp_mode.value in modes)
+    "Pretend that the device accelerates just these: `has('bf16')`; `has()`: none."
+    def _has(*modes): monkeypatch.setattr(devices, 'accelerates', lambda device, amp_mode: amp_mode.value in modes)
     return _has
+
+
+@pytest.fixture(autouse=True)
+def machine(pytestconfig, has):
+    "What `--accelerates` asks for, unless the test itself says what it pretends."
+    asked = pytestconfig.getoption('accelerates')
+    if asked != 'native': has(*asked.replace('none', '').split(','))
+    return asked
 
 
 def convnet(c=3, n=4):

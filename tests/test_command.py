@@ -5,9 +5,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from channelslast import __main__ as command
+from channelslast.command import demo
 
 
 def run(monkeypatch, capsys, *args):
@@ -30,10 +32,12 @@ def images(tmp_path):
     return tmp_path/'images'
 
 
-def test_main_job_as_typed():
+def test_main_job_as_typed(machine):
     "Both trainings really learn. (The default size and epochs reach 95 %: see the README.)"
-    out = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'channelslast', '--size', '32', '--epochs', '2'],
-                         capture_output=True, text=True)
+    typed = ['-m', 'channelslast']
+    if machine != 'native': typed = ['-c', "import runpy; from channelslast import devices; devices.accelerates = lambda d, o: "
+                                     f"o.value in {machine.split(',')}; runpy.run_module('channelslast', run_name='__main__')"]
+    out = subprocess.run([sys.executable, '-W', 'ignore', *typed, '--size', '32', '--epochs', '2'], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     (f1, p1, _, s1, a1), (f2, p2, _, s2, a2) = table(out.stdout)
     assert (f1, p1, s1) == ('contiguous', 'fp32', '1.00') and (f2, p2) != (f1, p1)
@@ -62,10 +66,9 @@ def test_bench(monkeypatch, capsys):
 
 @pytest.mark.parametrize('fast, asked, measured', [((), None, ['fp32']), (('bf16',), None, ['fp32', 'bf16']), (('bf16',), 'bf16', ['bf16']),
                                                    (('fp16', 'bf16'), 'fp32', ['fp32'])])
-def test_precisions_that_are_measured(monkeypatch, fast, asked, measured):
-    import torch
-    monkeypatch.setattr(command, 'accelerates', lambda d, o: o.value in fast)
-    assert command.precisions(torch.device('cpu'), asked) == measured
+def test_precisions_that_are_measured(has, fast, asked, measured):
+    has(*fast)
+    assert demo.precisions(torch.device('cpu'), asked) == measured
 
 
 @pytest.mark.parametrize('args, says', [
@@ -101,8 +104,8 @@ def test_mistakes_in_folders(monkeypatch, capsys, tmp_path, images):
     assert "an image can't be read" in said(images)
 
 
-def test_asked_precision_must_be_fast(monkeypatch, capsys):
-    monkeypatch.setattr(command, 'accelerates', lambda d, o: False)
+def test_asked_precision_must_be_fast(monkeypatch, capsys, has):
+    has()
     code, _, err = run(monkeypatch, capsys, '--amp-mode', 'fp16', '--device', 'cpu')
     assert code == 2 and '--amp-mode fp16: not fast on this cpu; use fp32' in err
 

@@ -12,14 +12,16 @@ from fastai.vision.all import (Callback, DataLoader, DataLoaders, GradientAccumu
                                MixUp, OptimWrapper, load_learner, ranger)
 from torch import nn
 
-from channelslast import ChannelsLast, format_find as module, layers as layers_module
-from channelslast.timings import FormatTimings, Timing, choose, noise_margin
+from channelslast import ChannelsLast, layers as layers_module, trial as module
+from channelslast.candidates import FORMATS, PRECISIONS
+from channelslast.race import choose, noise_margin
+from channelslast.timings import FormatTimings, Timing
 from tests.conftest import convnet, learner, loaders, strides
 from tests.test_callback import image_folder
 from tests.test_format_summary import Net, same, state
 
 matplotlib.use('agg')
-ALL = [(f, p) for f in module.FORMATS for p in module.PRECISIONS]
+ALL = [(f, p) for f in FORMATS for p in PRECISIONS]
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def fake(monkeypatch):
         def _ms(learn, batch):
             real(learn, batch)
             mp = learn._grab_cbs(MixedPrecision)
-            key = module.FORMATS[bool(learn._grab_cbs(ChannelsLast))], mp[0].amp_mode.value if mp else 'fp32'
+            key = FORMATS[bool(learn._grab_cbs(ChannelsLast))], mp[0].amp_mode.value if mp else 'fp32'
             steps.append(key)
             return times.get(key, 100.) if isinstance(times, dict) else times(key, len(steps))
         monkeypatch.setattr(module, 'step_ms', _ms)
@@ -107,8 +109,8 @@ def test_interleaved_and_back_and_forth(has, fake):
     assert fake.steps == [o for o in order for _ in range(3)] + order + order[::-1]
 
 
-def test_hopeless_candidates_are_dropped_early(fake):
-    fake({('channels_last', 'fp32'): 400.})
+def test_hopeless_candidates_are_dropped_early(has, fake):
+    has(); fake({('channels_last', 'fp32'): 400.})
     t = find(num_it=9)
     assert fake.steps.count(('channels_last', 'fp32')) == 3 + 3 and fake.steps.count(('contiguous', 'fp32')) == 3 + 9
     assert 'dropped after 3 steps' in t.rows[1].note and t.rows[1].ms == 400. and t.best is t.rows[0]

@@ -5,10 +5,11 @@ from copy import deepcopy
 
 import pytest
 import torch
+from fastai.callback.fp16 import MixedPrecision
 from fastai.vision.all import Learner
 from torch import nn
 
-from channelslast import ChannelsLast, format_find as find_module, layers as module
+from channelslast import ChannelsLast, layers as module, trial
 from channelslast.layers import fp32_names, record_inputs, time_layers
 from channelslast.precision import layer_names
 from tests.conftest import convnet, learner, loaders
@@ -273,17 +274,17 @@ def test_no_candidate_where_no_layer_gains(has, fake, fake_layers):
 @pytest.mark.parametrize('mixed, best', [(80., 'bf16+fp32'), (99., 'bf16')])
 def test_it_wins_by_the_margin_only(has, fake_layers, monkeypatch, capsys, mixed, best):
     has('bf16'); fake_layers(lambda m, f: 1. if f == depthwise(m) else 2.)
-    real = find_module.step_ms
+    real = trial.step_ms
     def _ms(learn, batch):
         real(learn, batch)
-        mp = getattr(learn, '_grab_cbs')(find_module.MixedPrecision)
+        mp = learn._grab_cbs(MixedPrecision)
         if not mp: return 140.
         return mixed if mp[0].fp32_layers else 100. if learn._grab_cbs(ChannelsLast) else 130.
-    monkeypatch.setattr(find_module, 'step_ms', _ms)
+    monkeypatch.setattr(trial, 'step_ms', _ms)
     learn = learner(net())
     for _ in range(2):
         assert learn.to_fastest(num_it=3) is learn
-        assert learn.format_timings.best.precision == best and len(learn._grab_cbs(find_module.MixedPrecision)) == 1
+        assert learn.format_timings.best.precision == best and len(learn._grab_cbs(MixedPrecision)) == 1
         assert learn.mixed_precision.fp32_layers == (('2',) if '+' in best else ())
         assert capsys.readouterr().out.strip().splitlines()[-1].endswith(f'channels last, {best}: {140/(mixed if "+" in best else 100):.2f}× contiguous fp32')
     learn.fit(1)

@@ -1,8 +1,52 @@
-"What the package says of itself."
+"What the package says of itself, and how it is laid out."
+import ast
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
+import pytest
+
 root = Path(__file__).parent.parent
+package = root/'channelslast'
+ROOMS = re.findall(r'`([\w/]+\.py)`', ''.join(
+    o.split('|')[1] for o in (root/'.github'/'CONTRIBUTING.md').read_text(encoding='utf-8').splitlines() if o.startswith('| `')))
+
+
+def imported(path) -> list:
+    "What a file imports from this package: `(file, name)`."
+    found = []
+    for o in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if not isinstance(o, ast.ImportFrom): continue
+        if o.level: base = path.parents[o.level - 1]
+        elif o.module.split('.')[0] in ('channelslast', 'tests'): base = root
+        else: continue
+        at = base.joinpath(*(o.module or '').split('.')) if o.module else base
+        for a in o.names:
+            for file in at/f'{a.name}.py', at.with_suffix('.py'):
+                if file.exists(): found.append((file, a.name)); break
+    return found
+
+
+def test_the_map_has_every_room():
+    rooms = {str(o.relative_to(package)) for o in package.rglob('*.py') if o.name != '__init__.py'}
+    assert rooms == {*ROOMS} and len(ROOMS) == len(rooms)
+
+
+@pytest.mark.parametrize('room', ROOMS)
+def test_no_file_imports_upwards(room):
+    above = ROOMS[:ROOMS.index(room)]
+    assert [str(f) for f, _ in imported(package/room) if str(f.relative_to(package)) not in above] == []
+
+
+def test_no_private_name_is_imported():
+    found = [(p.name, n) for p in (*package.rglob('*.py'), *root.glob('tests/*.py')) for _, n in imported(p) if n.startswith('_')]
+    assert found == [('test_command.py', '__main__')]
+    for nb in root.glob('nbs/*.ipynb'): assert not re.search(r'from channelslast\S* import[^"]*\b_', nb.read_text(encoding='utf-8')), nb
+
+
+def test_lines_end_where_the_eye_does():
+    long = [f'{p.name}:{i}' for p in package.rglob('*.py') for i, o in enumerate(p.read_text(encoding='utf-8').splitlines(), 1) if len(o) > 120]
+    assert long == []
 
 
 def test_ci_runs_the_readmes_command():

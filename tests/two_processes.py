@@ -10,8 +10,7 @@ from fastai.vision.all import *
 from torch.utils.data import TensorDataset
 
 from channelslast import *
-from channelslast import format_find as module
-from channelslast import precision
+from channelslast import devices, trial
 
 # fastai sends the shuffled indices through the GPU, "nccl only works with cuda tensors"; gloo takes them as they are
 def _broadcast(self, t, rank):
@@ -21,7 +20,7 @@ def _broadcast(self, t, rank):
 
 
 DistributedDL._broadcast = _broadcast
-precision.accelerates = lambda device, amp_mode: False  # fp32 on every machine
+devices.accelerates = lambda device, amp_mode: False  # fp32 on every machine
 folder, rank = Path(sys.argv[1]), rank_distrib()
 
 
@@ -53,7 +52,7 @@ with warnings.catch_warnings():
     last = learns['last'].model[0][0].weight.is_contiguous(memory_format=torch.channels_last)
 
     # names mean the user's own modules, inside DistributedDataParallel too
-    precision.accelerates = lambda device, amp_mode: amp_mode.value == 'bf16'
+    devices.accelerates = lambda device, amp_mode: amp_mode.value == 'bf16'
     dtypes = {}
     def watch(learn):
         for i in 0, 1:
@@ -63,14 +62,14 @@ with warnings.catch_warnings():
             m._conv_forward = _seen
         return learn.to_channelslast(amp_mode='bf16', fp32_layers='0.0')
     train(watch, False)
-    precision.accelerates = lambda device, amp_mode: False
+    devices.accelerates = lambda device, amp_mode: False
 
     # each process would decide otherwise, if asked alone
-    real = module.step_ms
+    real = trial.step_ms
     def _ms(learn, batch):
         real(learn, batch)
         return 1. if bool(learn._grab_cbs(ChannelsLast)) == bool(rank) else 2.
-    module.step_ms = _ms
+    trial.step_ms = _ms
     learn = make()
     with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
         learn.to_fastest(num_it=2)

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, ImageDataLoaders, Normalize, RandomSplitter, Resize,
-                               get_image_files, imagenet_stats)
+from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, ImageDataLoaders, Normalize, RandomSplitter,
+                               Resize, get_image_files, imagenet_stats)
 
 
 class Mistake(Exception):
@@ -28,7 +28,8 @@ def folder(path, size, bs, device):
     "The user's own images: one folder a class, a fifth kept for validation."
     path = Path(path)
     try:
-        if not path.is_dir(): raise Mistake(f"--data {path}: no such folder; give one that holds a folder of images a class")
+        if not path.is_dir():
+            raise Mistake(f"--data {path}: no such folder; give one that holds a folder of images a class")
         classes = [o for o in path.iterdir() if o.is_dir() and get_image_files(o)]
     except OSError as e: raise Mistake(f"--data {path}: can't be read ({e.strerror}); give a folder that you may read")
     if len(classes) < 2:
@@ -56,14 +57,17 @@ def build(arch, n_classes, size):
         except TypeError: pass
 
 
-def unreadable(e): return Mistake(f"--data: an image can't be read ({e}); remove it (fastai's verify_images finds them all)")
+def unreadable(e):
+    "What to say of an image that can't be opened."
+    return Mistake(f"--data: an image can't be read ({e}); remove it (fastai's verify_images finds them all)")
 
 
 def check(make_dls, arch, size, bs):
     "Build everything once and run one batch, so that a mistake shows before anything is trained."
     dls = make_dls()
     if not len(dls.train):
-        raise Mistake(f"--bs {bs}: larger than the {len(dls.train_ds)} training images; try --bs {max(len(dls.train_ds)//8, 1)}")
+        n = len(dls.train_ds)
+        raise Mistake(f"--bs {bs}: larger than the {n} training images; try --bs {max(n//8, 1)}")
     if not len(dls.valid_ds): raise Mistake(f"--data: {len(dls.train_ds)} images are too few; it takes five or more")
     model = build(arch, dls.c, size)
     try: x, _ = dls.train.one_batch()
@@ -71,7 +75,8 @@ def check(make_dls, arch, size, bs):
     try:
         with torch.no_grad(): out = model.to(x.device).eval()(x[:2])
     except Exception as e:
-        raise Mistake(f"--arch {arch}: does not take images of {size}×{size} ({str(e).splitlines()[0]}); try --size 224")
+        raise Mistake(f"--arch {arch}: does not take images of {size}×{size} ({str(e).splitlines()[0]}); "
+                      "try --size 224")
     if getattr(out, 'shape', None) != (len(x[:2]), dls.c):
         raise Mistake(f"--arch {arch}: is no image classifier; try resnet18")
 

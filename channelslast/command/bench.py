@@ -1,4 +1,5 @@
-"`channelslast bench`: does `format_find` pick well, and what is the pick worth? Judged by an independent, longer measurement."
+"""`channelslast bench`: does `format_find` pick well, and what is the pick worth? Judged by an independent, longer
+measurement."""
 import platform
 import statistics
 import time
@@ -13,17 +14,19 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.vision.all import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, resnet18, unet_learner, xresnet18
 from torchvision.models import get_model
 
-from . import less_random
+from .. import less_random
+from ..candidates import apply
+from ..devices import elapsed_ms
+from ..memory_format import FORMATS, cast_tree
+from ..timings import label
+from ..trial import step_ms
 from .classifiers import Mistake, build, pick_device
-from .format_find import apply, step_ms
-from .memory_format import cast_tree
-from .precision import elapsed_ms
-from .timings import label
 
 # pixels and images a batch on a CPU; on a GPU, 224 and 128
-PANEL = dict(resnet18=(128, 16), resnet50=(96, 16), densenet121=(64, 16), mobilenet_v2=(96, 16), mobilenet_v3_small=(128, 16),
-             efficientnet_b0=(96, 16), shufflenet_v2_x1_0=(128, 16), convnext_tiny=(64, 16), vgg11_bn=(64, 16), regnet_y_400mf=(96, 16),
-             vit_b_16=(96, 8), unet=(64, 8), r3d_18=(56, 4), xresnet18=(128, 16))
+PANEL = dict(resnet18=(128, 16), resnet50=(96, 16), densenet121=(64, 16), mobilenet_v2=(96, 16),
+             mobilenet_v3_small=(128, 16), efficientnet_b0=(96, 16), shufflenet_v2_x1_0=(128, 16),
+             convnext_tiny=(64, 16), vgg11_bn=(64, 16), regnet_y_400mf=(96, 16), vit_b_16=(96, 8), unet=(64, 8),
+             r3d_18=(56, 4), xresnet18=(128, 16))
 
 
 def make_learner(name, size, bs, device) -> Learner:
@@ -53,12 +56,13 @@ def stepper(learn, batch):
 
 def bare(learn, batch, row):
     "The same step in a plain PyTorch loop: this format and precision, the Learner's optimizer and loss, nothing else."
-    fmt = torch.contiguous_format if row.memory_format == 'contiguous' else torch.channels_last_3d if batch[0].dim() == 5 else torch.channels_last
+    fmt = torch.contiguous_format if row.memory_format == 'contiguous' else FORMATS[batch[0].dim()]
     device, dtype = batch[0].device, dict(fp16=torch.float16, bf16=torch.bfloat16).get(row.precision)
     model, x, y = learn.model.to(device).train(), batch[0].to(memory_format=fmt), batch[1]
     for p in model.parameters():
         if p.dim() == x.dim(): p.data = p.data.to(memory_format=fmt)
-    opt, scaler = learn.opt_func(learn.splitter(model), lr=0.), torch.amp.GradScaler(device.type, enabled=row.precision == 'fp16')
+    opt = learn.opt_func(learn.splitter(model), lr=0.)
+    scaler = torch.amp.GradScaler(device.type, enabled=row.precision == 'fp16')
     def _step():
         with torch.autocast(device.type, dtype, enabled=dtype is not None): loss = learn.loss_func(model(x), y)
         scaler.scale(loss).backward()
@@ -94,9 +98,9 @@ def judge(name, size, bs, device, num_it) -> dict:
     fastais = f"{ms['fastai']/mine:.2f}×" if 'fastai' in ms else 'fails'
     single = min(ms[label(r)] for r in timings.rows if r.ms and '+' not in r.precision)
     tuned = [ms[label(r)] for r in timings.rows if r.ms and '+' in r.precision]
-    return {'model': name, 'px': size, 'batch': bs, 'pick': label(pick), 'ms/step': f'{mine:.1f}', 'pick/best': f'{mine/best:.2f}',
-            'over contiguous fp32': f"{ms['contiguous, fp32']/mine:.2f}×", "over fastai's own": fastais,
-            'tuned over single': f'{single/min(tuned):.2f}×' if tuned else '–',
+    return {'model': name, 'px': size, 'batch': bs, 'pick': label(pick), 'ms/step': f'{mine:.1f}',
+            'pick/best': f'{mine/best:.2f}', 'over contiguous fp32': f"{ms['contiguous, fp32']/mine:.2f}×",
+            "over fastai's own": fastais, 'tuned over single': f'{single/min(tuned):.2f}×' if tuned else '–',
             'step/bare loop': f"{mine/ms['bare']:.2f}", 'find took': f'{took:.0f} s'}
 
 

@@ -1,0 +1,90 @@
+"What can be measured, and what a Learner has: a memory format, a precision, and the callbacks that make them."
+import statistics
+
+import torch
+from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
+from fastai.callback.fp16 import MixedPrecision
+from fastcore.foundation import L
+
+from . import devices
+from .callback import ChannelsLast
+from .devices import fit_device
+from .layers import fp32_names
+from .memory_format import align_optimizer, cast_module
+from .precision import DeviceMixedPrecision
+from .timings import Timing
+
+__all__ = ['FORMATS', 'PRECISIONS', 'Candidate', 'current', 'apply']
+
+FORMATS, PRECISIONS = ('contiguous', 'channels_last'), ('fp32', 'fp16', 'bf16')
+
+
+class Candidate:
+    "A format and precision, with the callbacks that make it, and what was measured of it."
+    def __init__(self,
+        memory_format: str, # One of `FORMATS`
+        precision: str, # One of `PRECISIONS`
+        scaler: dict, # Arguments of `torch.amp.GradScaler`
+        fp32_layers=(), # Names of layers to leave in fp32
+    ):
+        self.memory_format, self.half, self.precision = memory_format, precision, precision + '+fp32'*bool(fp32_layers)
+        self.last = memory_format == 'channels_last'
+        self.baseline = (memory_format, precision) == ('contiguous', 'fp32')
+        self.cbs = [ChannelsLast()]*self.last
+        if precision != 'fp32':
+            self.cbs.append(DeviceMixedPrecision(precision, fp32_layers, **(scaler if precision == 'fp16' else {})))
+        self.ms, self.note, self.running, self.valid, self.scaler = [], '', True, True, None
+        self.loss_diff = self.grad_diff = self.memory = None
+
+    def out(self, note, valid=False):
+        "Not measured further, for this reason."
+        self.note, self.running, self.valid = '; '.join(filter(None, [self.note, note])), False, valid
+
+    def switch(self, learn, cbs):
+        "Make the Learner, inside `untouched`, train in this format and precision."
+        learn.cbs = L(*cbs, *self.cbs)
+        for cb in self.cbs: cb.learn = learn
+        cast_module(learn.model, self.last)
+        align_optimizer(learn.opt)
+        if self.scaler is None:
+            for cb in self.cbs: cb('before_fit')
+            self.scaler = False if self.precision == 'fp32' else learn.scaler
+        learn.scaler = self.scaler
+
+    def attempt(self, learn, f):
+        "`f()`; an error is the user's own for contiguous fp32, the end of any other candidate."
+        try: return f()
+        except Exception as e:
+            if self.baseline: raise
+            oom = isinstance(e, torch.OutOfMemoryError) or 'out of memory' in str(e)
+            said = (str(e).strip() or 'no message').splitlines()[-1].strip()
+            self.out('out of memory' if oom else f'{type(e).__name__}: {said[:100]}')
+        learn.model.zero_grad(set_to_none=True)  # outside the handler: its traceback holds the step's tensors
+        if torch.cuda.is_available(): torch.cuda.empty_cache()
+
+    def timing(self, base) -> Timing:
+        "What was measured, beside the milliseconds of contiguous fp32."
+        ms = statistics.median(self.ms) if self.ms else None
+        return Timing(self.memory_format, self.precision, ms, ms and base/ms, self.loss_diff, self.grad_diff,
+                      self.memory, self.note, bool(self.ms) and self.valid)
+
+
+def current(learn) -> tuple:
+    "Memory format and precision that the Learner trains in now."
+    mp = next(iter(learn._grab_cbs(MixedPrecision)), None)
+    device = fit_device(learn).type
+    works = isinstance(mp, DeviceMixedPrecision) or device == 'cuda'  # fastai's own serves CUDA alone
+    fast = mp and works and devices.accelerates(device, mp.amp_mode)
+    tuned = '+fp32'*bool(getattr(mp, 'fp32_layers', ()))
+    return FORMATS[bool(learn._grab_cbs(FastaiChannelsLast))], mp.amp_mode.value + tuned if fast else 'fp32'
+
+
+def apply(learn, row:Timing, layers=(), **scaler):
+    "Switch a Learner to the format and precision of a `Timing`, with these GradScaler arguments if it is fp16."
+    half, _, tuned = row.precision.partition('+')
+    names = tuple(fp32_names(layers, half)) if tuned else ()
+    has = tuple(getattr(getattr(learn, 'mixed_precision', None), 'fp32_layers', ()))
+    if half == 'fp32': learn.to_fp32().to_channelslast(to_fp16=False)
+    elif current(learn)[1] == row.precision and not scaler and names == has: learn.to_channelslast()
+    else: learn.to_channelslast(amp_mode=half, fp32_layers=names or None, **(scaler if half == 'fp16' else {}))
+    return learn if row.memory_format == 'channels_last' else learn.to_contiguous()

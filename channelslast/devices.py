@@ -1,0 +1,58 @@
+"Where a model is, what that device is fast at, waiting for it, and timing on it."
+import time
+from itertools import chain
+
+import torch
+from fastai.callback.fp16 import AMPMode
+from torch import nn
+
+__all__ = ['model_device', 'fit_device', 'unwrapped', 'accelerates', 'synchronize', 'elapsed_ms']
+
+
+def model_device(model) -> torch.device:
+    "The device of the model's first parameter or buffer; the CPU for a model that has neither."
+    t = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device('cpu') if t is None else t.device
+
+
+def fit_device(learn) -> torch.device:
+    "The device that the Learner will train on: fastai moves the model there when a fit begins."
+    return torch.device(getattr(learn.dls, 'device', None) or model_device(learn.model))
+
+
+def unwrapped(model) -> nn.Module:
+    "The user's own module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
+        elif isinstance(inner := vars(model).get('_modules', {}).get('_orig_mod'), nn.Module): model = inner
+        else: return model
+
+
+def accelerates(
+    device_type: str, # `'cpu'`, `'cuda'`, `'mps'`, …
+    amp_mode: AMPMode,
+) -> bool:
+    """True where autocast to this type makes a device compute faster, not only differently.
+
+    A CPU without fp16 instructions emulates it many times slower than fp32; oneDNN knows which it is."""
+    if not torch.amp.is_autocast_available(device_type): return False
+    if device_type == 'cpu':
+        test = getattr(torch.ops.mkldnn, f'_is_mkldnn_{amp_mode.value}_supported', None)  # no such op: no oneDNN here
+        return bool(test and test())
+    if device_type == 'cuda' and amp_mode is AMPMode.BF16:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return True
+
+
+def synchronize(device: torch.device):
+    "Wait until the device has done all that it was given."
+    getattr(torch, device.type).synchronize()
+
+
+def elapsed_ms(device: torch.device, f) -> float:
+    "Milliseconds from an idle device until it has done all that `f()` gave it."
+    synchronize(device)
+    start = time.perf_counter()
+    f()
+    synchronize(device)
+    return (time.perf_counter() - start)*1e3

@@ -1,0 +1,67 @@
+"""Four of fastai's own Learner methods, done again. Importing this library mends them for every Learner of the process.
+
+| method | what fastai's does | here |
+|---|---|---|
+| `one_batch` | when the model or the loss raises, leaves autocast on for the whole session | it ends with the batch |
+| `to_fp16`, `to_bf16` | add a second mixed precision to the one that is there: the loss is scaled twice | replace it |
+| `load` | gives the optimizer the strides of the Learner that saved | those of the parameters it is loaded for |"""
+from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.learner import Learner
+from fastcore.basics import patch
+from fastcore.meta import delegates
+
+from .callback import ChannelsLast
+from .devices import fit_device
+from .memory_format import align_optimizer
+from .precision import DeviceMixedPrecision, check_amp_mode, check_scaler, keep_autocast
+
+__all__ = []
+
+_one_batch, _to_fp16, _load = Learner.one_batch, Learner.to_fp16, Learner.load
+
+
+@patch
+def one_batch(self:Learner, i, b):
+    "Train or evaluate `self.model` on batch `(xb,yb)`"
+    # `MixedPrecision` turns autocast on before the batch and off after the loss; no event tells it that the model or
+    # the loss raised in between, and the whole session would go on in half precision. Replaced forwards serve until the
+    # backward pass is over: checkpointing calls them again there. The last one put on is the first one off.
+    ours = self._grab_cbs(DeviceMixedPrecision) + self._grab_cbs(ChannelsLast)
+    with keep_autocast(fit_device(self).type):
+        try: _one_batch(self, i, b)
+        finally:
+            for cb in ours: cb.leave()
+
+
+@patch
+@delegates(_to_fp16)
+def to_fp16(self:Learner,
+    amp_mode:str|AMPMode=AMPMode.FP16, # `'fp16'` or `'bf16'`
+    **kwargs
+):
+    "Train in mixed precision, in place of any other that the Learner has; returns the Learner."
+    mode = check_amp_mode(amp_mode)
+    check_scaler(**kwargs)
+    ours = self._grab_cbs(DeviceMixedPrecision)
+    self.remove_cb(MixedPrecision)
+    return self.add_cb(DeviceMixedPrecision(mode, **kwargs)) if ours else _to_fp16(self, amp_mode=mode, **kwargs)
+
+
+@patch
+def to_bf16(self:Learner):
+    "Train in bf16 mixed precision, in place of any other that the Learner has; returns the Learner."
+    return self.to_fp16(amp_mode=AMPMode.BF16)
+
+
+@patch
+@delegates(_load)
+def load(self:Learner,
+    file, # Name, with or without `.pth`, or path
+    device=None, # To load to; None: that of the DataLoaders
+    **kwargs
+):
+    """Load model and optimizer state (if `with_opt`) from `self.path/self.model_dir/file` using `device`: fastai's own,
+    but that the optimizer state takes the strides of the Learner's parameters, whatever format it was saved in."""
+    _load(self, file, device=device, **kwargs)
+    align_optimizer(self.opt)  # a checkpoint brings the strides of the Learner that saved it
+    return self

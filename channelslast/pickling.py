@@ -1,0 +1,28 @@
+"Exported Learners load where this library is not installed."
+import copyreg
+from copy import deepcopy
+
+__all__ = ['pickled_as']
+
+
+def pickled_as(base):
+    """Class decorator: instances pickle as `base`, fastai's own class, so that an exported Learner loads where this
+    library is not installed. Copies keep their class."""
+    def _decorate(cls):
+        # what a fit keeps, its functions among it
+        passing = {k for k in vars(cls) if k.startswith('_') and not k.startswith('__')}
+        def __reduce_ex__(self, protocol):
+            if type(self) is not cls: return object.__reduce_ex__(self, protocol) # a user's own subclass
+            state = {k: v for k, v in self.__getstate__().items() if k not in passing}
+            return copyreg._reconstructor, (base, object, None), state
+        def __copy__(self):
+            new = type(self).__new__(type(self))
+            new.__dict__.update(self.__dict__)
+            return new
+        def __deepcopy__(self, memo):
+            new = memo[id(self)] = type(self).__new__(type(self))
+            new.__dict__.update(deepcopy(self.__dict__, memo))
+            return new
+        cls.__reduce_ex__, cls.__copy__, cls.__deepcopy__ = __reduce_ex__, __copy__, __deepcopy__
+        return cls
+    return _decorate

@@ -1,0 +1,128 @@
+"Training steps of many candidates on one Learner, inside `untouched`: batches, warm-up, layers, rounds."
+import statistics
+import time
+from itertools import islice
+
+import torch
+from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
+from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastcore.foundation import L
+from torch.utils._pytree import tree_leaves
+
+from . import race
+from .candidates import Candidate
+from .devices import elapsed_ms, fit_device, synchronize, unwrapped
+from .layers import fp32_names, record_inputs, time_layers
+from .same_numbers import check_numbers, stop_before_step
+from .precision import DTYPES
+
+__all__ = ['WARM_UP', 'BATCHES', 'LOADER_BATCHES', 'step_ms', 'load_batches', 'Trial']
+
+WARM_UP, BATCHES, LOADER_BATCHES = 3, 4, 8
+
+
+def step_ms(learn, batch) -> float:
+    "Milliseconds of one training step of the Learner."
+    return elapsed_ms(fit_device(learn), lambda: learn.one_batch(0, batch))
+
+
+def load_batches(learn) -> tuple:
+    "A few batches on the device, and the median milliseconds that the loader takes for one."
+    device, batches, ms = fit_device(learn), [], []
+    start = time.perf_counter()
+    for b in islice(learn.dls.train, LOADER_BATCHES):
+        synchronize(device)
+        ms.append((time.perf_counter() - start)*1e3)
+        if len(batches) < BATCHES: batches.append(learn._set_device(b))
+        start = time.perf_counter()
+    if not batches: raise ValueError("The Learner's training loader yields no batch: there is nothing to measure on.")
+    learn._split(batches[0])
+    if not len(learn.yb): raise ValueError("The Learner's training loader yields no labels: there is nothing to train.")
+    return batches, statistics.median(ms[1:] or ms)  # the first one starts the workers
+
+
+class Trial:
+    "Candidates that take steps in turn, on the same batches and weights."
+    def __init__(self,
+        learn, # Inside `untouched`, learning rate 0
+        candidates, # `Candidate`s, contiguous fp32 first; those found on the way are appended
+        batches,
+        originals, # Of `untouched`: the tensors' own values
+        tick, # Called with the number of steps taken
+    ):
+        self.learn, self.candidates, self.batches = learn, candidates, batches
+        self.originals, self.tick = originals, tick
+        self.cbs = [o for o in learn.cbs if not isinstance(o, (FastaiChannelsLast, MixedPrecision))]
+        self.device = fit_device(learn)
+        state = tree_leaves(list(getattr(learn.opt, 'opt', learn.opt).state.values()))
+        self.steps, self.sound, self.stepped = 0, True, any(isinstance(t, torch.Tensor) for t in state)
+        learn.cbs = L(self.cbs)
+        learn('before_fit'); learn('before_epoch'); learn('before_train')
+
+    @property
+    def running(self): return [c for c in self.candidates if c.running]
+
+    def step(self, c, i) -> float:
+        "Milliseconds of one step of a candidate, which is out if its loss is not finite."
+        cuda = self.device.type == 'cuda'
+        if cuda: torch.cuda.reset_peak_memory_stats(self.device)
+        ms = step_ms(self.learn, self.batches[i % len(self.batches)])
+        if cuda: c.memory = max(c.memory or 0, torch.cuda.max_memory_allocated(self.device)/2**20)
+        self.steps += 1
+        self.tick(self.steps)
+        finite = bool(self.learn.loss.isfinite().all())
+        if c.baseline: self.sound = finite # else the user's own numbers are such
+        elif self.sound and not finite:
+            c.out('loss is not finite')
+            self._heal()
+        return ms
+
+    def _heal(self):
+        "Put the original values into weights, buffers and optimizer state: a step may have filled them with NaN."
+        with torch.no_grad():
+            for t, data in self.originals: t.copy_(data)
+        if not self.stepped: self.learn.opt.clear_state()  # it had none before this
+        self.learn.model.zero_grad(set_to_none=True)
+
+    def warm_up(self, candidates):
+        "The first steps of each, which allocate, compile and choose kernels."
+        for c in candidates:
+            c.attempt(self.learn, lambda: (c.switch(self.learn, self.cbs),
+                                           [self.step(c, i) for i in range(WARM_UP) if c.running]))
+        self.learn.cbs = L(self.cbs)
+
+    def tune(self, scaler) -> list: # `LayerTiming`s
+        "Time single layers, and add a candidate that keeps in fp32 those that half precision slows down."
+        layers = []
+        for c in [c for c in self.running if c.last and c.precision != 'fp32']:
+            c.switch(self.learn, [stop_before_step(self.learn), *self.cbs])
+            model, one_batch = unwrapped(self.learn.model), lambda: self.learn.one_batch(0, self.batches[0])
+            inputs = c.attempt(self.learn, lambda: record_inputs(model, one_batch)) or {}
+            rows = time_layers(model, inputs, DTYPES[AMPMode(c.half)], c.half)
+            layers += rows
+            if not (names := fp32_names(rows, c.half)): continue
+            mixed = Candidate('channels_last', c.half, scaler, names)
+            mixed.note = f'{len(names)} of {sum(len(r.names) for r in rows)} layers in fp32'
+            self.candidates.append(mixed)
+            self.warm_up([mixed])
+        return layers
+
+    def check_numbers(self):
+        "Drop whose numbers are wrong."
+        # uncompiled: each eval-mode variant would be one more recompilation, and those are limited
+        with torch.compiler.set_stance('force_eager'):
+            check_numbers(self.learn, self.candidates, self.cbs, self.batches[0])
+
+    def run(self, num_it):
+        "Rounds of timed steps, interleaved; who is far behind stops early."
+        for i in range(num_it):
+            # there and back, so that drift hits all alike and the format changes once a round
+            for c in self.candidates[::-1] if i % 2 else self.candidates:
+                if not c.running: continue
+                ms = c.attempt(self.learn, lambda: (c.switch(self.learn, self.cbs), self.step(c, i))[1])
+                if c.running: c.ms.append(ms)
+            if i == race.LOOK - 1: self._drop_hopeless()
+
+    def _drop_hopeless(self):
+        for c in race.hopeless({c: c.ms for c in self.running}):
+            if not c.baseline: c.out(f'dropped after {len(c.ms)} steps: far slower', valid=True)
