@@ -34,14 +34,21 @@ def accelerates(
 ) -> bool:
     """True where autocast to this type makes a device compute faster, not only differently.
 
-    A CPU without fp16 instructions emulates it many times slower than fp32; oneDNN knows which it is."""
+    A CPU without instructions for it emulates it many times slower than fp32. oneDNN knows which it is, but for bf16 on
+    CPUs with AVX512 and without AVX512-BF16: it calls that supported, and takes 4 times as long as in fp32."""
     if not torch.amp.is_autocast_available(device_type): return False
     if device_type == 'cpu':
         test = getattr(torch.ops.mkldnn, f'_is_mkldnn_{amp_mode.value}_supported', None)  # no such op: no oneDNN here
-        return bool(test and test())
+        return bool(test and test()) and not (amp_mode is AMPMode.BF16 and _emulates_bf16())
     if device_type == 'cuda' and amp_mode is AMPMode.BF16:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return True
+
+
+def _emulates_bf16() -> bool:
+    "An x86 CPU with AVX512, but neither its extension for bf16 nor AMX: Skylake to Ice Lake, or a cloud hides them."
+    def _has(feature): return getattr(torch.cpu, f'_is_{feature}_supported')()
+    return _has('avx512') and not _has('avx512_bf16') and not _has('amx_tile')
 
 
 def synchronize(device: torch.device):

@@ -28,11 +28,16 @@ def messages(f):
     return [str(o.message) for o in w if issubclass(o.category, UserWarning)]
 
 
-def test_pytorch_knows_what_the_cpu_accelerates(monkeypatch):
+@pytest.mark.parametrize('features, fast', [((), True), (('avx512', 'avx512_bf16'), True), (('avx512', 'amx_tile'), True),
+                                            (('avx512',), False)])
+def test_pytorch_knows_what_the_cpu_accelerates(monkeypatch, features, fast):
+    "But for CPUs with AVX512 and without its bf16: oneDNN emulates it, and says it is supported."
     class Ops:
         _is_mkldnn_fp16_supported, _is_mkldnn_bf16_supported = staticmethod(lambda: False), staticmethod(lambda: True)
     monkeypatch.setattr(torch.ops, 'mkldnn', Ops)
-    assert accelerates('cpu', AMPMode.BF16) and not accelerates('cpu', AMPMode.FP16)
+    for o in 'avx512', 'avx512_bf16', 'amx_tile':
+        monkeypatch.setattr(torch.cpu, f'_is_{o}_supported', lambda o=o: o in features)
+    assert accelerates('cpu', AMPMode.BF16) == fast and not accelerates('cpu', AMPMode.FP16)
     monkeypatch.setattr(torch.ops, 'mkldnn', object())  # a PyTorch without oneDNN
     assert not accelerates('cpu', AMPMode.BF16) and not accelerates('meta', AMPMode.FP16)
 
