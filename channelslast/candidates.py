@@ -1,12 +1,10 @@
 "What can be measured, and what a Learner has: a memory format, a precision, and the callbacks that make them."
-import statistics
-
 import torch
 from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastcore.foundation import L
 
-from . import devices
+from . import devices, race
 from .callback import ChannelsLast
 from .devices import fit_device
 from .layers import fp32_names
@@ -64,9 +62,9 @@ class Candidate:
 
     def timing(self, base) -> Timing:
         "What was measured, beside the milliseconds of contiguous fp32."
-        ms = statistics.median(self.ms) if self.ms else None
+        ms, doubt = (race.fastest(self.ms), race.doubt(self.ms)) if self.ms else (None, None)
         return Timing(self.memory_format, self.precision, ms, ms and base/ms, self.loss_diff, self.grad_diff,
-                      self.memory, self.note, bool(self.ms) and self.valid)
+                      self.memory, self.note, bool(self.ms) and self.valid, doubt)
 
 
 def current(learn) -> tuple:

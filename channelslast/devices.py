@@ -6,7 +6,7 @@ import torch
 from fastai.callback.fp16 import AMPMode
 from torch import nn
 
-__all__ = ['model_device', 'fit_device', 'unwrapped', 'accelerates', 'synchronize', 'elapsed_ms']
+__all__ = ['model_device', 'fit_device', 'unwrapped', 'accelerates', 'synchronize', 'elapsed_ms', 'rank0s']
 
 
 def model_device(model) -> torch.device:
@@ -63,3 +63,10 @@ def elapsed_ms(device: torch.device, f) -> float:
     f()
     synchronize(device)
     return (time.perf_counter() - start)*1e3
+
+
+def rank0s(x):
+    "Rank 0's `x` in a distributed run, that all processes do the same; elsewhere `x`. Whatever pickles."
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return x
+    torch.distributed.broadcast_object_list(shared := [x], src=0)
+    return shared[0]

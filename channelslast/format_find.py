@@ -1,6 +1,4 @@
 "`Learner.format_find` and `Learner.to_fastest`: measure, and switch to, the fastest memory format and precision."
-import statistics
-
 import torch
 from fastai.callback.fp16 import AMPMode, NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
@@ -13,9 +11,9 @@ from fastprogress.fastprogress import progress_bar
 
 from . import devices
 from .candidates import FORMATS, PRECISIONS, Candidate, apply, current
-from .devices import fit_device
+from .devices import fit_device, rank0s
 from .precision import DTYPES, check_scaler
-from .race import choose, noise_margin
+from .race import TIE, fastest
 from .timings import FormatTimings, label
 from .trial import WARM_UP, Trial, load_batches
 from .untouched import TAKE_PART, check_model, untouched
@@ -56,11 +54,12 @@ def _pairs(device_type, formats, precisions) -> list:
     return list(dict.fromkeys([('contiguous', 'fp32'), *asked]))
 
 
-def _share(result):
-    "In a distributed run, rank 0's result holds for all."
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
-    torch.distributed.broadcast_object_list(shared := [vars(result)], src=0)
-    result.__dict__.update(shared[0])
+def _result(candidates, decision, **measured) -> FormatTimings:
+    "What was measured, as users see it."
+    base = fastest(candidates[0].ms)
+    rows = {c: c.timing(base) for c in candidates}
+    return FormatTimings(rows.values(), rows[decision.best], max(TIE, decision.by), rival=rows.get(decision.rival),
+                         **measured)
 
 
 @patch
@@ -68,7 +67,7 @@ def _share(result):
 def format_find(self:Learner,
     precisions=None, # Some of `'fp32'`, `'fp16'`, `'bf16'`; None: fp32 and what the device accelerates
     formats=None, # Some of `'contiguous'`, `'channels_last'`; None: both
-    num_it:int=10, # Timed steps a candidate
+    num_it:int=20, # Timed steps a candidate, at the most
     show_plot:bool=True, # Draw the chart?
     layers:bool=True, # Measure single layers too, and try to keep in fp32 those that half precision slows down?
     **kwargs
@@ -77,16 +76,19 @@ def format_find(self:Learner,
     was.
 
     Steps are the Learner's own (its loss, optimizer, gradient clipping and accumulation, MixUp; learning rate 0), on a
-    few batches kept on the device, interleaved; the loader is timed apart. Each candidate's loss and gradients are
-    compared with contiguous fp32, which is always measured. Takes at most `(3 + num_it) × candidates` steps and a
-    forward and backward pass each, and the memory of one more copy of the model and the optimizer's state. With
-    `layers`, each distinct convolution and linear layer is timed alone in half and in fp32, and one candidate more per
-    half precision keeps in fp32 those that are clearly faster there: its precision reads `'bf16+fp32'`.
+    few batches kept on the device, interleaved; of each candidate the fastest counts, since whatever else the machine
+    does only adds time. Who cannot win any more stops early, and all stop when the choice is sure; what the Learner has
+    (contiguous fp32, if that is not measured) is left only for what is faster beyond doubt. The loader is timed apart.
+    Each candidate's loss and gradients are compared with contiguous fp32, which is always measured. Takes at most
+    `(1 + num_it) × candidates` steps and a forward and backward pass each, and the memory of one more copy of the model
+    and the optimizer's state. With `layers`, each distinct convolution and linear layer is timed alone in half and in
+    fp32, and one candidate more per half precision keeps in fp32 those that are clearly faster there: its precision
+    reads `'bf16+fp32'`.
 
     Other arguments are those of `torch.amp.GradScaler`, for fp16. In a distributed run, rank 0's result holds for all.
     Raises `ValueError` for arguments that can't be, a model that can't train or whose weights are in half precision, an
-    empty loader, or a loader without labels; an error in contiguous
-    fp32 is raised as it is, in any other candidate it is its `note`."""
+    empty loader, or a loader without labels; an error in contiguous fp32 is raised as it is, in any other candidate it
+    is its `note`."""
     check_scaler(**kwargs)
     if not isinstance(num_it, int) or isinstance(num_it, bool) or num_it < 1:
         raise ValueError(f'num_it={num_it!r}: use a whole number from 1')
@@ -107,12 +109,10 @@ def format_find(self:Learner,
         trial.warm_up(candidates)
         layer_rows = trial.tune(kwargs) if layers else []
         trial.check_numbers()
-        trial.run(num_it)
-    base = statistics.median(candidates[0].ms)
-    rows = [c.timing(base) for c in candidates]
-    margin = noise_margin([c.ms for c in candidates if c.ms and c.valid])
-    result = FormatTimings(rows, choose(rows, has, margin), margin, loader_ms, layer_rows)
-    _share(result)
+        decision = trial.run(num_it, has)
+        optimizer_ms = trial.optimizer_ms(decision.best)
+    result = _result(candidates, decision, loader_ms=loader_ms, layers=layer_rows, optimizer_ms=optimizer_ms)
+    result.__dict__.update(rank0s(vars(result)))
     if bar: bar.on_iter_end()
     if show_plot: result.plot()
     return result

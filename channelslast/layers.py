@@ -1,5 +1,4 @@
 "Which layers does half precision slow down? Each measured alone, at the shapes it really gets."
-import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -8,12 +7,13 @@ from torch import nn
 
 from .devices import elapsed_ms
 from .precision import fp32_forward
+from .race import fastest
 from .workarounds import overruns, unstrided
 
 __all__ = ['LayerTiming', 'record_inputs', 'signature', 'time_layers', 'fp32_names']
 
 KINDS = nn.modules.conv._ConvNd, nn.Linear  # what autocast runs in half; transposed convolutions are among the first
-MARGIN, WARM_UP, ROUNDS = 0.9, 2, 5  # fp32 has to take less than this part of the time in half
+MARGIN, WARM_UP, ROUNDS = 0.9, 1, 4  # fp32 has to take less than this part of the time in half
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class LayerTiming:
     cls: str          # Class name
     shape: tuple      # Of the input
     precision: str    # `'fp16'` or `'bf16'`: the half precision measured
-    half_ms: float    # Median milliseconds in it
-    fp32_ms: float    # Median milliseconds in fp32
+    half_ms: float    # Milliseconds in it, the fastest of several passes
+    fp32_ms: float    # The same in fp32
     kept: str         # Where the layer is faster: `'fp32'` (clearly) or the half precision
 
 
@@ -72,16 +72,27 @@ def time_layers(
     for m, xs in inputs.items():
         # a shared layer of several shapes has no one answer
         if len(set(xs)) == 1: groups[signature(m, xs[0])].append(m)
-    rows = []
-    for (cls, (shape, stride, dtype, grad), *_), ms in groups.items():
-        m, device = ms[0], ms[0].weight.device
-        x = torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_().requires_grad_(grad)
-        try: runs = [[layer_ms(m, x, device, half, f) for f in (False, True)] for _ in range(WARM_UP + ROUNDS)]
-        except Exception: continue
-        in_half, in_fp32 = (statistics.median(o) for o in zip(*runs[WARM_UP:]))
-        rows.append(LayerTiming(tuple(names[o] for o in ms), cls.__name__, tuple(shape), precision, in_half, in_fp32,
-                                'fp32' if in_fp32 < MARGIN*in_half else precision))
-    return rows
+    xs, runs = {}, defaultdict(list)
+    for _ in range(WARM_UP + ROUNDS):  # layer after layer: a burst of other work spoils one round of many layers
+        for key, (m, *_) in groups.items():
+            if runs[key] is None: continue
+            try:
+                if key not in xs: xs[key] = _input(m, *key[1])
+                runs[key].append([layer_ms(m, xs[key], m.weight.device, half, in_fp32) for in_fp32 in (False, True)])
+            except Exception: runs[key] = None
+    return [_timing(ms, key, runs[key][WARM_UP:], precision, names) for key, ms in groups.items() if runs[key]]
+
+
+def _input(m, shape, stride, dtype, grad):
+    "A random tensor like the one that the layer got."
+    x = torch.empty_strided(shape, stride, dtype=dtype, device=m.weight.device)
+    return x.normal_().requires_grad_(grad)
+
+
+def _timing(ms, key, runs, precision, names) -> LayerTiming:
+    in_half, in_fp32 = map(fastest, zip(*runs))
+    (cls, (shape, *_), *_), kept = key, 'fp32' if in_fp32 < MARGIN*in_half else precision
+    return LayerTiming(tuple(names[m] for m in ms), cls.__name__, tuple(shape), precision, in_half, in_fp32, kept)
 
 
 def fp32_names(rows, precision) -> list:

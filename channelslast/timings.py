@@ -1,12 +1,15 @@
 "What `format_find` measured: facts, and apart from them their table and chart."
 import html
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 
 import pandas as pd
+
+from .race import TIE
 
 __all__ = ['Timing', 'FormatTimings', 'label']
 
 NOISY = 0.1  # a margin above which a measurement says little
+MUCH = 0.1  # the share of a step from which on the optimizer is worth a word
 LABELS = dict(contiguous='contiguous', channels_last='channels last')
 
 
@@ -15,13 +18,14 @@ class Timing:
     "One memory format and precision, measured."
     memory_format: str      # `'contiguous'` or `'channels_last'`
     precision: str          # `'fp32'`, `'fp16'`, `'bf16'`; `'fp16+fp32'`, `'bf16+fp32'`: some layers stay in fp32
-    ms: float = None        # Median milliseconds of a training step; None: it could not run
+    ms: float = None        # Milliseconds of the fastest training step measured; None: it could not run
     speedup: float = None   # Over contiguous fp32
     loss_diff: float = None # Relative difference of the loss from contiguous fp32, same batch, eval mode
     grad_diff: float = None # The same of all gradients: norm of the difference over their norm
     memory: float = None    # Peak MiB on the device; None where it can't tell
     note: str = ''          # How many layers stay in fp32; why it is out of the running or was measured less
     valid: bool = True      # May be chosen: it ran, and its numbers are right
+    doubt: float = None     # How far below `ms` an undisturbed step may still lie, as a fraction of it (`race.doubt`)
 
 
 def label(row: Timing) -> str: return f'{LABELS[row.memory_format]}, {row.precision}'
@@ -30,12 +34,13 @@ def label(row: Timing) -> str: return f'{LABELS[row.memory_format]}, {row.precis
 class FormatTimings:
     """What `Learner.format_find` measured. Prints as a table, renders as one in a notebook.
 
-    `.rows`: a `Timing` a candidate; `.best`: the suggested one; `.margin`: the fraction within which times count as
-    equal; `.loader_ms`: median milliseconds the loader needs for a batch; `.input_bound`: does it need longer than the
-    fastest step? `.layers`: a `LayerTiming` for each distinct layer and half precision."""
-    def __init__(self, rows, best, margin, loader_ms, layers=()):
-        self.rows, self.best, self.margin = list(rows), best, margin
-        self.loader_ms, self.layers = loader_ms, list(layers)
+    `.rows`: a `Timing` a candidate; `.best`: the suggested one; `.rival`: the one that may be faster still, and
+    `.margin`: by which fraction at the most (2 %, a tie, where the choice is sure); `.loader_ms`: median milliseconds
+    the loader needs for a batch; `.input_bound`: does it need longer than the fastest step? `.optimizer_ms`: the
+    optimizer's part of the suggested step; `.layers`: a `LayerTiming` for each distinct layer and half precision."""
+    def __init__(self, rows, best, margin, loader_ms, layers=(), rival=None, optimizer_ms=None, advice=None):
+        self.rows, self.best, self.margin, self.rival = list(rows), best, margin, rival
+        self.loader_ms, self.layers, self.optimizer_ms, self.advice = loader_ms, list(layers), optimizer_ms, advice
 
     @property
     def fastest_ms(self) -> float: return min(r.ms for r in self.rows if r.valid)
@@ -43,8 +48,8 @@ class FormatTimings:
     def input_bound(self) -> bool: return self.loader_ms > self.fastest_ms
 
     def __reduce__(self): # an exported Learner that holds this loads where this library is not installed
-        return dict, (dict(rows=[asdict(r) for r in self.rows], best=asdict(self.best), margin=self.margin,
-                           loader_ms=self.loader_ms, layers=[asdict(r) for r in self.layers]),)
+        return dict, ({k: [asdict(r) for r in v] if isinstance(v, list) else asdict(v) if is_dataclass(v) else v
+                       for k, v in vars(self).items()},)
     def __copy__(self): return self
     def __deepcopy__(self, memo): return self
 
@@ -54,12 +59,29 @@ class FormatTimings:
 
     @property
     def verdict(self) -> str:
-        b = self.best
-        out = f"Fastest: {label(b)}, {b.speedup:.2f}× contiguous fp32 (differences below {self.margin:.0%} are a tie)."
-        if self.margin > NOISY: out += ' That is much: measure again when this machine is less busy.'
-        if not self.input_bound: return out
-        return out + (f" But training is input-bound: the loader takes {self.loader_ms:.1f} ms a batch, the fastest "
-                      f"step {self.fastest_ms:.1f} ms. No format can help until it is faster.")
+        "The whole in a sentence or two."
+        return ' '.join(filter(None, [self._choice, self._loader, self._optimizer]))
+
+    @property
+    def _choice(self) -> str:
+        b, of = self.best, f'{self.best.speedup:.2f}× contiguous fp32'
+        if self.margin <= TIE: return f'Fastest: {label(b)}, {of} (differences below {TIE:.0%} are a tie).'
+        more = '' if self.margin <= NOISY else ' That is much: measure again when this machine is less busy.'
+        by = f'{self.margin:.0%}' if self.margin < 1 else 'more than twice as fast: too few steps to tell'
+        return f'Undecided: {label(b)}, {of}, but {label(self.rival)} may be faster by up to {by}.{more}'
+
+    @property
+    def _loader(self) -> str:
+        if not self.input_bound: return ''
+        return (f"But training is input-bound: the loader takes {self.loader_ms:.1f} ms a batch, the fastest "
+                f"step {self.fastest_ms:.1f} ms. No format can help until it is faster.")
+
+    @property
+    def _optimizer(self) -> str:
+        share = (self.optimizer_ms or 0)/self.best.ms
+        if share <= MUCH: return ''
+        said = f'The optimizer takes {self.optimizer_ms:.1f} ms of the step, {share:.0%}'
+        return f'{said}; PyTorch’s fused one does the same in less: `{self.advice}`.' if self.advice else said + '.'
 
     def __repr__(self): return f'{_table(self).to_string(index=False)}\n{self.verdict}'
     def _repr_html_(self): return f'{_table(self).to_html(index=False)}<p>{html.escape(self.verdict)}</p>'
@@ -76,7 +98,8 @@ def _table(t) -> pd.DataFrame:
     def _num(v, spec): return '–' if v is None else format(v, spec)
     table = pd.DataFrame([{
         '': '→' if r is t.best else '', 'format': LABELS[r.memory_format], 'precision': r.precision,
-        'ms/step': _num(r.ms, '.1f'), 'speed-up': '–' if r.speedup is None else f'{r.speedup:.2f}×',
+        'ms/step': _num(r.ms, '.1f'), '±': _num(r.doubt, '.0%'),
+        'speed-up': '–' if r.speedup is None else f'{r.speedup:.2f}×',
         'loss diff': _num(r.loss_diff, '.0e'), 'grad diff': _num(r.grad_diff, '.0e'),
         'MiB': _num(r.memory, '.0f'), 'note': r.note} for r in t.rows])
     return table.drop(columns=[c for c, empty in (('MiB', '–'), ('note', '')) if (table[c] == empty).all()])

@@ -1,4 +1,4 @@
-"Training steps of many candidates on one Learner, inside `untouched`: batches, warm-up, layers, rounds."
+"Training steps of many candidates on one Learner, inside `untouched`: batches, warm-up, layers, rounds, optimizer."
 import statistics
 import time
 from itertools import islice
@@ -11,14 +11,16 @@ from torch.utils._pytree import tree_leaves
 
 from . import race
 from .candidates import Candidate
-from .devices import elapsed_ms, fit_device, synchronize, unwrapped
+from .devices import elapsed_ms, fit_device, rank0s, synchronize, unwrapped
 from .layers import fp32_names, record_inputs, time_layers
 from .same_numbers import check_numbers, stop_before_step
 from .precision import DTYPES
 
 __all__ = ['WARM_UP', 'BATCHES', 'LOADER_BATCHES', 'step_ms', 'load_batches', 'Trial']
 
-WARM_UP, BATCHES, LOADER_BATCHES = 3, 4, 8
+WARM_UP, BATCHES, LOADER_BATCHES = 1, 4, 8  # what else warms up makes early rounds slower, which the fastest forgives
+KNOWN = 0.05  # contiguous fp32 goes on until its time is as sure as this: every speed-up is told in it
+OPTIMIZER_STEPS = 5
 
 
 def step_ms(learn, batch) -> float:
@@ -85,7 +87,7 @@ class Trial:
         self.learn.model.zero_grad(set_to_none=True)
 
     def warm_up(self, candidates):
-        "The first steps of each, which allocate, compile and choose kernels."
+        "The first step of each, which allocates, compiles and chooses kernels."
         for c in candidates:
             c.attempt(self.learn, lambda: (c.switch(self.learn, self.cbs),
                                            [self.step(c, i) for i in range(WARM_UP) if c.running]))
@@ -113,16 +115,43 @@ class Trial:
         with torch.compiler.set_stance('force_eager'):
             check_numbers(self.learn, self.candidates, self.cbs, self.batches[0])
 
-    def run(self, num_it):
-        "Rounds of timed steps, interleaved; who is far behind stops early."
+    def run(self,
+        num_it, # Rounds at the most
+        has, # `(memory_format, precision)` of the Learner
+    ) -> race.Decision: # Its keys are `Candidate`s
+        "Rounds of timed steps, interleaved, until it is decided; who cannot win any more stops."
         for i in range(num_it):
             # there and back, so that drift hits all alike and the format changes once a round
             for c in self.candidates[::-1] if i % 2 else self.candidates:
                 if not c.running: continue
                 ms = c.attempt(self.learn, lambda: (c.switch(self.learn, self.cbs), self.step(c, i))[1])
                 if c.running: c.ms.append(ms)
-            if i == race.LOOK - 1: self._drop_hopeless()
+            beaten, sure = rank0s(self._judge(has))
+            for k in beaten: self._stop(self.candidates[k])
+            if sure and i + 1 >= race.LOOK: break
+        return self._decide(has)
 
-    def _drop_hopeless(self):
-        for c in race.hopeless({c: c.ms for c in self.running}):
-            if not c.baseline: c.out(f'dropped after {len(c.ms)} steps: far slower', valid=True)
+    def _decide(self, has) -> race.Decision:
+        "Among those still running, the simplest first: what the Learner has, then fp32, one precision, contiguous."
+        def _simple(c):
+            return (c.memory_format, c.precision) != has, c.precision != 'fp32', '+' in c.precision, c.last
+        home = next((c for c in self.candidates if (c.memory_format, c.precision) == has), self.candidates[0])
+        return race.decide({c: c.ms for c in sorted(self.running, key=_simple)}, home)
+
+    def _judge(self, has) -> tuple:
+        "Who is beaten, as places among the candidates, and is it decided among the others?"
+        beaten = race.beaten({c: c.ms for c in self.running})
+        beaten = [c for c in beaten if not (c.baseline and race.doubt(c.ms) > KNOWN)]
+        return [self.candidates.index(c) for c in beaten], self._decide(has).sure
+
+    def _stop(self, c):
+        far = race.fastest(c.ms) > race.FAR*min(race.fastest(o.ms) for o in self.running)
+        c.out(f'dropped after {len(c.ms)} steps: far slower' if far else '', valid=True)
+
+    def optimizer_ms(self, c) -> float:
+        "Milliseconds of the optimizer's part of a candidate's step; None where it can't run alone."
+        try:
+            c.switch(self.learn, [stop_before_step(self.learn), *self.cbs])
+            self.learn.one_batch(0, self.batches[0])
+            return race.fastest([elapsed_ms(self.device, self.learn.opt.step) for _ in range(OPTIMIZER_STEPS)])
+        except Exception: return None

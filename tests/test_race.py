@@ -1,0 +1,151 @@
+"""Who is fastest, counted over recorded and made-up times. `recorded/` holds the recorded ones, each file with its machine,
+versions and date: steps beside a process that computes in bursts, and steps in quiet, both of an AVX512-BF16 CPU."""
+import json
+import random
+import statistics
+from pathlib import Path
+
+import pytest
+
+from channelslast.race import LOOK, TIE, Decision, beaten, decide, doubt, fastest
+
+recorded = Path(__file__).parent/'recorded'
+busy = json.loads((recorded/'busy-steps-avx512-bf16.json').read_text())['models']
+quiet = json.loads((recorded/'train-avx512-bf16.json').read_text())['models']
+SIMPLE = ['contiguous, fp32', 'channels last, fp32', 'contiguous, bf16', 'channels last, bf16', 'channels last, bf16+fp32']
+
+
+def race(step, keys, num_it=20, has='contiguous, fp32'):
+    "`step(key, round)` are milliseconds: the decision, and the number of steps that it took."
+    times, steps = {k: [] for k in keys}, 0
+    for i in range(num_it):
+        for k in list(times)[::(-1)**i]: times[k].append(step(k, i))
+        steps += len(times)
+        for k in beaten(times): del times[k]
+        if i + 1 >= LOOK and decide(times, has).sure: break
+    return decide(times, has), steps
+
+
+def starts(model):
+    "Each recorded run from each of its rounds on: `(step, keys)`, and what each candidate takes in quiet."
+    true = busy[model]['true']
+    for run in busy[model]['runs']:
+        keys = [k for k in SIMPLE if k in run and k in true]
+        for s in range(40): yield lambda k, i: run[k][(s + i) % 40], keys, true
+
+
+def right(pick, true): return true[pick] <= 1.05*min(true.values())
+
+
+# what stands for a candidate's steps
+
+@pytest.mark.parametrize('model, medians, quarters, tenths, fastests', [('mobilenet_v2', 166, 197, 198, 200),
+                                                                        ('regnet_y_400mf', 143, 186, 199, 200)])
+def test_the_fastest_of_ten_holds_where_others_do_not(model, medians, quarters, tenths, fastests):
+    "Right picks of 200, each from ten recorded rounds in a row."
+    def _lowest(part): return lambda ms: statistics.quantiles(ms, n=100, method='inclusive')[round(part*100) - 1]
+    def _count(f):
+        picks = [(min(keys, key=lambda k: f([step(k, i) for i in range(10)])), true) for step, keys, true in starts(model)]
+        return sum(right(*o) for o in picks)
+    assert [_count(f) for f in (statistics.median, _lowest(.25), _lowest(.1), fastest)] == [medians, quarters, tenths, fastests]
+
+
+def noise(kind, rnd):
+    "Milliseconds of a step that takes 1 undisturbed."
+    clean = 1 + abs(rnd.gauss(0, 0.01))
+    return clean*rnd.uniform(1.3, 6) if kind == 'bursts' and rnd.random() < 0.4 else clean
+
+
+def made_up(kind, true, seed, num_it=20, noisy=None, drift=0.):
+    rnd, n = random.Random(seed), [0]
+    def _step(k, i):
+        n[0] += 1
+        return true[k]*noise(kind, rnd)*(1 + drift*n[0])*(1 + abs(rnd.gauss(0, 0.15))*(k == noisy))
+    return race(_step, list(true), num_it, has=next(iter(true)))
+
+
+FIVE = dict(a=100., b=80., c=95., d=60., e=55.)
+
+@pytest.mark.parametrize('kind, median, low', [('quiet', 300, 300), ('bursts', 200, 300)])
+def test_the_fastest_of_ten_on_made_up_times(kind, median, low):
+    "Right picks of 300: by the median of ten, by the fastest."
+    counts = [0, 0]
+    for seed in range(300):
+        rnd = random.Random(seed)
+        times = {k: [v*noise(kind, rnd) for _ in range(10)] for k, v in FIVE.items()}
+        for j, f in enumerate((statistics.median, fastest)): counts[j] += right(min(times, key=lambda k: f(times[k])), FIVE)
+    assert counts == [median, low]
+
+
+# the race: right picks, sure ones, and the steps they cost
+
+@pytest.mark.parametrize('model, rights, sures, steps', [('mobilenet_v2', 197, 198, 30), ('regnet_y_400mf', 199, 191, 29)])
+def test_recorded_on_a_busy_machine(model, rights, sures, steps):
+    "Of 200 races of at most 20 rounds; the mean number of steps, which would be 100 and 80 if all went on to the end."
+    ends = [(race(step, keys), true) for step, keys, true in starts(model)]
+    assert sum(right(d.best, true) for (d, _), true in ends) == rights
+    assert sum(d.sure for (d, _), _ in ends) == sures
+    assert round(statistics.mean(n for (_, n), _ in ends)) == steps
+
+
+@pytest.mark.parametrize('name', quiet)
+def test_recorded_in_quiet(name):
+    "Steps between the recorded fastest and median: within a tie of the fastest, or what is left only beyond doubt."
+    ms = {k: v for k, v in quiet[name]['ms'].items() if k in SIMPLE}
+    def _step(rnd): return lambda k, i: ms[k][0] + (ms[k][1] - ms[k][0])*2*rnd.random()**2
+    ends = [race(_step(random.Random(seed)), [k for k in SIMPLE if k in ms]) for seed in range(50)]
+    best = min(v[0] for v in ms.values())
+    assert sum(ms[d.best][0] <= 1.05*best for d, _ in ends) >= 48
+    assert all(ms[d.best][0] <= 1.02*ms['contiguous, fp32'][0] for d, _ in ends)
+
+
+@pytest.mark.parametrize('kind, true, more, rights, sures, steps', [
+    ('quiet', FIVE, {}, 100, 100, 15),
+    ('bursts', FIVE, {}, 98, 100, 26),
+    ('quiet', FIVE, dict(drift=2e-3), 100, 100, 15),                  # clocks that fall by a fifth within a hundred steps
+    ('quiet', FIVE, dict(noisy='e'), 97, 100, 16),                    # the fastest is much noisier than all others
+    ('bursts', dict(a=100., b=98.5), {}, 100, 95, 18),                # as good as equal: either will do
+    ('quiet', dict(a=100., b=100.), {}, 100, 100, 8),
+    ('quiet', dict.fromkeys('abcde', 100.), {}, 100, 100, 24),
+    ('bursts', dict.fromkeys('abcde', 100.), {}, 100, 100, 39)])
+def test_made_up(kind, true, more, rights, sures, steps):
+    "Of 100 races; the mean number of steps."
+    ends = [made_up(kind, true, seed, **more) for seed in range(100)]
+    assert (sum(right(d.best, true) for d, _ in ends), sum(d.sure for d, _ in ends), round(statistics.mean(n for _, n in ends))) == (
+        rights, sures, steps)
+
+
+# the rules
+
+def test_doubt():
+    assert doubt([100.]) == 0.9  # one step knows nothing
+    assert doubt([100., 101., 110.]) == pytest.approx(0.3) and doubt([110., 100., 101., 400.]) == pytest.approx(0.2)
+    assert doubt([100.]*3) == 0 and doubt([100., 200., 900.]) == 0.9
+    assert doubt([100., 104.]) == pytest.approx(0.24)  # two that agree may be disturbed alike
+
+
+def test_beaten():
+    clear, near = [100., 100., 100.], [103., 103., 103.]
+    assert beaten(dict(a=clear, b=near)) == ['b'] and beaten(dict(a=clear, b=[101.]*3)) == []
+    assert beaten(dict(a=clear, b=[150., 170., 400.])) == []  # who knows what it takes undisturbed
+    assert beaten(dict(a=[100.]*2, b=[400.]*2, c=[600.]*2)) == ['c'] and beaten(dict(a=[100.], b=[900.])) == []
+
+
+@pytest.mark.parametrize('times, has, best, sure', [
+    (dict(a=[100.]*3, b=[50.]*3), 'a', 'b', True),
+    (dict(a=[100.]*3, b=[99.]*3), None, 'a', True),               # a tie: the simpler one, which comes first
+    (dict(a=[100.]*3, b=[99.]*3), 'b', 'b', True),                # what the Learner has
+    (dict(a=[100.]*3, b=[101.5]*3), 'b', 'a', True),              # … which is slower beyond doubt, by whatever it is
+    (dict(a=[103.]*3, b=[100.]*3), None, 'b', True),              # out of a tie: the faster
+    (dict(a=[100., 200., 300.], b=[80.]*3), 'a', 'a', False),     # is it slower? left for nothing that is in doubt
+    (dict(a=[100., 200., 300.], b=[80.]*3), None, 'b', False),
+    (dict(a=[100., 101., 102.], b=[50.]*3), 'a', 'b', True),
+    (dict(a=[100.]), 'a', 'a', True)])
+def test_decide(times, has, best, sure):
+    d = decide(times, has)
+    assert (d.best, d.sure) == (best, sure)
+
+
+def test_how_much_faster_the_rival_may_be():
+    assert decide(dict(a=[100.]*3, b=[100., 105., 110.])) == Decision('a', 'b', pytest.approx(1/0.7 - 1))
+    assert decide(dict(a=[100.])) == Decision('a') and Decision('a', 'b', TIE).sure
