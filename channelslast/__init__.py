@@ -3,6 +3,7 @@ from . import mended  # fastai's own methods, for every Learner
 from .callback import ChannelsLast
 from .format_find import FormatTimings
 from .format_summary import FormatSummary
+from .optimizers import fused
 from .reproducible import less_random
 
-__all__ = ['ChannelsLast', 'less_random']
+__all__ = ['ChannelsLast', 'fused', 'less_random']

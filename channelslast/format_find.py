@@ -12,6 +12,7 @@ from fastprogress.fastprogress import progress_bar
 from . import devices
 from .candidates import FORMATS, PRECISIONS, Candidate, apply, current
 from .devices import fit_device, rank0s
+from .optimizers import fused_line
 from .precision import DTYPES, check_scaler
 from .race import TIE, fastest
 from .timings import FormatTimings, label
@@ -94,7 +95,7 @@ def format_find(self:Learner,
         raise ValueError(f'num_it={num_it!r}: use a whole number from 1')
     _check_trainable(self)
     pairs, has = _pairs(fit_device(self).type, formats, precisions), current(self)
-    candidates = [Candidate(f, p, kwargs) for f, p in pairs]
+    candidates, advice = [Candidate(f, p, kwargs) for f, p in pairs], fused_line(self)
     tuned = [p for f, p in pairs if layers and f == 'channels_last' and p != 'fp32']
     steps = (WARM_UP + num_it)*(len(pairs) + len(tuned))
     bar = progress_bar(range(steps), leave=False) if hasattr(self, 'progress') else None  # `no_bar` takes it away
@@ -111,7 +112,8 @@ def format_find(self:Learner,
         trial.check_numbers()
         decision = trial.run(num_it, has)
         optimizer_ms = trial.optimizer_ms(decision.best)
-    result = _result(candidates, decision, loader_ms=loader_ms, layers=layer_rows, optimizer_ms=optimizer_ms)
+    result = _result(candidates, decision, loader_ms=loader_ms, layers=layer_rows,
+                     optimizer_ms=optimizer_ms, advice=advice)
     result.__dict__.update(rank0s(vars(result)))
     if bar: bar.on_iter_end()
     if show_plot: result.plot()

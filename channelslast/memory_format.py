@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-__all__ = ['FORMATS', 'castable', 'strides_of', 'cast', 'cast_tree', 'cast_module', 'align_optimizer']
+__all__ = ['FORMATS', 'castable', 'strides_of', 'cast', 'cast_tree', 'cast_module', 'like', 'align_optimizer']
 
 # the channels-last format of a tensor of so many dimensions
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -57,7 +57,7 @@ def cast_tree(
     return cast(x) if castable(x) and x.dim() in dims else x
 
 
-def _like(t: Tensor, ref: Tensor) -> Tensor:
+def like(t: Tensor, ref: Tensor) -> Tensor:
     "`t` in the strides of `ref`, if both have one shape."
     if t.layout is not torch.strided or t.shape != ref.shape or t.stride() == ref.stride(): return t
     new = torch.empty_like(ref, dtype=t.dtype, device=t.device)
@@ -80,7 +80,7 @@ def cast_module(
             key = t.data_ptr(), t.shape, t.stride(), t.dtype, t.device
             new = moved[key] if key in moved and key[0] else moved.setdefault(key, cast(t.data, channels_last))
             if new.stride() != t.stride(): t.data = new
-        if getattr(t, 'grad', None) is not None: t.grad.data = _like(t.grad.data, t)
+        if getattr(t, 'grad', None) is not None: t.grad.data = like(t.grad.data, t)
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def align_optimizer(
 
 def _align_state(state, p):
     if isinstance(state, Tensor):
-        if (new := _like(state, p)) is not state: state.data = new
+        if (new := like(state, p)) is not state: state.data = new
     elif isinstance(state, dict):
         for s in state.values(): _align_state(s, p)
     elif isinstance(state, (list, tuple)):

@@ -37,7 +37,8 @@ class FormatTimings:
     `.rows`: a `Timing` a candidate; `.best`: the suggested one; `.rival`: the one that may be faster still, and
     `.margin`: by which fraction at the most (2 %, a tie, where the choice is sure); `.loader_ms`: median milliseconds
     the loader needs for a batch; `.input_bound`: does it need longer than the fastest step? `.optimizer_ms`: the
-    optimizer's part of the suggested step; `.layers`: a `LayerTiming` for each distinct layer and half precision."""
+    optimizer's part of the suggested step; `.advice`: the argument of `Learner` that makes that shorter with the same
+    weights, where one is known; `.layers`: a `LayerTiming` for each distinct layer and half precision."""
     def __init__(self, rows, best, margin, loader_ms, layers=(), rival=None, optimizer_ms=None, advice=None):
         self.rows, self.best, self.margin, self.rival = list(rows), best, margin, rival
         self.loader_ms, self.layers, self.optimizer_ms, self.advice = loader_ms, list(layers), optimizer_ms, advice
@@ -81,7 +82,7 @@ class FormatTimings:
         share = (self.optimizer_ms or 0)/self.best.ms
         if share <= MUCH: return ''
         said = f'The optimizer takes {self.optimizer_ms:.1f} ms of the step, {share:.0%}'
-        return f'{said}; PyTorch’s fused one does the same in less: `{self.advice}`.' if self.advice else said + '.'
+        return f'{said}; a fused one gives the same weights: `{self.advice}`.' if self.advice else said + '.'
 
     def __repr__(self): return f'{_table(self).to_string(index=False)}\n{self.verdict}'
     def _repr_html_(self): return f'{_table(self).to_html(index=False)}<p>{html.escape(self.verdict)}</p>'

@@ -1,4 +1,5 @@
-"Run the notebooks and store what they print: `python -m tests.notebooks [name …]`; the README's chart comes from them too."
+"""Run the notebooks and store what they print: `python -m tests.notebooks [name …]`; the README's chart comes from them
+too."""
 import base64
 import re
 import sys

@@ -8,7 +8,7 @@ import matplotlib
 import pytest
 import torch
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
-from fastai.vision.all import (Callback, DataLoader, DataLoaders, GradientAccumulation, GradientClip, Learner,
+from fastai.vision.all import (Adam, Callback, DataLoader, DataLoaders, GradientAccumulation, GradientClip, Learner,
                                MixUp, OptimWrapper, load_learner, ranger)
 from torch import nn
 
@@ -261,6 +261,25 @@ def test_it_prints_renders_and_plots(has, fake, tmp_path):
     assert '<table' in t._repr_html_() and 'MiB' not in repr(t) and 'note' not in repr(t)
     assert list(t.to_frame().precision) == ['fp32', 'bf16', 'fp32', 'bf16'] and t.to_frame().ms[3] == 70.
     with pytest.raises(AttributeError): t.best.ms = 1
+
+
+@pytest.mark.parametrize('opt, ms, said', [
+    (ranger, 5., None), (ranger, 30., 'The optimizer takes 30.0 ms of the step, 30%.'),
+    (Adam, 30., 'The optimizer takes 30.0 ms of the step, 30%; a fused one gives the same weights: `opt_func=fused(Adam)`.')])
+def test_the_optimizers_part_is_said_where_it_is_much(fake, monkeypatch, opt, ms, said):
+    "With the line that helps, where one is known that gives the same weights."
+    fake({})
+    monkeypatch.setattr(module, 'elapsed_ms', lambda device, f: (f(), ms)[1])
+    t = find(learner(opt_func=opt))
+    assert t.optimizer_ms == ms and (said in t.verdict if said else 'optimizer' not in t.verdict)
+
+
+def test_the_optimizers_part_is_its_own(monkeypatch):
+    "The step of the optimizer alone is timed."
+    timed = []
+    monkeypatch.setattr(module, 'elapsed_ms', lambda device, f: (timed.append(getattr(f, '__name__', '')), f(), 1.)[2])
+    find()
+    assert timed[-module.OPTIMIZER_STEPS:] == ['step']*module.OPTIMIZER_STEPS == [o for o in timed if o == 'step']
 
 
 # to_fastest

@@ -73,7 +73,8 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class Reading:
-    "An independent look: hooks that ask `is_contiguous` of what goes into and out of each module, and of the gradients."
+    """An independent look: hooks that ask `is_contiguous` of what goes into and out of each module, and of the
+    gradients."""
     def __init__(self, model):
         self.leaf_lost, self.grad_lost, self.outs, self.ins = set(), set(), {}, defaultdict(list)
         self.names = {m: n for n, m in model.named_modules()}
@@ -231,9 +232,9 @@ def test_the_loss_is_named():
 # bytes
 
 def test_bytes_on_paper():
-    """Batch 2×3×16×16 → conv → 2×8×16×16 → contiguous → conv, fp32: cast of the batch 2·3·256·4 = 6144, lost 2·8·256·4 =
-    16384, regained as much; backward: the pooled gradient of 2×8×16×16 enters and is lost by `Losing` (the first convolution
-    passes no gradient on)."""
+    """Batch 2×3×16×16 → conv → 2×8×16×16 → contiguous → conv, fp32: cast of the batch 2·3·256·4 = 6144, lost 2·8·256·4
+    = 16384, regained as much; backward: the pooled gradient of 2×8×16×16 enters and is lost by `Losing` (the first
+    convolution passes no gradient on)."""
     s = summary_of(body(Losing()))
     act = 2*8*16*16*4
     rows = [(r.kind, r.backward, r.shape, r.bytes) for r in s.rows]

@@ -1,5 +1,6 @@
-"""Who is fastest, counted over recorded and made-up times. `recorded/` holds the recorded ones, each file with its machine,
-versions and date: steps beside a process that computes in bursts, and steps in quiet, both of an AVX512-BF16 CPU."""
+"""Who is fastest, counted over recorded and made-up times. `recorded/` holds the recorded ones, each file with its
+machine, versions and date: steps beside a process that computes in bursts, and steps in quiet, both of an AVX512-BF16
+CPU."""
 import json
 import random
 import statistics

@@ -1,4 +1,5 @@
-"Any sequence of public calls: formats agree, nothing is there twice, and training goes as it would have without the library."
+"""Any sequence of public calls: formats agree, nothing is there twice, and training goes as it would have without the
+library."""
 import shutil
 import tempfile
 import warnings

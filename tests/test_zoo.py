@@ -1,7 +1,7 @@
 """Every architecture of torchvision's, and one of each of timm's families, against itself in the contiguous format.
 
-`pytest -m zoo` runs all, a plain `pytest` each tenth (see conftest.py). No weights are loaded; dropout and stochastic depth
-are off, since PyTorch draws their masks in the order of memory."""
+`pytest -m zoo` runs all, a plain `pytest` each tenth (see conftest.py). No weights are loaded; dropout and stochastic
+depth are off, since PyTorch draws their masks in the order of memory."""
 import gc
 import math
 import re

@@ -1,0 +1,238 @@
+"The fused step gives fastai's weights: the very line that is suggested, in float64."
+import pickle
+import subprocess
+import sys
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+from fastai.callback.fp16 import NonNativeMixedPrecision
+from fastai.vision.all import (Adam, Callback, Lamb, Larc, Learner, Lookahead, Optimizer, OptimWrapper, QHAdam, RAdam, RMSProp, SGD,
+                               ranger, sgd_step, weight_decay)
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from channelslast import fused
+from channelslast.optimizers import FusedOptimizer, fused_line
+from channelslast.untouched import untouched
+from .conftest import convnet, learner, loaders
+from .test_callback import image_folder
+
+GIVEN = {  # what a Learner has: what it is told
+    'Adam': (Adam, 'opt_func=fused(Adam)'),
+    'Adam by hand': (partial(Adam, wd=0.1, eps=1e-3, mom=0.8, sqr_mom=0.95), 'opt_func=fused(Adam, wd=0.1, eps=0.001, mom=0.8, sqr_mom=0.95)'),
+    'Adam L2': (partial(Adam, wd=0.1, decouple_wd=False), 'opt_func=fused(Adam, wd=0.1, decouple_wd=False)'),
+    'Adam lr': (partial(Adam, lr=0.02), 'opt_func=fused(Adam, lr=0.02)'),
+    'SGD': (partial(SGD, wd=0.1), 'opt_func=fused(SGD, wd=0.1)'),
+    'SGD L2': (partial(SGD, wd=0.1, decouple_wd=False), 'opt_func=fused(SGD, wd=0.1, decouple_wd=False)'),
+    'momentum': (partial(SGD, mom=0.9, wd=0.1), 'opt_func=fused(SGD, mom=0.9, wd=0.1)'),
+    'momentum L2': (partial(SGD, mom=0.9, wd=0.1, decouple_wd=False), 'opt_func=fused(SGD, mom=0.9, wd=0.1, decouple_wd=False)')}
+
+
+def execute(line):
+    "The line, in a namespace as a user has it."
+    names = {}
+    exec('from fastai.vision.all import *\nfrom channelslast import *', names)
+    return eval(f'dict({line})', names)
+
+
+class Sometimes(nn.Module):
+    "A branch that some batches leave out."
+    def __init__(self): super().__init__(); self.always, self.branch, self.calls = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1), 0
+    def forward(self, x):
+        self.calls += self.training
+        return self.always(x) + (self.branch(x) if self.calls % 3 == 2 else 0)
+
+
+def three_groups(m): return [list(m[:2].parameters()), list(m[2:5].parameters()), list(m[5:].parameters())]
+def once(learn, **kwargs): learn.fit_one_cycle(5, **kwargs)  # 20 steps
+def sliced(learn): learn.fit_one_cycle(5, slice(1e-4, 1e-2), wd=0.3)
+def tuned(learn):
+    learn.freeze(); learn.fit_one_cycle(2, slice(1e-2))
+    learn.unfreeze(); learn.fit_one_cycle(3, slice(1e-4, 1e-2), wd=0.2)
+def frozen_again(learn): learn.fit(2); learn.freeze(); learn.fit(3); learn.opt.clear_state(); learn.fit(1)
+def by_hand(learn):
+    learn.create_opt()
+    learn.opt.set_hyper('eps', 1e-2); learn.opt.set_hyper('wd', [0.3, 0., 0.1])
+    learn.fit(5)
+
+
+RUNS = dict(one_cycle=(once, {}), wd_in_fit=(partial(once, wd=0.3), {}), learner_wd=(once, dict(wd=0.2, lr=0.03)),
+            no_schedule=(lambda learn: learn.fit(5, 1e-2), {}), decayed_norms=(once, dict(wd_bn_bias=True)),
+            to_momentum_0=(once, dict(moms=(0.9, 0., 0.9))), momentum_0=(lambda learn: learn.fit_one_cycle(5, moms=(0., 0., 0.)), {}),
+            slices=(sliced, dict(splitter=three_groups)), freeze=(tuned, dict(splitter=three_groups)),
+            frozen_norms=(tuned, dict(splitter=three_groups, train_bn=False)), frozen_again=(frozen_again, dict(splitter=three_groups)),
+            reset=(lambda learn: (learn.fit(2), learn.fit(3, reset_opt=True)), {}))
+
+
+def made(opt_func, model=None, **kwargs):
+    return learner(model or convnet().double(), loaders(dtype=torch.float64), **{'lr': 1e-2, **dict(opt_func=opt_func), **kwargs})
+
+
+def weights(learn): return [t.detach().clone() for t in (*learn.model.parameters(), *learn.model.buffers())]
+
+
+def both(opt_func, run=once, other=None, model=None, **kwargs):
+    "The weights of plain fastai and of the line that is suggested (or of another optimizer) after the same run."
+    model, dls = model or convnet().double(), loaders(dtype=torch.float64)
+    first = learner(deepcopy(model), dls, **{'lr': 1e-2, 'opt_func': opt_func, **kwargs})
+    line = execute(fused_line(first)) if other is None else dict(opt_func=other)
+    second = learner(deepcopy(model), dls, **{'lr': 1e-2, **kwargs, **line})
+    for learn in first, second: run(learn)
+    if other is None: assert type(second.opt) is FusedOptimizer
+    return weights(first), weights(second)
+
+
+def look(learn):
+    "Weights, what trains, hyper-parameters and state, by value."
+    parts = weights(learn), [p.requires_grad for p in learn.model.parameters()], learn.opt.state_dict()
+    return [o.tolist() if isinstance(o, torch.Tensor) else o for o in tree_leaves([*parts[:2], [*parts[2]['state']], [*parts[2]['hypers']]])]
+
+
+def equal(a, b): return all(torch.allclose(s, o, rtol=1e-9, atol=1e-12) for s, o in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize('name', GIVEN)
+def test_the_line(name):
+    opt_func, line = GIVEN[name]
+    assert fused_line(made(opt_func)) == line
+
+
+@pytest.mark.parametrize('name, run', [(n, r) for n in GIVEN for r in RUNS if n in ('Adam', 'momentum') or r in ('wd_in_fit', 'freeze')])
+def test_equal_weights(name, run):
+    f, kwargs = RUNS[run]
+    assert equal(*both(GIVEN[name][0], f, **kwargs))
+
+
+def test_hypers_set_by_hand(): assert equal(*both(Adam, by_hand, splitter=three_groups))
+
+
+@pytest.mark.parametrize('name', GIVEN)
+def test_branches_without_gradients(name):
+    "✗ PyTorch's own wrapped optimizers leave such a parameter alone, fastai's go on; PyTorch's fused SGD raises."
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), Sometimes(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    assert equal(*both(GIVEN[name][0], model=model.double()))
+
+
+@pytest.mark.parametrize('wrong', [dict(eps=1e-8), dict(sqr_mom=0.999), dict(wd=0.), dict(decouple_wd=False), dict(mom=0.8)], ids=str)
+def test_the_comparison_sees(wrong):
+    run = lambda learn: learn.fit(5)
+    assert not equal(*both(partial(Adam, wd=0.01), run, other=fused(partial(Adam, wd=0.01), **wrong)))
+
+
+def test_the_comparison_sees_decayed_norms():
+    "✗ An `OptimWrapper` with all hyper-parameters right decays norms and biases."
+    plain = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True, eps=1e-5, betas=(0.9, 0.99))
+    assert not equal(*both(Adam, other=plain)) and equal(*both(Adam, other=plain, wd_bn_bias=True))
+
+
+def half(m): return m.half()
+def mine(params, lr, **kwargs): return Optimizer(params, [weight_decay, sgd_step, lambda p, **kw: None], lr=lr)
+def expanded(m): m[0].weight = nn.Parameter(torch.zeros(8, 3, 1, 1).expand(8, 3, 3, 3)); return m
+class Shared(nn.Parameter): pass
+def subclass(m): m[0].weight = Shared(m[0].weight.data); return m
+def sparse(m): m.add_module('e', nn.Embedding(2, 2, sparse=True)); return m
+def assigned(opt): learn = made(Adam); learn.opt = opt(learn.model.parameters(), lr=1.); return learn
+
+
+NONE = dict(
+    **{o.__name__: lambda o=o: made(o) for o in (Lamb, Larc, QHAdam, RAdam, RMSProp, ranger, mine)},
+    lookahead=lambda: made(lambda p, **kw: Lookahead(Adam(p, **kw))), lamb=lambda: made(partial(Lamb, wd=0.1)),
+    wrapped=lambda: made(partial(OptimWrapper, opt=torch.optim.AdamW, fused=True)), fused=lambda: made(fused(Adam)),
+    built=lambda: made(OptimWrapper(opt=torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.))),
+    half=lambda: made(Adam, half(convnet())), complex=lambda: made(Adam, nn.Linear(2, 2, dtype=torch.complex64)),
+    meta=lambda: made(Adam, convnet().to('meta')), expanded=lambda: made(Adam, expanded(convnet())),
+    subclass=lambda: made(Adam, subclass(convnet())), sparse=lambda: made(SGD, sparse(convnet())),
+    twice=lambda: made(SGD, splitter=lambda m: [list(m.parameters()), list(m[0].parameters())]),
+    assigned=lambda: assigned(Lamb), other_kernel=lambda: assigned(SGD), named_hyper=lambda: assigned(partial(Optimizer, cbs=[weight_decay, sgd_step], dampening=1.)),
+    non_native=lambda: made(Adam, cbs=NonNativeMixedPrecision()))
+
+
+@pytest.mark.parametrize('name', NONE)
+def test_no_line_without_proof(name): assert fused_line(NONE[name]()) is None
+
+
+def test_what_is_not_equal_is_refused():
+    with pytest.raises(ValueError, match='fused: no kernel'): made(fused(ranger)).fit(1)
+
+
+def test_learner_is_only_looked_at():
+    learn = made(Adam, splitter=three_groups)
+    assert fused_line(learn) and learn.opt is None
+    learn.freeze(); learn.fit(1)
+    before = look(learn)
+    assert fused_line(learn) == 'opt_func=fused(Adam)' and look(learn) == before
+
+
+@pytest.mark.parametrize('name', ['Adam', 'momentum'])
+@pytest.mark.parametrize('before, after', [(0, 1), (1, 0), (1, 1)])
+def test_checkpoints_serve_both(tmp_path, name, before, after):
+    opt_func = GIVEN[name][0]
+    model, dls = convnet().double(), loaders(dtype=torch.float64)
+    make = lambda quick: learner(deepcopy(model), dls, lr=1e-2, path=tmp_path, opt_func=fused(opt_func) if quick else opt_func)
+    straight = make(0)
+    straight.fit(3); straight.fit(2)
+    first, second = make(before), make(after)
+    first.fit(3); first.save('a')
+    second.load('a'); second.fit(2)
+    assert equal(weights(straight), weights(second))
+
+
+@pytest.mark.parametrize('name', ['Adam', 'momentum'])
+def test_formats_change_on_the_way(name):
+    "By this library, and by a `to` that leaves state and gradients in the old strides."
+    def _to(learn):
+        learn.fit(1); learn.to_channelslast(to_fp16=False); learn.fit(2); learn.to_contiguous(); learn.fit(1)
+        learn.model.to(memory_format=torch.channels_last); learn.fit(1)
+        class Turned(Callback):
+            def before_step(self):
+                for p in self.model.parameters(): p.grad = p.grad.contiguous()
+        learn.fit(1, cbs=Turned())
+    assert equal(*both(GIVEN[name][0], _to))
+
+
+def test_measuring_leaves_no_trace():
+    learn = made(fused(Adam))
+    learn.fit(1)
+    opt, before, had_grad = learn.opt, look(learn), {*learn.opt.had_grad}
+    with untouched(learn): learn.fit(1)
+    learn.format_find(num_it=1, show_plot=False)
+    assert learn.opt is opt and opt.had_grad == had_grad and len(had_grad) == len(opt.param_lists[0])
+    assert look(learn) == before
+
+
+def test_copies_and_pickles():
+    f = fused(partial(SGD, mom=0.9), wd=0.1)
+    assert f.keywords == dict(mom=0.9, wd=0.1) and deepcopy(f) is f
+    again = pickle.loads(pickle.dumps(f))
+    assert type(again) is partial and again.func is SGD and again.keywords == f.keywords
+    learn = made(f)
+    learn.fit(1)
+    again = pickle.loads(pickle.dumps(learn.opt))
+    assert type(again) is type(deepcopy(learn.opt)) is FusedOptimizer and again.hypers == learn.opt.hypers
+
+
+def test_export_loads_where_this_library_is_not_installed(tmp_path):
+    learn = Learner(image_folder(tmp_path), convnet(n=2), path=tmp_path, opt_func=fused(Adam, eps=1e-6))
+    learn.fit(1)
+    learn.export('e.pkl')
+    learn.fit(1)
+    assert type(learn.opt) is FusedOptimizer
+    code = f"""
+import sys; sys.modules['channelslast'] = None
+from fastai.vision.all import *
+learn = load_learner({str(tmp_path/'e.pkl')!r})
+learn.create_opt()
+print(learn.opt_func.func is Adam, learn.opt.hypers[0]['eps'])"""
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert out.stdout == 'True 1e-06\n', out.stderr
+
+
+def test_no_closures():
+    with pytest.raises(NotImplementedError): fused(SGD)([nn.Parameter(torch.zeros(1))], lr=1.).step(closure=lambda: 0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('name', GIVEN)
+def test_equal_weights_on_cuda(name): assert equal(*both(GIVEN[name][0], tuned, splitter=three_groups, model=convnet().double().cuda()))
