@@ -54,7 +54,7 @@ def _fusable(p) -> bool:
 
 def _kernel(opt):
     "The kernel that does what this optimizer does, or None."
-    if type(opt) is not Optimizer: return None
+    if type(opt) is not Optimizer or any({*h} - {'lr', 'wd', 'mom', 'sqr_mom', 'eps'} for h in opt.hypers): return None
     ps = [p for pg in opt.param_lists for p in pg]
     if len({*ps}) < len(ps) or len({p.device for p in ps}) != 1 or not all(map(_fusable, ps)): return None
     return KERNELS.get(tuple((cb.func, str(cb.keywords)) if isinstance(cb, partial) else cb for cb in opt.cbs))
@@ -85,9 +85,13 @@ class FusedOptimizer(Optimizer):
 
 
 class fused(partial):
-    """Optimizer function for a Learner, `opt_func=fused(SGD, mom=0.9)`: fastai's `Adam` or `SGD` that steps in
-    PyTorch's fused kernel. Weights, schedules, groups, checkpoints are fastai's; it pickles as the function that it was
-    made of."""
+    """Optimizer function for a Learner, `opt_func=fused(SGD, mom=0.9)`: fastai's `Adam` or `SGD` that steps in a
+    fused kernel of PyTorch's. Weights, schedules, groups, checkpoints are fastai's; pickles as what it was made of."""
+    def __init__(self,
+        opt_func, # fastai's `Adam` or `SGD`, or a `partial` of one
+        **kwargs # Its arguments
+    ): pass  # `partial` has taken them
+
     def __call__(self, *args, **kwargs):
         opt = super().__call__(*args, **kwargs)
         if kernel := _kernel(opt): return FusedOptimizer(opt, kernel)
@@ -104,7 +108,7 @@ def fused_line(
 ) -> str|None: # An argument of `Learner`
     "Code for the same optimizer with a fused step, `opt_func=fused(Adam)`; None where none is proven equal."
     f = learn.opt_func
-    func, kwargs = (f.func, f.keywords) if type(f) is partial and not f.args else (f, {})
+    func, kwargs = (f.func, f.keywords) if type(f) is partial else (f, {})
     if func not in (Adam, SGD) or any(isinstance(cb, NonNativeMixedPrecision) for cb in learn.cbs): return None
     if any(getattr(m, 'sparse', False) for m in learn.model.modules()): return None  # embeddings: sparse gradients
     opts = [f(learn.splitter(learn.model), lr=learn.lr), *([learn.opt] if learn.opt is not None else [])]

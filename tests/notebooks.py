@@ -46,7 +46,8 @@ def tidy(nb):
     for c in nb.cells:
         c.metadata = nbformat.NotebookNode()
         if c.cell_type != 'code': continue
-        c.outputs = [o for o in c.outputs if not PROGRESS.search(text(o)) and o.get('data', {}).get('text/html') != '']
+        c.outputs = [o for o in c.outputs if not PROGRESS.search(text(o)) and o.get('data', {}).get('text/html') != ''
+                     and not (o.get('name') == 'stderr' and 'site-packages' in text(o))]  # warnings of other packages
 
 
 def main(names):

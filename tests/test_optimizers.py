@@ -132,8 +132,10 @@ def mine(params, lr, **kwargs): return Optimizer(params, [weight_decay, sgd_step
 def expanded(m): m[0].weight = nn.Parameter(torch.zeros(8, 3, 1, 1).expand(8, 3, 3, 3)); return m
 class Shared(nn.Parameter): pass
 def subclass(m): m[0].weight = Shared(m[0].weight.data); return m
+def sparse_weight(m): m.p = nn.Parameter(torch.eye(2).to_sparse()); return m
+class OwnPartial(partial): pass
 def sparse(m): m.add_module('e', nn.Embedding(2, 2, sparse=True)); return m
-def assigned(opt): learn = made(Adam); learn.opt = opt(learn.model.parameters(), lr=1.); return learn
+def assigned(opt, opt_func=Adam): learn = made(opt_func); learn.opt = opt(learn.model.parameters(), lr=1.); return learn
 
 
 NONE = dict(
@@ -143,9 +145,11 @@ NONE = dict(
     built=lambda: made(OptimWrapper(opt=torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.))),
     half=lambda: made(Adam, half(convnet())), complex=lambda: made(Adam, nn.Linear(2, 2, dtype=torch.complex64)),
     meta=lambda: made(Adam, convnet().to('meta')), expanded=lambda: made(Adam, expanded(convnet())),
-    subclass=lambda: made(Adam, subclass(convnet())), sparse=lambda: made(SGD, sparse(convnet())),
+    subclass=lambda: made(Adam, subclass(convnet())), sparse_weight=lambda: made(SGD, sparse_weight(convnet())),
+    own_partial=lambda: made(OwnPartial(SGD)), sparse=lambda: made(SGD, sparse(convnet())),
     twice=lambda: made(SGD, splitter=lambda m: [list(m.parameters()), list(m[0].parameters())]),
-    assigned=lambda: assigned(Lamb), other_kernel=lambda: assigned(SGD), named_hyper=lambda: assigned(partial(Optimizer, cbs=[weight_decay, sgd_step], dampening=1.)),
+    assigned=lambda: assigned(Lamb), other_kernel=lambda: assigned(SGD), slow=lambda: assigned(lambda p, **kw: Lookahead(Adam(p, **kw))),
+    own_hyper=lambda: assigned(partial(Optimizer, cbs=[weight_decay, sgd_step], wd=0., dampening=True), SGD),
     non_native=lambda: made(Adam, cbs=NonNativeMixedPrecision()))
 
 
@@ -153,8 +157,19 @@ NONE = dict(
 def test_no_line_without_proof(name): assert fused_line(NONE[name]()) is None
 
 
-def test_what_is_not_equal_is_refused():
-    with pytest.raises(ValueError, match='fused: no kernel'): made(fused(ranger)).fit(1)
+@pytest.mark.parametrize('opt', [ranger, lambda p, **kw: Lookahead(Adam(p, **kw)), partial(OptimWrapper, opt=torch.optim.SGD)])
+def test_what_is_not_equal_is_refused(opt):
+    with pytest.raises(ValueError, match='fused: no kernel'): made(fused(opt)).fit(1)
+
+
+@pytest.mark.cuda
+def test_one_device_for_all():
+    ps = [nn.Parameter(torch.zeros(1, device=d)) for d in ('cpu', 'cuda')]
+    with pytest.raises(ValueError, match='fused: no kernel'): fused(SGD)(ps, lr=1.)
+
+
+def test_what_has_the_same_parts_will_do(): # a user's own function
+    assert equal(*both(lambda p, **kw: Adam(p, wd=0.1, **kw), other=fused(lambda p, **kw: Adam(p, wd=0.1, **kw))))
 
 
 def test_learner_is_only_looked_at():
