@@ -132,7 +132,7 @@ def test_beaten():
     assert beaten(dict(a=[100.]*2, b=[400.]*2, c=[600.]*2)) == ['c'] and beaten(dict(a=[100.], b=[900.])) == []
 
 
-@pytest.mark.parametrize('times, has, best, sure', [
+@pytest.mark.parametrize('times, home, best, sure', [
     (dict(a=[100.]*3, b=[50.]*3), 'a', 'b', True),
     (dict(a=[100.]*3, b=[99.]*3), None, 'a', True),               # a tie: the simpler one, which comes first
     (dict(a=[100.]*3, b=[99.]*3), 'b', 'b', True),                # what the Learner has
@@ -142,8 +142,8 @@ def test_beaten():
     (dict(a=[100., 200., 300.], b=[80.]*3), None, 'b', False),
     (dict(a=[100., 101., 102.], b=[50.]*3), 'a', 'b', True),
     (dict(a=[100.]), 'a', 'a', True)])
-def test_decide(times, has, best, sure):
-    d = decide(times, has)
+def test_decide(times, home, best, sure):
+    d = decide(times, home)
     assert (d.best, d.sure) == (best, sure)
 
 
