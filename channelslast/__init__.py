@@ -1,9 +1,10 @@
 "Train fastai image models faster in PyTorch's channels-last memory format."
 from . import mended  # fastai's own methods, for every Learner
 from .callback import ChannelsLast
+from .fold_batch_norm import FoldBatchNorm
 from .format_find import FormatTimings
 from .format_summary import FormatSummary
 from .optimizers import fused
 from .reproducible import less_random
 
-__all__ = ['ChannelsLast', 'fused', 'less_random']
+__all__ = ['ChannelsLast', 'FoldBatchNorm', 'fused', 'less_random']

@@ -9,6 +9,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 
 from .devices import fit_device, model_device
+from .fold_batch_norm import FoldBatchNorm
 from .memory_format import align_optimizer, cast_module, cast_tree, castable
 from .pickling import pickled_as
 from .precision import DeviceMixedPrecision, check_amp_mode, check_scaler, layer_names
@@ -102,12 +103,12 @@ def to_channelslast(self:Learner,
 
 @patch
 def to_contiguous(self:Learner,
-    to_fp32:bool=False, # Remove mixed precision too?
+    to_fp32:bool=False, # Remove mixed precision, and `FoldBatchNorm`, too?
 ):
-    """Cast model, gradients and optimizer state back to contiguous at once and remove `ChannelsLast`; returns the
-    Learner."""
+    """Cast model, gradients and optimizer state back to contiguous at once and remove `ChannelsLast`; with `to_fp32`,
+    mixed precision and `FoldBatchNorm` too. Returns the Learner."""
     if to_fp32 not in (True, False): raise ValueError(f"to_fp32={to_fp32!r}: use True or False")
     cast_module(self.model, channels_last=False)
     align_optimizer(self.opt)
     self.remove_cb(_FastaiChannelsLast)
-    return self.remove_cb(MixedPrecision) if to_fp32 else self
+    return self.remove_cbs([MixedPrecision, FoldBatchNorm]) if to_fp32 else self

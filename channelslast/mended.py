@@ -12,6 +12,7 @@ from fastcore.meta import delegates
 
 from .callback import ChannelsLast
 from .devices import fit_device
+from .fold_batch_norm import FoldBatchNorm
 from .memory_format import align_optimizer
 from .precision import DeviceMixedPrecision, check_amp_mode, check_scaler, keep_autocast
 
@@ -26,7 +27,7 @@ def one_batch(self:Learner, i, b):
     # `MixedPrecision` turns autocast on before the batch and off after the loss; no event tells it that the model or
     # the loss raised in between, and the whole session would go on in half precision. Replaced forwards serve until the
     # backward pass is over: checkpointing calls them again there. The last one put on is the first one off.
-    ours = self._grab_cbs(DeviceMixedPrecision) + self._grab_cbs(ChannelsLast)
+    ours = [cb for kind in (FoldBatchNorm, DeviceMixedPrecision, ChannelsLast) for cb in self._grab_cbs(kind)]
     with keep_autocast(fit_device(self).type):
         try: _one_batch(self, i, b)
         finally:

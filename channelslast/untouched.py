@@ -16,7 +16,7 @@ from .devices import fit_device, unwrapped
 from .precision import keep_autocast
 from .reproducible import keep_random_states
 
-__all__ = ['untouched', 'learner_modules', 'check_model']
+__all__ = ['untouched', 'keep_dict', 'learner_modules', 'check_model']
 
 # callbacks without which a step is another one
 TAKE_PART = TrainEvalCallback, CastToTensor, ChannelsLast, MixedPrecision
@@ -50,7 +50,7 @@ def _held(modules):
     return [o for o in held.values() if hasattr(o, '__dict__') and not isinstance(o, (nn.Module, Tensor, type))]
 
 
-def _keep_dict(undo, d):
+def keep_dict(undo, d):
     "Have `undo` restore a dictionary and, one level down, the dictionaries, lists and sets in it."
     saved, inner = dict(d), [(v, copy(v)) for v in d.values() if isinstance(v, (dict, list, set))]
     def _restore():
@@ -83,10 +83,10 @@ def _keep_optimizer(undo, opt):
     originals = []
     while opt is not None:
         own = vars(opt)
-        _keep_dict(undo, own)
-        for group in (*own.get('param_groups', ()), *own.get('hypers', ())): _keep_dict(undo, group)
+        keep_dict(undo, own)
+        for group in (*own.get('param_groups', ()), *own.get('hypers', ())): keep_dict(undo, group)
         for state in getattr(opt, 'state', {}).values():
-            if isinstance(state, dict): _keep_dict(undo, state)
+            if isinstance(state, dict): keep_dict(undo, state)
         originals += _run_on_copies(undo, _tensors([own.get('state'), *map(list, own.get('slow_weights') or ())]))
         inner = own.get('opt', own.get('optimizer'))
         opt = inner if hasattr(inner, 'state') else None
@@ -111,8 +111,8 @@ def untouched(learn,
         if eager: undo.enter_context(torch.compiler.set_stance('force_eager'))
         plain_loss = not isinstance(learn.loss_func, nn.Module) and hasattr(learn.loss_func, '__dict__')
         owners = [*modules, learn.loss_func] if plain_loss else modules
-        for o in (learn, *learn.cbs, loader, *owners): _keep_dict(undo, vars(o))
-        for o in _held(modules): _keep_dict(undo, vars(o))
+        for o in (learn, *learn.cbs, loader, *owners): keep_dict(undo, vars(o))
+        for o in _held(modules): keep_dict(undo, vars(o))
         if hasattr(rng := getattr(loader, 'rng', None), 'getstate'): undo.callback(rng.setstate, rng.getstate())
         for o in loader, getattr(loader, 'sampler', None):  # PyTorch's own loader
             g = getattr(o, 'generator', None)

@@ -1,0 +1,143 @@
+"Predictions with batch norm folded into the convolutions, as a fastai callback."
+import warnings
+from contextlib import ExitStack
+
+import torch
+from fastai.callback.core import Callback
+from torch import nn
+
+from .fold_plan import ForwardTrace, Pair, is_complete
+from .folding import Prepared, difference, hooked_globally, is_eager, signature_of, structure_of
+from .pickling import pickled_as
+from .reproducible import keep_random_states
+from .untouched import keep_dict
+from .workarounds import replace_forwards
+
+__all__ = ['FoldBatchNorm']
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative, of each tensor of the output
+HALF, TF32 = 5e-2, 1e-2  # where something is computed in half precision, or as CUDA's convolutions in fp32 are
+SHAPES = 8  # of inputs are looked at one by one; where all gave one plan, it serves the others too
+
+
+class Folds:
+    "What is known of one model, and prepared for it. Copies and pickles are empty."
+    def __init__(self, model=None):
+        self.model, self.structure, self.plans, self.agreed, self.prepared = model, None, {}, set(), None
+        self.folded = self.found = None
+        self.stays = False  # unfolded, for good
+
+    def __reduce__(self): return type(self), ()
+
+    def run(self, forward, args, kwargs):
+        "The output of the model, whose `forward` this is, folded where that is safe."
+        if self.stays or torch.is_grad_enabled() or self.model.training or hooked_globally():
+            return forward(*args, **kwargs)
+        if (structure := structure_of(self.model)) != self.structure:
+            self.structure, self.plans, self.agreed, self.prepared = structure, {}, set(), None
+        kind, shapes = signature_of(args, kwargs)
+        known = self.plans.setdefault(kind, {})
+        plan = known.get(shapes)
+        if plan is None and len(known) >= SHAPES and len({*known.values()}) == 1: plan = next(iter(known.values()))
+        if plan is None or not self._prepare(plan): return self._observe(known, kind, shapes, forward, args, kwargs)
+        out, held = self.prepared.run(forward, args, kwargs)
+        if held: return out
+        self._stay("does not run the same layers for every batch")
+        return forward(*args, **kwargs)
+
+    def _prepare(self, plan) -> bool:
+        "Have the plan's weights ready; False if the model lacks what they are computed from."
+        if self.prepared and self.prepared.plan == plan and self.prepared.fits(): return True
+        self.prepared = None  # before the next ones take their memory
+        if all(map(is_complete, plan)): self.prepared = Prepared(plan)
+        return self.prepared is not None
+
+    def _observe(self, known, kind, shapes, forward, args, kwargs):
+        """The output of an unfolded pass, from which the plan for this kind of input follows; a new plan is tried on
+        the same input."""
+        if not is_eager(self.structure[0]):
+            known[shapes], self.folded = (), 0
+            return forward(*args, **kwargs)
+        with ExitStack() as back:
+            back.enter_context(keep_random_states())
+            with ForwardTrace(self.model, (args, kwargs)) as trace: out = forward(*args, **kwargs)
+            plan = trace.plan()
+            if trace.writes: plan = ()
+            self.found, self.folded = trace.found, sum(isinstance(o, Pair) for o in plan)
+            known[shapes] = plan
+            with keep_random_states(), ExitStack() as undo:
+                back.close()  # a pass from the same random states
+                if plan and plan not in self.agreed:
+                    for m in self.model.modules(): keep_dict(undo, vars(m))
+                    self._try(plan, out, kind, forward, args, kwargs)
+        return out
+
+    def _try(self, plan, truth, kind, forward, args, kwargs):
+        self._prepare(plan)
+        try: off = difference(self.prepared.run(forward, args, kwargs)[0], truth)
+        except Exception as e: return self._stay(f"fails with its batch norms folded ({type(e).__name__}: {e})")
+        if off <= self._tolerance(plan, kind): self.agreed.add(plan)
+        else: self._stay(f"gives other outputs with its batch norms folded (relative difference {off:.0e})")
+
+    def _tolerance(self, plan, kind) -> float:
+        if any(isinstance(o, tuple) and isinstance(o[0], str) for o in kind): return HALF  # autocast is on
+        sources = [t for t in self.prepared.sources if t is not None]
+        dtypes = {t.dtype for t in sources if t.is_floating_point()} | {o.dtype for o in plan}
+        tf32 = torch.backends.cudnn.allow_tf32 and any(t.is_cuda for t in sources)
+        return max(TF32*tf32, *(TOLERANCE.get(t, HALF) for t in dtypes))
+
+    def _stay(self, why):
+        self.stays, self.folded, self.prepared, self.plans = True, 0, None, {}
+        warnings.warn(f"FoldBatchNorm: {type(self.model).__name__} {why}. It stays unfolded.", stacklevel=2)
+
+
+@pickled_as(Callback)
+class FoldBatchNorm(Callback):
+    """Predict faster, with the same numbers: while the Learner evaluates (validation, `validate`, `get_preds`, `tta`,
+    `predict`), each batch norm is folded into the convolution before it, and what mixed precision casts at each call is
+    cast once.
+
+    Folded is what is safe, as one pass of the model shows: 1-D, 2-D and 3-D convolutions whose output nothing but one
+    batch norm in eval mode reads, each used once. The first batch runs twice (users' hooks, too), and both outputs are
+    compared; a model that gives others when folded, or that runs its layers in another order later, is left alone with
+    a warning. `.folded` of `.found` batch norms after a convolution are folded. Works on every device. Compiled models,
+    TorchScript, and models in `DataParallel` or `DistributedDataParallel` stay unfolded.
+
+    The model itself is never changed but for the time of its forward pass. Changed weights and statistics are noticed,
+    but for what PyTorch does not count: after `p.data.mul_(2)` or the like outside a fit, call
+    `learn.fold_batch_norm.forget()`."""
+    order, _folds, _undo = 11, None, None  # after mixed precision
+
+    def __init__(self):
+        super().__init__()
+        self._folds = Folds()
+
+    @property
+    def folded(self):
+        "How many batch norms are folded; None before the first batch."
+        return self._folds.folded
+    @property
+    def found(self):
+        "How many batch norms get what a convolution made; None before the first batch."
+        return self._folds.found
+
+    def forget(self):
+        "Free the prepared weights; the next batch prepares them anew."
+        self._folds.prepared = None
+
+    def before_batch(self):
+        self.leave()
+        if self.training: return self.forget()  # fastai's optimizers step through `p.data`, which PyTorch doesn't count
+        if not isinstance(self.model, nn.Module) or not is_eager([self.model]): return
+        if self._folds.model is not self.model: self._folds = Folds(self.model)
+        def _folded(m, forward): return lambda *args, **kwargs: self._folds.run(forward, args, kwargs)
+        self._undo = replace_forwards([self.model], _folded, {})
+
+    def leave(self):
+        "Give the model its own forward back."
+        if self._undo: self._undo()
+        self._undo = None
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == 'learn' and value is None: self._folds = Folds()  # removed from its Learner
