@@ -7,6 +7,7 @@ from fastcore.foundation import L
 from . import devices, race
 from .callback import ChannelsLast
 from .devices import fit_device
+from .fold_batch_norm import FoldBatchNorm
 from .layers import fp32_names
 from .memory_format import align_optimizer, cast_module
 from .precision import DeviceMixedPrecision
@@ -24,15 +25,19 @@ class Candidate:
         precision: str, # One of `PRECISIONS`
         scaler: dict, # Arguments of `torch.amp.GradScaler`
         fp32_layers=(), # Names of layers to leave in fp32
+        folded=False, # With `FoldBatchNorm`?
     ):
         self.memory_format, self.half, self.precision = memory_format, precision, precision + '+fp32'*bool(fp32_layers)
-        self.last = memory_format == 'channels_last'
-        self.baseline = (memory_format, precision) == ('contiguous', 'fp32')
+        self.folded, self.fp32_layers, self.last = folded, fp32_layers, memory_format == 'channels_last'
+        self.key = memory_format, self.precision, folded
+        self.baseline = self.key == ('contiguous', 'fp32', False)
         self.cbs = [ChannelsLast()]*self.last
         if precision != 'fp32':
             self.cbs.append(DeviceMixedPrecision(precision, fp32_layers, **(scaler if precision == 'fp16' else {})))
+        self.fold = FoldBatchNorm() if folded else None
+        self.cbs += [self.fold]*folded
         self.ms, self.note, self.running, self.valid, self.scaler = [], '', True, True, None
-        self.loss_diff = self.grad_diff = self.memory = None
+        self.loss_diff = self.grad_diff = self.pred_diff = self.memory = None
 
     def out(self, note, valid=False):
         "Not measured further, for this reason."
@@ -64,25 +69,31 @@ class Candidate:
         "What was measured, beside the milliseconds of contiguous fp32."
         ms, doubt = (race.fastest(self.ms), race.doubt(self.ms)) if self.ms else (None, None)
         return Timing(self.memory_format, self.precision, ms, ms and base/ms, self.loss_diff, self.grad_diff,
-                      self.memory, self.note, bool(self.ms) and self.valid, doubt)
+                      self.memory, self.note, bool(self.ms) and self.valid, doubt, self.folded, self.pred_diff)
 
 
 def current(learn) -> tuple:
-    "Memory format and precision that the Learner trains in now."
+    "Memory format and precision that the Learner runs in now, and whether with batch norms folded."
     mp = next(iter(learn._grab_cbs(MixedPrecision)), None)
     device = fit_device(learn).type
     works = isinstance(mp, DeviceMixedPrecision) or device == 'cuda'  # fastai's own serves CUDA alone
     fast = mp and works and devices.accelerates(device, mp.amp_mode)
     tuned = '+fp32'*bool(getattr(mp, 'fp32_layers', ()))
-    return FORMATS[bool(learn._grab_cbs(FastaiChannelsLast))], mp.amp_mode.value + tuned if fast else 'fp32'
+    precision = mp.amp_mode.value + tuned if fast else 'fp32'
+    return FORMATS[bool(learn._grab_cbs(FastaiChannelsLast))], precision, bool(learn._grab_cbs(FoldBatchNorm))
 
 
 def apply(learn, row:Timing, layers=(), **scaler):
-    "Switch a Learner to the format and precision of a `Timing`, with these GradScaler arguments if it is fp16."
+    """Switch a Learner to the format and precision of a `Timing`, with these GradScaler arguments if it is fp16, and
+    fold its batch norms, or not, if that was measured."""
     half, _, tuned = row.precision.partition('+')
     names = tuple(fp32_names(layers, half)) if tuned else ()
     has = tuple(getattr(getattr(learn, 'mixed_precision', None), 'fp32_layers', ()))
     if half == 'fp32': learn.to_fp32().to_channelslast(to_fp16=False)
     elif current(learn)[1] == row.precision and not scaler and names == has: learn.to_channelslast()
     else: learn.to_channelslast(amp_mode=half, fp32_layers=names or None, **(scaler if half == 'fp16' else {}))
+    if row.pred_diff is not None: # of predictions
+        if not row.folded: learn.remove_cb(FoldBatchNorm)
+        elif not learn._grab_cbs(FoldBatchNorm): learn.add_cb(FoldBatchNorm(measured=True))
+    else: learn.remove_cbs([o for o in learn._grab_cbs(FoldBatchNorm) if o.measured])
     return learn if row.memory_format == 'channels_last' else learn.to_contiguous()

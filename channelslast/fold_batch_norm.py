@@ -106,11 +106,13 @@ class FoldBatchNorm(Callback):
     The model itself is never changed but for the time of its forward pass. Changed weights and statistics are noticed,
     but for what PyTorch does not count: after `p.data.mul_(2)` or the like outside a fit, call
     `learn.fold_batch_norm.forget()`."""
-    order, _folds, _undo = 11, None, None  # after mixed precision
+    order, _folds, _undo, measured = 11, None, None, False  # after mixed precision
 
-    def __init__(self):
+    def __init__(self,
+        measured = False, # Put there by `to_fastest(train=False)`, which `to_fastest()` undoes?
+    ):
         super().__init__()
-        self._folds = Folds()
+        self._folds, self.measured = Folds(), measured
 
     @property
     def folded(self):
@@ -120,6 +122,11 @@ class FoldBatchNorm(Callback):
     def found(self):
         "How many batch norms get what a convolution made; None before the first batch."
         return self._folds.found
+
+    @property
+    def works(self):
+        "Was anything prepared for the last batch, folded or cast?"
+        return bool(self._folds.prepared and self._folds.prepared.plan)
 
     def forget(self):
         "Free the prepared weights; the next batch prepares them anew."

@@ -15,6 +15,7 @@ from .devices import fit_device, rank0s
 from .optimizers import fused_line
 from .precision import DTYPES, check_scaler
 from .race import TIE, fastest
+from .prediction_trial import PredictionTrial
 from .timings import FormatTimings, label
 from .trial import WARM_UP, Trial, load_batches
 from .untouched import TAKE_PART, check_model, untouched
@@ -25,18 +26,44 @@ __all__ = []
 STEP_CALLBACKS = *TAKE_PART, GradientAccumulation, GradientClip, MixHandler, BnFreeze
 
 
-def _check_trainable(learn):
+def _check(learn, train):
     "`ValueError` for a Learner that can't be measured, with what to do."
     if learn._grab_cbs(NonNativeMixedPrecision):
         raise ValueError('The Learner has `NonNativeMixedPrecision`: call `learn.to_non_native_fp32()` first.')
     check_model(learn)
     params = list(learn.model.parameters())
-    if not any(p.requires_grad for p in params):
+    if train and not any(p.requires_grad for p in params):
         raise ValueError("No parameter of the model requires a gradient: there is nothing to train. "
                          "`learn.unfreeze()` first.")
     if half := {str(p.dtype).removeprefix('torch.') for p in params if p.dtype in DTYPES.values()}:
         raise ValueError(f"The model's weights are {' and '.join(sorted(half))}: mixed precision keeps them in fp32. "
                          "`learn.model.float()` first.")
+
+
+def _loader(learn, train, dl):
+    "Whose batches to measure on; `ValueError` where there is none."
+    if train not in (True, False): raise ValueError(f'train={train!r}: use True or False')
+    if train and dl is not None: raise ValueError('dl: what to predict, so only with `train=False`')
+    if dl is not None and not hasattr(dl, '__iter__'):
+        raise ValueError(f'dl={dl!r}: use a DataLoader, as `learn.dls.test_dl(files, bs=1)` makes one')
+    try: return (learn.dls.train if train else learn.dls.valid) if dl is None else dl
+    except IndexError:
+        raise ValueError("The Learner's DataLoaders hold no loader: there is nothing to run on.") from None
+
+
+def _batches(learn, loader, train) -> tuple:
+    "A few batches, and what the loader takes for one; `ValueError` where there is nothing to measure on."
+    batches, loader_ms = load_batches(learn, loader)
+    if not batches and train:
+        raise ValueError("The Learner's training loader yields no batch: there is nothing to measure on.")
+    if not batches:
+        raise ValueError("There is nothing to predict: the loader yields no batch. A Learner from `load_learner` holds "
+                         "no data; say what it shall predict: `learn.to_fastest(train=False, "
+                         "dl=learn.dls.test_dl(files, bs=1))`.")
+    learn._split(batches[0])
+    if train and not len(learn.yb):
+        raise ValueError("The Learner's training loader yields no labels: there is nothing to train.")
+    return batches, loader_ms
 
 
 def _asked(name, asked, possible) -> list:
@@ -68,13 +95,15 @@ def _result(candidates, decision, **measured) -> FormatTimings:
 def format_find(self:Learner,
     precisions=None, # Some of `'fp32'`, `'fp16'`, `'bf16'`; None: fp32 and what the device accelerates
     formats=None, # Some of `'contiguous'`, `'channels_last'`; None: both
-    num_it:int=20, # Timed steps a candidate, at the most
+    num_it:int=15, # Timed steps a candidate, at the most
     show_plot:bool=True, # Draw the chart?
     layers:bool=True, # Measure single layers too, and try to keep in fp32 those that half precision slows down?
+    train:bool=True, # Measure training steps? Else predictions, as `get_preds` makes them
+    dl=None, # What to predict, in batches of the size that counts; None: the validation loader
     **kwargs
 ) -> FormatTimings:
-    """Mock-train in each memory format and precision and measure a step of each; the Learner is left bit for bit as it
-    was.
+    """Mock-train (or, with `train=False`, predict) in each memory format and precision and measure a step of each; the
+    Learner is left bit for bit as it was.
 
     Steps are the Learner's own (its loss, optimizer, gradient clipping and accumulation, MixUp; learning rate 0), on a
     few batches kept on the device, interleaved; of each candidate the fastest counts, since whatever else the machine
@@ -86,6 +115,10 @@ def format_find(self:Learner,
     fp32, and one candidate more per half precision keeps in fp32 those that are clearly faster there: its precision
     reads `'bf16+fp32'`.
 
+    Predictions are made in eval mode, without gradients, on batches of `dl`; which candidate is the fastest depends on
+    their size. They are measured with batch norms folded too (`FoldBatchNorm`), where a format is not far behind, and
+    all outputs are compared with contiguous fp32.
+
     Other arguments are those of `torch.amp.GradScaler`, for fp16. In a distributed run, rank 0's result holds for all.
     Raises `ValueError` for arguments that can't be, a model that can't train or whose weights are in half precision, an
     empty loader, or a loader without labels; an error in contiguous fp32 is raised as it is, in any other candidate it
@@ -93,27 +126,30 @@ def format_find(self:Learner,
     check_scaler(**kwargs)
     if not isinstance(num_it, int) or isinstance(num_it, bool) or num_it < 1:
         raise ValueError(f'num_it={num_it!r}: use a whole number from 1')
-    _check_trainable(self)
+    _check(self, train)
+    loader = _loader(self, train, dl)
     pairs, has = _pairs(fit_device(self).type, formats, precisions), current(self)
-    candidates, advice = [Candidate(f, p, kwargs) for f, p in pairs], fused_line(self)
+    candidates, advice = [Candidate(f, p, kwargs) for f, p in pairs], fused_line(self) if train else None
     tuned = [p for f, p in pairs if layers and f == 'channels_last' and p != 'fp32']
-    steps = (WARM_UP + num_it)*(len(pairs) + len(tuned))
+    steps = (WARM_UP + num_it)*(len(pairs) + len(tuned))*(1 if train else 2)
     bar = progress_bar(range(steps), leave=False) if hasattr(self, 'progress') else None  # `no_bar` takes it away
     tick = bar.update if bar else noop
     tick(0)
-    with untouched(self, STEP_CALLBACKS, eager=False) as originals:
-        batches, loader_ms = load_batches(self)
-        if self.opt is None: self.create_opt()
-        self.opt.set_hypers(lr=0.) # weights stay, so that every candidate steps on the same ones
+    with untouched(self, STEP_CALLBACKS if train else TAKE_PART, eager=False, loader=loader) as originals:
+        batches, loader_ms = _batches(self, loader, train)
+        if train and self.opt is None: self.create_opt()
+        if train: self.opt.set_hypers(lr=0.) # weights stay, so that every candidate steps on the same ones
         self.n_iter = steps
-        trial = Trial(self, candidates, batches, originals, tick)
-        trial.warm_up(candidates)
-        layer_rows = trial.tune(kwargs) if layers else []
-        trial.check_numbers()
-        decision = trial.run(num_it, has)
-        optimizer_ms = trial.optimizer_ms(decision.best)
+        with torch.set_grad_enabled(train):
+            trial = (Trial if train else PredictionTrial)(self, candidates, batches, originals, tick)
+            trial.warm_up(candidates)
+            layer_rows = trial.tune(kwargs) if layers else []
+            trial.check_numbers()
+            if not train: trial.add_folded(kwargs)
+            decision = trial.run(num_it, has if not train else (*has[:2], False))
+            optimizer_ms = trial.optimizer_ms(decision.best) if train else None
     result = _result(candidates, decision, loader_ms=loader_ms, layers=layer_rows,
-                     optimizer_ms=optimizer_ms, advice=advice)
+                     optimizer_ms=optimizer_ms, advice=advice, train=train)
     result.__dict__.update(rank0s(vars(result)))
     if bar: bar.on_iter_end()
     if show_plot: result.plot()
@@ -128,14 +164,20 @@ def to_fastest(self:Learner, *,
 ):
     """Measure with `format_find`, switch the Learner to the winner, say it in one line; returns the Learner.
 
+    With `train=False` it is the fastest for predictions, with `FoldBatchNorm` if that is part of it; a later call for
+    training undoes that, and the other way round. For an app: `learn = load_learner('export.pkl')`, then
+    `learn.to_fastest(train=False, dl=learn.dls.test_dl(files, bs=1))`, then `predict`.
+
     The measurements stay in `learn.format_timings`. In a distributed run call it inside `learn.distrib_ctx()`, where
     all processes take rank 0's choice; `ValueError` outside, where each would make its own."""
     if num_distrib() > 1 and not torch.distributed.is_initialized():
         raise ValueError("Each process would decide for itself: call it inside `with learn.distrib_ctx():`, where rank "
                          "0 decides for all.")
     timings = self.format_find(show_plot=show_plot, **kwargs)
-    scaler = {k: v for k, v in kwargs.items() if k not in ('precisions', 'formats', 'num_it', 'layers')}
+    own = 'precisions', 'formats', 'num_it', 'layers', 'train', 'dl'
+    scaler = {k: v for k, v in kwargs.items() if k not in own}
     apply(self, timings.best, timings.layers, **scaler)
     self.format_timings = timings
-    print(f'{label(timings.best)}: {timings.best.speedup:.2f}× contiguous fp32')
+    what = 'Training' if timings.train else 'Predictions'
+    print(f'{what} in {label(timings.best)}: {timings.best.speedup:.2f}× contiguous fp32')
     return self

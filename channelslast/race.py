@@ -7,9 +7,10 @@ the lowest quarter in 197, the median in 166."""
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ['TIE', 'LOOK', 'FAR', 'Decision', 'fastest', 'doubt', 'beaten', 'decide']
+__all__ = ['TIE', 'LOOK', 'FAR', 'Decision', 'fastest', 'doubt', 'beaten', 'decide', 'enough']
 
 TIE = 0.02  # times this near are the same
+NEAR, PATIENCE = 0.05, 6  # after so many rounds, a gain below this is not worth the search
 LOOK = 3  # rounds before anything is decided, but for
 HOPELESS = 5  # times the fastest
 FAR = 1.5  # times the fastest: worth a word
@@ -73,3 +74,11 @@ def decide(
     others = {k: mine/least(ms) - 1 if least(ms) > 0 else float('inf') for k, ms in times.items() if k != pick}
     rival = max(others, key=others.get, default=None)
     return Decision(pick, rival, max(others.get(rival, 0.), 0.))
+
+
+def enough(
+    decision: Decision,
+    rounds: int, # That it took so far
+) -> bool:
+    "May the race end? When it is sure, or when what may still be gained is little."
+    return rounds >= LOOK and (decision.sure or rounds >= PATIENCE and decision.by <= NEAR)

@@ -3,13 +3,17 @@ import math
 
 import torch
 from fastai.callback.core import Callback, CancelBatchException
+from torch.utils._pytree import tree_map_only
 
+from .folding import difference
 from .untouched import TAKE_PART
 
-__all__ = ['TOLERANCE', 'stop_before_step', 'check_numbers']
+__all__ = ['TOLERANCE', 'PREDICTIONS', 'stop_before_step', 'check_numbers', 'check_predictions']
 
 # Relative differences of (loss, gradients) from contiguous fp32 beyond which a candidate's numbers are wrong
 TOLERANCE = dict(fp32=(1e-3, 5e-2), fp16=(2e-2, 0.4), bf16=(5e-2, 0.8))
+
+PREDICTIONS = dict(fp32=1e-3, fp16=2e-2, bf16=1e-1)  # the same of all outputs
 
 
 class StopBeforeStep(Callback):
@@ -74,3 +78,30 @@ def check_numbers(
         elif not (c.loss_diff <= most_loss and c.grad_diff <= most_grad): c.out('numbers differ from contiguous fp32')
     learn.model.zero_grad(set_to_none=True)
     learn('before_train')
+
+
+def _outputs(learn, batch):
+    "What the model gives, as users get it."
+    learn.one_batch(0, batch)
+    return tree_map_only(torch.Tensor, lambda t: t.detach().clone(), learn.pred)
+
+
+def check_predictions(
+    learn, # Inside `untouched`, evaluating
+    candidates, # `Candidate`s
+    cbs, # Of the Learner, without format and precision
+    batch,
+    truth=None, # What contiguous fp32 gives; None: the first candidate is that one
+): # The same
+    "Fill `pred_diff`, and drop whoever is outside its tolerance."
+    cbs = [o for o in cbs if isinstance(o, TAKE_PART)]
+    for c in candidates:
+        if not c.running: continue
+        c.switch(learn, cbs)
+        found = c.attempt(learn, lambda: (learn.one_batch(0, batch), _outputs(learn, batch))[1] if c.folded else
+                          _outputs(learn, batch))
+        if found is None: continue
+        if truth is None: truth = found
+        c.pred_diff = difference(found, truth)
+        if not c.baseline and not c.pred_diff <= PREDICTIONS[c.half]: c.out('numbers differ from contiguous fp32')
+    return truth

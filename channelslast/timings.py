@@ -18,7 +18,7 @@ class Timing:
     "One memory format and precision, measured."
     memory_format: str      # `'contiguous'` or `'channels_last'`
     precision: str          # `'fp32'`, `'fp16'`, `'bf16'`; `'fp16+fp32'`, `'bf16+fp32'`: some layers stay in fp32
-    ms: float = None        # Milliseconds of the fastest training step measured; None: it could not run
+    ms: float = None        # Of the fastest training step measured (or a batch's predictions); None: it could not run
     speedup: float = None   # Over contiguous fp32
     loss_diff: float = None # Relative difference of the loss from contiguous fp32, same batch, eval mode
     grad_diff: float = None # The same of all gradients: norm of the difference over their norm
@@ -26,9 +26,11 @@ class Timing:
     note: str = ''          # How many layers stay in fp32; why it is out of the running or was measured less
     valid: bool = True      # May be chosen: it ran, and its numbers are right
     doubt: float = None     # How far below `ms` an undisturbed step may still lie, as a fraction of it (`race.doubt`)
+    folded: bool = False    # With `FoldBatchNorm`; of predictions only
+    pred_diff: float = None # Relative difference of all outputs from contiguous fp32; of predictions only
 
 
-def label(row: Timing) -> str: return f'{LABELS[row.memory_format]}, {row.precision}'
+def label(row: Timing) -> str: return f'{LABELS[row.memory_format]}, {row.precision}' + ', folded'*row.folded
 
 
 class FormatTimings:
@@ -39,9 +41,11 @@ class FormatTimings:
     the loader needs for a batch; `.input_bound`: does it need longer than the fastest step? `.optimizer_ms`: the
     optimizer's part of the suggested step; `.advice`: the argument of `Learner` that makes that shorter with the same
     weights, where one is known; `.layers`: a `LayerTiming` for each distinct layer and half precision."""
-    def __init__(self, rows, best, margin, loader_ms, layers=(), rival=None, optimizer_ms=None, advice=None):
+    def __init__(self, rows, best, margin, loader_ms, layers=(), rival=None, optimizer_ms=None, advice=None,
+                 train=True):
         self.rows, self.best, self.margin, self.rival = list(rows), best, margin, rival
         self.loader_ms, self.layers, self.optimizer_ms, self.advice = loader_ms, list(layers), optimizer_ms, advice
+        self.train = train
 
     @property
     def fastest_ms(self) -> float: return min(r.ms for r in self.rows if r.valid)
@@ -74,8 +78,9 @@ class FormatTimings:
     @property
     def _loader(self) -> str:
         if not self.input_bound: return ''
-        return (f"But training is input-bound: the loader takes {self.loader_ms:.1f} ms a batch, the fastest "
-                f"step {self.fastest_ms:.1f} ms. No format can help until it is faster.")
+        what, step = ('training is', 'step') if self.train else ('predictions are', 'candidate')
+        return (f"But {what} input-bound: the loader takes {self.loader_ms:.1f} ms a batch, the fastest "
+                f"{step} {self.fastest_ms:.1f} ms. No format can help until it is faster.")
 
     @property
     def _optimizer(self) -> str:
@@ -99,11 +104,13 @@ def _table(t) -> pd.DataFrame:
     def _num(v, spec): return '–' if v is None else format(v, spec)
     table = pd.DataFrame([{
         '': '→' if r is t.best else '', 'format': LABELS[r.memory_format], 'precision': r.precision,
-        'ms/step': _num(r.ms, '.1f'), '±': _num(r.doubt, '.0%'),
-        'speed-up': '–' if r.speedup is None else f'{r.speedup:.2f}×',
-        'loss diff': _num(r.loss_diff, '.0e'), 'grad diff': _num(r.grad_diff, '.0e'),
+        'batch norm': 'folded' if r.folded else '', 'ms/step' if t.train else 'ms/batch': _num(r.ms, '.1f'),
+        '±': _num(r.doubt, '.0%'), 'speed-up': '–' if r.speedup is None else f'{r.speedup:.2f}×',
+        **({'loss diff': _num(r.loss_diff, '.0e'), 'grad diff': _num(r.grad_diff, '.0e')} if t.train else
+           {'pred diff': _num(r.pred_diff, '.0e')}),
         'MiB': _num(r.memory, '.0f'), 'note': r.note} for r in t.rows])
-    return table.drop(columns=[c for c, empty in (('MiB', '–'), ('note', '')) if (table[c] == empty).all()])
+    empty = ('MiB', '–'), ('note', ''), ('batch norm', '')
+    return table.drop(columns=[c for c, nothing in empty if (table[c] == nothing).all()])
 
 
 def _chart(t, ax):
@@ -117,7 +124,8 @@ def _chart(t, ax):
         wrong = '' if r.valid else '  wrong numbers'
         return f'{r.speedup:.2f}×  ({r.ms:.{0 if r.ms >= 100 else 1}f} ms){wrong}'
     ax.bar_label(bars, map(_said, rows), padding=4, bbox=dict(facecolor='white', edgecolor='none', pad=1))
-    ax.set(xlabel='speed-up of a training step over contiguous fp32 (dashed)',
+    what = 'a training step' if t.train else 'predictions'
+    ax.set(xlabel=f'speed-up of {what} over contiguous fp32 (dashed)',
            xlim=(0, 1.4*max(r.speedup for r in rows)), title=f'Suggested: {label(t.best)}')
     ax.invert_yaxis()
     ax.spines[['top', 'right']].set_visible(False)

@@ -1,6 +1,7 @@
 "Training steps of many candidates on one Learner, inside `untouched`: batches, warm-up, layers, rounds, optimizer."
 import statistics
 import time
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
@@ -28,25 +29,24 @@ def step_ms(learn, batch) -> float:
     return elapsed_ms(fit_device(learn), lambda: learn.one_batch(0, batch))
 
 
-def load_batches(learn) -> tuple:
+def load_batches(learn, loader) -> tuple:
     "A few batches on the device, and the median milliseconds that the loader takes for one."
     device, batches, ms = fit_device(learn), [], []
     start = time.perf_counter()
-    for b in islice(learn.dls.train, LOADER_BATCHES):
+    for b in islice(loader, LOADER_BATCHES):
         synchronize(device)
         ms.append((time.perf_counter() - start)*1e3)
         if len(batches) < BATCHES: batches.append(learn._set_device(b))
         start = time.perf_counter()
-    if not batches: raise ValueError("The Learner's training loader yields no batch: there is nothing to measure on.")
-    learn._split(batches[0])
-    if not len(learn.yb): raise ValueError("The Learner's training loader yields no labels: there is nothing to train.")
-    return batches, statistics.median(ms[1:] or ms)  # the first one starts the workers
+    return batches, statistics.median(ms[1:] or ms or [0])  # the first one starts the workers
 
 
 class Trial:
     "Candidates that take steps in turn, on the same batches and weights."
+    event = 'before_train'
+
     def __init__(self,
-        learn, # Inside `untouched`, learning rate 0
+        learn, # Inside `untouched`; for training with learning rate 0
         candidates, # `Candidate`s, contiguous fp32 first; those found on the way are appended
         batches,
         originals, # Of `untouched`: the tensors' own values
@@ -56,28 +56,35 @@ class Trial:
         self.originals, self.tick = originals, tick
         self.cbs = [o for o in learn.cbs if not isinstance(o, (FastaiChannelsLast, MixedPrecision))]
         self.device = fit_device(learn)
-        state = tree_leaves(list(getattr(learn.opt, 'opt', learn.opt).state.values()))
+        state = tree_leaves(list(getattr(getattr(learn.opt, 'opt', learn.opt), 'state', {}).values()))
         self.steps, self.sound, self.stepped = 0, True, any(isinstance(t, torch.Tensor) for t in state)
         learn.cbs = L(self.cbs)
-        learn('before_fit'); learn('before_epoch'); learn('before_train')
+        learn('before_fit'); learn('before_epoch'); learn(self.event)
 
     @property
     def running(self): return [c for c in self.candidates if c.running]
 
     def step(self, c, i) -> float:
         "Milliseconds of one step of a candidate, which is out if its loss is not finite."
-        cuda = self.device.type == 'cuda'
-        if cuda: torch.cuda.reset_peak_memory_stats(self.device)
-        ms = step_ms(self.learn, self.batches[i % len(self.batches)])
-        if cuda: c.memory = max(c.memory or 0, torch.cuda.max_memory_allocated(self.device)/2**20)
-        self.steps += 1
-        self.tick(self.steps)
+        with self.peak_memory(c): ms = step_ms(self.learn, self.batches[i % len(self.batches)])
+        self.count()
         finite = bool(self.learn.loss.isfinite().all())
         if c.baseline: self.sound = finite # else the user's own numbers are such
         elif self.sound and not finite:
             c.out('loss is not finite')
             self._heal()
         return ms
+
+    @contextmanager
+    def peak_memory(self, c):
+        "Note how much memory the block takes, where the device can tell."
+        if cuda := self.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        if cuda: c.memory = max(c.memory or 0, torch.cuda.max_memory_allocated(self.device)/2**20)
+
+    def count(self):
+        self.steps += 1
+        self.tick(self.steps)
 
     def _heal(self):
         "Put the original values into weights, buffers and optimizer state: a step may have filled them with NaN."
@@ -117,7 +124,7 @@ class Trial:
 
     def run(self,
         num_it, # Rounds at the most
-        has, # `(memory_format, precision)` of the Learner
+        has, # `(memory_format, precision, folded)` of the Learner
     ) -> race.Decision: # Its keys are `Candidate`s
         "Rounds of timed steps, interleaved, until it is decided; who cannot win any more stops."
         for i in range(num_it):
@@ -126,23 +133,23 @@ class Trial:
                 if not c.running: continue
                 ms = c.attempt(self.learn, lambda: (c.switch(self.learn, self.cbs), self.step(c, i))[1])
                 if c.running: c.ms.append(ms)
-            beaten, sure = rank0s(self._judge(has))
+            beaten, ends = rank0s(self._judge(has, i + 1))
             for k in beaten: self._stop(self.candidates[k])
-            if sure and i + 1 >= race.LOOK: break
+            if ends: break
         return self._decide(has)
 
     def _decide(self, has) -> race.Decision:
-        "Among those still running, the simplest first: what the Learner has, then fp32, one precision, contiguous."
-        def _simple(c):
-            return (c.memory_format, c.precision) != has, c.precision != 'fp32', '+' in c.precision, c.last
-        home = next((c for c in self.candidates if (c.memory_format, c.precision) == has), self.candidates[0])
+        """Among those still running, the simplest first: what the Learner has, then fp32, one precision, as it is,
+        contiguous."""
+        def _simple(c): return c.key != has, c.precision != 'fp32', '+' in c.precision, c.folded, c.last
+        home = next((c for c in self.candidates if c.key == has), self.candidates[0])
         return race.decide({c: c.ms for c in sorted(self.running, key=_simple)}, home)
 
-    def _judge(self, has) -> tuple:
+    def _judge(self, has, rounds) -> tuple:
         "Who is beaten, as places among the candidates, and is it decided among the others?"
         beaten = race.beaten({c: c.ms for c in self.running})
         beaten = [c for c in beaten if not (c.baseline and race.doubt(c.ms) > KNOWN)]
-        return [self.candidates.index(c) for c in beaten], self._decide(has).sure
+        return [self.candidates.index(c) for c in beaten], race.enough(self._decide(has), rounds)
 
     def _stop(self, c):
         far = race.fastest(c.ms) > race.FAR*min(race.fastest(o.ms) for o in self.running)

@@ -97,21 +97,22 @@ def _keep_optimizer(undo, opt):
 def untouched(learn,
     take_part=TAKE_PART, # Callback classes that stay
     eager=True, # Run compiled models as the modules they were made from?
+    loader=None, # That is used inside; None: the training loader
 ):
     """Context manager: use the Learner as you like inside; afterwards it is bit for bit what it was, however the block
     ended: weights, buffers, gradients, their formats and memory, optimizer, modes, callbacks, recorder, hooks, random
-    states, autocast, the training loader's shuffling. Costs one copy of the tensors of model and optimizer.
+    states, autocast, the loader's shuffling. Costs one copy of the tensors of model and optimizer.
 
     Gives the tensors with their originals' memory. What a module keeps deeper than in objects among its attributes is
     not known here."""
-    try: loader, modules = learn.dls.train, learner_modules(learn)
+    try: loader, modules = learn.dls.train if loader is None else loader, learner_modules(learn)
     except IndexError:
         raise ValueError("The Learner's DataLoaders hold no loader: there is nothing to run on.") from None
     with keep_random_states(), keep_autocast(fit_device(learn).type), torch.enable_grad(), ExitStack() as undo:
         if eager: undo.enter_context(torch.compiler.set_stance('force_eager'))
         plain_loss = not isinstance(learn.loss_func, nn.Module) and hasattr(learn.loss_func, '__dict__')
         owners = [*modules, learn.loss_func] if plain_loss else modules
-        for o in (learn, *learn.cbs, loader, *owners): keep_dict(undo, vars(o))
+        for o in (learn, *learn.cbs, *[loader]*hasattr(loader, '__dict__'), *owners): keep_dict(undo, vars(o))
         for o in _held(modules): keep_dict(undo, vars(o))
         if hasattr(rng := getattr(loader, 'rng', None), 'getstate'): undo.callback(rng.setstate, rng.getstate())
         for o in loader, getattr(loader, 'sampler', None):  # PyTorch's own loader

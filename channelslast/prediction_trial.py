@@ -1,0 +1,42 @@
+"Predictions of many candidates on one Learner, inside `untouched`: in eval mode, without gradients, folded or not."
+import torch
+
+from . import race
+from .candidates import Candidate
+from .same_numbers import check_predictions
+from .trial import Trial, step_ms
+
+__all__ = ['PredictionTrial']
+
+LOOK = 2  # rounds, after which those far behind need not be folded too
+
+
+class PredictionTrial(Trial):
+    "Candidates that predict in turn, on the same batches and weights."
+    event = 'before_validate'
+
+    def step(self, c, i) -> float:
+        "Milliseconds of one batch's predictions."
+        batch = self.batches[i % len(self.batches)]
+        if c.folded: self.learn.one_batch(0, batch)  # the switch moved the weights that the folded ones were made of
+        with self.peak_memory(c): ms = step_ms(self.learn, batch)
+        self.count()
+        return ms
+
+    def check_numbers(self):
+        with torch.compiler.set_stance('force_eager'):
+            self.truth = check_predictions(self.learn, self.candidates, self.cbs, self.batches[0])
+
+    def add_folded(self, scaler):
+        "For each format and precision that is not far behind, the same with batch norms folded, where there are any."
+        self.run(LOOK, None)
+        best = min(race.fastest(c.ms) for c in self.running)
+        for c in [c for c in self.running if race.fastest(c.ms) <= race.FAR*best]:
+            folded = Candidate(c.memory_format, c.half, scaler, c.fp32_layers, folded=True)
+            folded.note = c.note
+            self.warm_up([folded])
+            if not folded.running or not folded.fold.works: continue  # nothing to fold: no row
+            self.candidates.append(folded)
+        with torch.compiler.set_stance('force_eager'):
+            added = [c for c in self.running if c.folded]
+            check_predictions(self.learn, added, self.cbs, self.batches[0], self.truth)
