@@ -10,7 +10,8 @@ from typing import Any
 __all__ = ['TIE', 'LOOK', 'FAR', 'Decision', 'fastest', 'doubt', 'beaten', 'decide', 'enough']
 
 TIE = 0.02  # times this near are the same
-NEAR, PATIENCE = 0.05, 6  # after so many rounds, a gain below this is not worth the search
+# after so many rounds, a gain below this is not worth the search; after twice as many, twice it
+NEAR, PATIENCE = 0.05, 6
 LOOK = 3  # rounds before anything is decided, but for
 HOPELESS = 5  # times the fastest
 FAR = 1.5  # times the fastest: worth a word
@@ -81,4 +82,4 @@ def enough(
     rounds: int, # That it took so far
 ) -> bool:
     "May the race end? When it is sure, or when what may still be gained is little."
-    return rounds >= LOOK and (decision.sure or rounds >= PATIENCE and decision.by <= NEAR)
+    return rounds >= LOOK and (decision.sure or rounds >= PATIENCE and decision.by <= NEAR*rounds/PATIENCE)
