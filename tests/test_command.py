@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from channelslast import __main__ as command
-from channelslast.command import demo
+from channelslast.command import bench, demo
+from channelslast.layers import LayerTiming
+from channelslast.timings import Timing
 
 
 def run(monkeypatch, capsys, *args):
@@ -62,6 +64,44 @@ def test_bench(monkeypatch, capsys):
     assert len(lines) == 4 and out.splitlines()[0].count('PyTorch') == 1
     numbers = re.findall(r'^ *squeezenet1_1 +32 +2 +\S.*?, \S+ +([\d.]+) +([\d.]+) +([\d.]+)× +([\d.]+)× +(?:–|[\d.]+×) +([\d.]+)', out, re.M)
     assert len(numbers) == 2 and all(float(o) > 0 for o in numbers[0]) and re.search(r'r3d_18.* fails ', out)  # fastai's own can't
+
+
+def test_company_ends_with_the_block_and_with_whoever_started_it():
+    with bench.company() as busy: assert busy.poll() is None
+    assert busy.poll() is not None
+    alone = subprocess.Popen(busy.args, stdin=subprocess.PIPE)
+    alone.stdin.close()  # as when this process is gone
+    assert alone.wait(60) == 0
+
+
+def test_bench_beside_a_busy_process(monkeypatch, capsys):
+    "The other process runs while `format_find` does, and not while the judge does."
+    seen, busy = [], []
+    class Company:
+        def __enter__(self): busy.append(1)
+        def __exit__(self, *e): busy.clear()
+    monkeypatch.setattr(bench, 'company', Company)
+    real = bench.interleaved
+    monkeypatch.setattr(bench, 'interleaved', lambda *args: (seen.append(len(busy)), real(*args))[1])
+    monkeypatch.setattr(bench.Learner, 'format_find', lambda self, real=bench.Learner.format_find, **kw: (seen.append(len(busy)), real(self, **kw))[1])
+    code, out, err = run(monkeypatch, capsys, 'bench', '--models', 'squeezenet1_1', '--size', '32', '--bs', '2', '--num-it', '1', '--device', 'cpu', '--busy')
+    assert code == 0 and seen[:2] == [1, 0], err
+    assert re.search(r'of 1 picks within 5 % of the best; over contiguous fp32 at least [\d.]+×; format_find took \d+ s', out)
+
+
+def test_the_bare_loop_keeps_the_same_layers_in_fp32():
+    from tests.conftest import learner
+    learn, seen = learner(), {}
+    for n, m in learn.model.named_modules():
+        if not isinstance(m, torch.nn.Conv2d): continue
+        m._conv_forward = lambda x, *args, n=n, real=m._conv_forward: (seen.setdefault(n, torch.is_autocast_enabled('cpu')), real(x, *args))[1]
+    rows = [LayerTiming(('3',), 'Conv2d', (), 'bf16', 2., 1., 'fp32'), LayerTiming(('0', '5'), 'Conv2d', (), 'bf16', 1., 2., 'bf16')]
+    step = bench.bare(learn, learn.dls.one_batch(), Timing('channels_last', 'bf16+fp32'), rows)
+    assert step() > 0 and seen == {'0': True, '3': False, '5': True}
+
+
+@pytest.mark.parametrize('ms, was', [([10., 10.2, 10.4], False), ([10., 14., 30.], True)])
+def test_disturbance_is_seen(ms, was): assert bench.disturbed(dict(a=ms, b=[2*o for o in ms])) == was
 
 
 @pytest.mark.parametrize('fast, asked, measured', [((), None, ['fp32']), (('bf16',), None, ['fp32', 'bf16']), (('bf16',), 'bf16', ['bf16']),

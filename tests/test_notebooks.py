@@ -57,6 +57,10 @@ def test_tidy():
     nb.cells[0].metadata['execution'] = dict(started='now')
     tidy(nb)
     assert nb.cells[0].outputs == [] and nb.cells[0].metadata == {}
+    nb = _nb(output_type='stream', name='stderr', text='/x/site-packages/torch/a.py: FutureWarning')
+    nb.cells[0].outputs += _nb(output_type='stream', name='stderr', text='UserWarning: ours').cells[0].outputs
+    tidy(nb)
+    assert [o.text for o in nb.cells[0].outputs] == ['UserWarning: ours']
 
 
 def test_the_readmes_chart_is_the_notebooks(): assert chart.read_bytes() == plots(page('03_format_find'))[0]

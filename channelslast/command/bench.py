@@ -104,7 +104,7 @@ def disturbed(ms) -> bool:
 def company():
     "While this runs, another process computes in bursts; it ends with the block, with this process, or after an hour."
     busy = subprocess.Popen([sys.executable, Path(__file__).with_name('busy.py')], stdin=subprocess.PIPE)
-    try: yield
+    try: yield busy
     finally:
         busy.kill()
         busy.wait()
