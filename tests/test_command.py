@@ -23,7 +23,7 @@ def run(monkeypatch, capsys, *args):
     return code, *capsys.readouterr()
 
 
-def table(out): return re.findall(r'^ *(contiguous|channels last) +(\w+) +([\d.]+) +([\d.]+)× +([\d.]+)%$', out, re.M)
+def table(out): return re.findall(r'^ *(contiguous|channels last) +([\w+]+) +([\d.]+) +([\d.]+)× +([\d.]+)%$', out, re.M)
 
 
 @pytest.fixture
