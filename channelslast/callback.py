@@ -10,7 +10,7 @@ from fastcore.meta import delegates
 
 from .devices import fit_device, model_device
 from .fold_batch_norm import FoldBatchNorm
-from .memory_format import align_optimizer, cast_module, cast_tree, castable
+from .memory_format import align_optimizer, cast_module, cast_tree, castable, modules_of
 from .pickling import pickled_as
 from .precision import DeviceMixedPrecision, check_amp_mode, check_scaler, layer_names
 from .workarounds import overruns, replace_forwards, unstrided
@@ -30,17 +30,18 @@ class ChannelsLast(_FastaiChannelsLast):
     _told, _layers, _made, _undo = False, (), None, None
 
     def before_fit(self):
-        cast_module(self.model)
-        align_optimizer(self.learn.opt)
-        self.dims = {p.dim() for p in self.model.parameters() if castable(p)}
-        device = model_device(self.model).type
-        self._made, self._layers = {}, [m for m in self.model.modules() if overruns(m)] if device == 'cpu' else ()
+        if cast_module(self.model): align_optimizer(self.learn.opt)
+        modules, device = modules_of(self.model), model_device(self.model).type
+        self.dims = {p.dim() for m in modules for p in m._parameters.values() if castable(p)}
+        self._made, self._layers = {}, [m for m in modules if overruns(m)] if device == 'cpu' else ()
         cudnn = torch.backends.cudnn
         if not self._told and device == 'cuda' and cudnn.deterministic and not cudnn.benchmark:
             self._told = True
             warnings.warn("cuDNN is deterministic and may not benchmark (fastai's `no_random` sets it so): convolutions"
                           " in channels last can fail. `channelslast.less_random` makes runs repeatable without that.",
                           stacklevel=2)
+
+    def before_train(self): align_optimizer(self.learn.opt)  # predictions need not look at its state
 
     def before_batch(self):
         self.leave()

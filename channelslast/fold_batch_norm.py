@@ -7,7 +7,7 @@ from fastai.callback.core import Callback
 from torch import nn
 
 from .fold_plan import ForwardTrace, Pair, is_complete
-from .folding import Prepared, difference, hooked_globally, is_eager, signature_of, structure_of
+from .folding import Prepared, difference, hooked_globally, is_eager, nudge, signature_of, structure_of
 from .pickling import pickled_as
 from .reproducible import keep_random_states
 from .untouched import keep_dict
@@ -17,6 +17,9 @@ __all__ = ['FoldBatchNorm']
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative, of each tensor of the output
 HALF, TF32 = 5e-2, 1e-2  # where something is computed in half precision, or as CUDA's convolutions in fp32 are
+# Deep models amplify rounding errors: one of the input alone changes a ResNet-152's output by 4e-4 where its batch norms
+# have the statistics of a batch. Folding changes it by 0.9 to 1.8 times as much in ten architectures of torchvision's.
+AMPLIFIED = 4
 SHAPES = 8  # of inputs are looked at one by one; where all gave one plan, it serves the others too
 
 
@@ -74,17 +77,23 @@ class Folds:
 
     def _try(self, plan, truth, kind, forward, args, kwargs):
         self._prepare(plan)
-        try: off = difference(self.prepared.run(forward, args, kwargs)[0], truth)
+        try:
+            with keep_random_states(): off = difference(self.prepared.run(forward, args, kwargs)[0], truth)
         except Exception as e: return self._stay(f"fails with its batch norms folded ({type(e).__name__}: {e})")
-        if off <= self._tolerance(plan, kind): self.agreed.add(plan)
+        tolerance, eps = self._tolerance(plan, kind)
+        if tolerance < off <= HALF:
+            with keep_random_states(): nudged = nudge((args, kwargs), eps)
+            tolerance = min(AMPLIFIED*difference(forward(*nudged[0], **nudged[1]), truth), HALF)
+        if off <= tolerance: self.agreed.add(plan)
         else: self._stay(f"gives other outputs with its batch norms folded (relative difference {off:.0e})")
 
-    def _tolerance(self, plan, kind) -> float:
-        if any(isinstance(o, tuple) and isinstance(o[0], str) for o in kind): return HALF  # autocast is on
+    def _tolerance(self, plan, kind) -> tuple: # And the rounding error of what is computed least exactly
         sources = [t for t in self.prepared.sources if t is not None]
         dtypes = {t.dtype for t in sources if t.is_floating_point()} | {o.dtype for o in plan}
+        dtypes |= {o[1] for o in kind if isinstance(o, tuple) and isinstance(o[0], str)}  # autocast's
         tf32 = torch.backends.cudnn.allow_tf32 and any(t.is_cuda for t in sources)
-        return max(TF32*tf32, *(TOLERANCE.get(t, HALF) for t in dtypes))
+        return (max(TF32*tf32, *(TOLERANCE.get(t, HALF) for t in dtypes)),
+                max(2**-11*tf32, *(torch.finfo(t).eps/2 for t in dtypes)))
 
     def _stay(self, why):
         self.stays, self.folded, self.prepared, self.plans = True, 0, None, {}

@@ -5,12 +5,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .fold_plan import HOOKS, STATISTICS, WEIGHTS, Cast, Pair, foreign, memory_of, state_of, tensors_of
+from .memory_format import modules_of
 from .workarounds import replace_forwards
 
-__all__ = ['Prepared', 'is_eager', 'hooked_globally', 'structure_of', 'signature_of', 'difference']
+__all__ = ['Prepared', 'is_eager', 'hooked_globally', 'structure_of', 'signature_of', 'nudge', 'difference']
 
 SWITCHES, PLAIN = {bool, str, type(None)}, (bool, int, float, str)
 WRAPPED = nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule
@@ -109,10 +110,8 @@ def _passes_on(pair, forward, waiting, astray):
 
 
 def structure_of(model) -> tuple: # Modules; their modes; hooks; forwards; switches
-    "What a plan depends on beside the input. Quicker than `model.modules()`, since each batch asks."
-    found, known = [model], {model}
-    for m in found:
-        if m._modules: found += [c for c in m._modules.values() if c is not None and not (c in known or known.add(c))]
+    "What a plan depends on beside the input. Each batch asks."
+    found = modules_of(model)
     own = [vars(m) for m in found]
     modes, attached = [d.get('training') for d in own], [(*d[k],) for d in own for k in HOOKS if d.get(k)]
     forwards = [(m, d.get('_compiled_call_impl'), foreign(m)) for m, d in zip(found, own)
@@ -141,6 +140,13 @@ def signature_of(args, kwargs) -> tuple: # Of the kind of input, and of the shap
     def _casts(d): return torch.amp.is_autocast_available(d) and torch.is_autocast_enabled(d)
     kind, autocast = map(_kind, leaves), [(d, torch.get_autocast_dtype(d)) for d in sorted(devices) if _casts(d)]
     return (*kind, *autocast), tuple(t.shape[1:] for t in leaves if isinstance(t, Tensor))
+
+
+@torch.no_grad()
+def nudge(inputs, eps):
+    "The inputs with each number off by a rounding error, up or down."
+    def _off(t): return t*(1 + eps*(torch.rand_like(t) - 0.5).sign())
+    return tree_map_only(Tensor, lambda t: _off(t) if t.is_floating_point() else t, inputs)
 
 
 def difference(found, truth) -> float:

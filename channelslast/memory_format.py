@@ -6,7 +6,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-__all__ = ['FORMATS', 'castable', 'strides_of', 'cast', 'cast_tree', 'cast_module', 'like', 'align_optimizer']
+__all__ = ['FORMATS', 'castable', 'strides_of', 'moves', 'cast', 'cast_tree', 'modules_of', 'cast_module', 'like',
+           'align_optimizer']
 
 # the channels-last format of a tensor of so many dimensions
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -14,8 +15,8 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def castable(t) -> bool:
     "True for what has a channels-last format: a dense, floating-point 4-D or 5-D tensor."
-    return (isinstance(t, Tensor) and not nn.parameter.is_lazy(t) and not t.is_nested and t.layout is torch.strided
-            and t.is_floating_point() and t.dim() in FORMATS)
+    return (isinstance(t, Tensor) and not nn.parameter.is_lazy(t) and t.dim() in FORMATS and not t.is_nested
+            and t.layout is torch.strided and t.is_floating_point())
 
 
 @lru_cache(maxsize=4096)
@@ -28,6 +29,13 @@ def strides_of(
     return torch.empty(shape, device='meta', memory_format=fmt).stride()
 
 
+def moves(t, channels_last=True) -> bool:
+    "Has `t` to be copied, to be in its channels-last (or, if it is channels last, its contiguous) format?"
+    if not castable(t): return False
+    now, last = t.stride(), strides_of(t.shape)
+    return now != last if channels_last else now == last != strides_of(t.shape, False)
+
+
 def cast(
     t, # Anything; only what is `castable` changes
     channels_last: bool = True, # False: to contiguous, if it is channels last now
@@ -36,10 +44,8 @@ def cast(
 
     The strides are compared, not `is_contiguous`: a 1×1 convolution's weight and a one-channel image are contiguous in
     both formats, yet PyTorch reads from their strides which one a convolution and its gradient shall take."""
-    if not castable(t): return t
-    now, last, first = t.stride(), strides_of(t.shape), strides_of(t.shape, False)
-    if channels_last: return t if now == last else t.to(memory_format=FORMATS[t.dim()], copy=True)
-    return t.to(memory_format=torch.contiguous_format, copy=True) if now == last != first else t
+    if not moves(t, channels_last): return t
+    return t.to(memory_format=FORMATS[t.dim()] if channels_last else torch.contiguous_format, copy=True)
 
 
 def cast_tree(
@@ -64,23 +70,31 @@ def like(t: Tensor, ref: Tensor) -> Tensor:
     return new.copy_(t) if new.stride() == ref.stride() else t  # `ref` may overlap itself: its strides can't be had
 
 
+def modules_of(module: nn.Module) -> list:
+    "Each module once, as from `module.modules()`, but quicker: each fit and each prediction looks."
+    found, known = [module], {module}
+    for m in found:
+        if m._modules: found += [c for c in m._modules.values() if c is not None and not (c in known or known.add(c))]
+    return found
+
+
 @torch.no_grad()
 def cast_module(
     module: nn.Module,
     channels_last: bool = True, # False: back to contiguous
-):
+) -> bool: # Did anything have to move?
     """Cast each floating-point parameter and buffer of 4 or 5 dimensions; give each gradient its parameter's strides.
 
     Parameters keep their identity, so optimizers, hooks and tied weights stay valid; two parameters on one memory stay
     so. What already has its format is not touched."""
     moved = {}  # two parameters may be one memory without being one object
-    for t in (*module.parameters(), *module.buffers()):
-        if not castable(t): new = t
-        else:
+    for t in (t for m in modules_of(module) for t in (*m._parameters.values(), *m._buffers.values())):
+        if moves(t, channels_last):
             key = t.data_ptr(), t.shape, t.stride(), t.dtype, t.device
-            new = moved[key] if key in moved and key[0] else moved.setdefault(key, cast(t.data, channels_last))
-            if new.stride() != t.stride(): t.data = new
-        if getattr(t, 'grad', None) is not None: t.grad.data = like(t.grad.data, t)
+            if key not in moved or not key[0]: moved[key] = cast(t.data, channels_last)
+            t.data = moved[key]
+        if (grad := getattr(t, 'grad', None)) is not None and (new := like(grad, t)) is not grad: grad.data = new
+    return bool(moved)
 
 
 @torch.no_grad()

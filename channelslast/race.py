@@ -4,10 +4,11 @@ Whatever disturbs a step makes it longer, so that the fastest of several says wh
 other work moves it; the median of a busy machine's times is a busy machine's. What `tests/test_race.py` counts on
 recorded steps: of five candidates the fastest of ten finds the right one in 200 of 200 cases, the lowest tenth in 198,
 the lowest quarter in 197, the median in 166."""
+import math
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ['TIE', 'LOOK', 'FAR', 'Decision', 'fastest', 'doubt', 'beaten', 'decide', 'enough']
+__all__ = ['TIE', 'LOOK', 'FAR', 'Decision', 'fastest', 'doubt', 'ahead', 'beaten', 'decide', 'enough']
 
 TIE = 0.02  # times this near are the same
 # after so many rounds, a gain below this is not worth the search; after twice as many, twice it
@@ -15,6 +16,8 @@ NEAR, PATIENCE = 0.05, 6
 LOOK = 3  # rounds before anything is decided, but for
 HOPELESS = 5  # times the fastest
 FAR = 1.5  # times the fastest: worth a word
+CHANCE = 0.025  # that a lead, round for round, means nothing
+HOME = 1/3  # of its doubt in favour of what the user has: to stay by mistake costs as much as to leave
 
 
 def fastest(ms: list) -> float:
@@ -40,13 +43,27 @@ def least(ms: list) -> float:
     return fastest(ms)*(1 - doubt(ms))
 
 
+def ahead(
+    a: list, b: list, # Milliseconds of two candidates' steps, round by round to the last
+) -> bool:
+    """Was `a` the faster one in more of the rounds that both ran in than chance explains?
+
+    A machine's slow phases slow a whole round, so who leads it says something where no two steps agree (sign test)."""
+    rounds = list(zip(a[::-1], b[::-1]))
+    n, won = len(rounds), sum(x < y for x, y in rounds)
+    return sum(math.comb(n, k) for k in range(won, n + 1)) <= CHANCE*2**n
+
+
 def beaten(
     times: dict, # Milliseconds of the steps of each candidate in the race
 ) -> list: # Their keys
-    """Who cannot win any more: even undisturbed beyond a tie with the fastest. Of two steps, both may be disturbed
-    alike."""
-    best = min(map(fastest, times.values()))
-    def _is(ms): return least(ms) > best*(1 + TIE) if len(ms) >= LOOK else len(ms) == 2 and fastest(ms) > HOPELESS*best
+    """Who cannot win any more: beyond a tie with the fastest even undisturbed, or round for round. Of two steps, both
+    may be disturbed alike."""
+    first = min(times.values(), key=fastest)
+    tie = fastest(first)*(1 + TIE)
+    def _is(ms):
+        if len(ms) < LOOK: return len(ms) == 2 and fastest(ms) > HOPELESS*fastest(first)
+        return fastest(ms) > tie and (least(ms) > tie or ahead(first, ms))
     return [k for k, ms in times.items() if _is(ms)]
 
 
@@ -68,9 +85,11 @@ def decide(
     """Of those that tie with the fastest the simplest; but what the user has, unless it is slower beyond doubt.
 
     Sure is what no other can beat by more than a tie."""
+    lost = beaten(times)
+    times = {k: ms for k, ms in times.items() if k not in lost}
     best = min(map(fastest, times.values()))
     pick = next(k for k, ms in times.items() if fastest(ms) <= best*(1 + TIE))
-    if has in times and least(times[has]) <= fastest(times[pick]): pick = has
+    if has in times and fastest(times[has])*(1 - HOME*doubt(times[has])) <= fastest(times[pick]): pick = has
     mine = fastest(times[pick])
     others = {k: mine/least(ms) - 1 if least(ms) > 0 else float('inf') for k, ms in times.items() if k != pick}
     rival = max(others, key=others.get, default=None)

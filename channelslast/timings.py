@@ -6,10 +6,11 @@ import pandas as pd
 
 from .race import TIE
 
-__all__ = ['Timing', 'FormatTimings', 'label']
+__all__ = ['BEST', 'OTHER', 'LABELS', 'Timing', 'FormatTimings', 'label', 'bars']
 
 NOISY = 0.1  # a margin above which a measurement says little
 MUCH = 0.1  # the share of a step from which on the optimizer is worth a word
+BEST, OTHER, WRONG = '#0072B2', '#B0B7BF', '#E6E6E6'  # colours of bars
 LABELS = dict(contiguous='contiguous', channels_last='channels last')
 
 
@@ -117,16 +118,23 @@ def _chart(t, ax):
     from matplotlib import pyplot as plt
     rows = [r for r in t.rows if r.ms]
     if ax is None: ax = plt.subplots(figsize=(7, 0.9 + 0.45*len(rows)), layout='constrained')[1]
-    bars = ax.barh([label(r) for r in rows], [r.speedup for r in rows], height=0.62,
-                   color=['#0072B2' if r is t.best else '#B0B7BF' if r.valid else '#E6E6E6' for r in rows])
     ax.axvline(1, color='#444444', lw=1, ls='--')
     def _said(r):
         wrong = '' if r.valid else '  wrong numbers'
         return f'{r.speedup:.2f}×  ({r.ms:.{0 if r.ms >= 100 else 1}f} ms){wrong}'
-    ax.bar_label(bars, map(_said, rows), padding=4, bbox=dict(facecolor='white', edgecolor='none', pad=1))
+    colors = [BEST if r is t.best else OTHER if r.valid else WRONG for r in rows]
+    bars(ax, [label(r) for r in rows], [r.speedup for r in rows], map(_said, rows), colors)
     what = 'a training step' if t.train else 'predictions'
-    ax.set(xlabel=f'speed-up of {what} over contiguous fp32 (dashed)',
-           xlim=(0, 1.4*max(r.speedup for r in rows)), title=f'Suggested: {label(t.best)}')
-    ax.invert_yaxis()
-    ax.spines[['top', 'right']].set_visible(False)
+    ax.set(xlabel=f'speed-up of {what} over contiguous fp32 (dashed)', title=f'Suggested: {label(t.best)}')
     return ax
+
+
+def bars(
+    ax, # matplotlib axes to draw on
+    names, values, said, colors, # Of each bar; `said` stands behind it
+):
+    "Horizontal bars, the first on top."
+    drawn = ax.barh(names, values, height=0.62, color=colors)
+    ax.bar_label(drawn, said, padding=4, bbox=dict(facecolor='white', edgecolor='none', pad=1))
+    ax.set(xlim=(0, 1.4*max(values)), ylim=(len(drawn) - 0.5, -0.5))
+    ax.spines[['top', 'right']].set_visible(False)

@@ -1,4 +1,4 @@
-"""Run the notebooks and store what they print: `python -m tests.notebooks [name …]`; the README's chart comes from them
+"""Run the notebooks and store what they print: `python -m tests.notebooks [name …]`; the README's charts come from them
 too."""
 import base64
 import re
@@ -9,7 +9,7 @@ import nbformat
 from nbclient import NotebookClient
 
 folder = Path(__file__).parent.parent/'nbs'
-chart = folder/'format_find.png'  # the first plot of 03_format_find, for the README
+charts = [folder/'candidates.png', folder/'panel.png']  # the first plots of 05_benchmarks, for the README
 
 # what a stored output must not hold: it would say where and how it was made, or that it failed
 PATH = re.compile(r'(?<![\w.:/])(/(?!/)(?:[\w.+-]+/)+[\w.+-]+|[A-Za-z]:\\\w+)')
@@ -57,7 +57,8 @@ def main(names):
         NotebookClient(nb, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(folder)}}).execute()
         tidy(nb)
         nbformat.write(nb, path)
-        if path.stem == '03_format_find': chart.write_bytes(plots(nb)[0])
+        if path.stem == '05_benchmarks':
+            for chart, plot in zip(charts, plots(nb)): chart.write_bytes(plot)
         print(path.name, *problems(nb), sep='\n  ')
 
 

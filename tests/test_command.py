@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from fastai.callback.fp16 import MixedPrecision
 
-from channelslast import __main__ as command
-from channelslast.command import bench, demo
+from channelslast import ChannelsLast, __main__ as command
+from channelslast.command import demo, judge
 from channelslast.layers import LayerTiming
-from channelslast.timings import Timing
+from channelslast.timings import FormatTimings, Timing
+from .conftest import convnet, learner
 
 
 def run(monkeypatch, capsys, *args):
@@ -23,7 +25,7 @@ def run(monkeypatch, capsys, *args):
     return code, *capsys.readouterr()
 
 
-def table(out): return re.findall(r'^ *(contiguous|channels last) +([\w+]+) +([\d.]+) +([\d.]+)× +([\d.]+)%$', out, re.M)
+def table(out): return re.findall(r'^ *(contiguous|channels last) +([\w+]+) +([\d.]+) +([\d.]+)× +([\d.]+)% +(\d+)$', out, re.M)
 
 
 @pytest.fixture
@@ -35,24 +37,58 @@ def images(tmp_path):
 
 
 def test_main_job_as_typed(machine):
-    "Both trainings really learn. (The default size and epochs reach 95 %: see the README.)"
+    """All trainings really learn, contiguous fp32 and channels last among them; the output is no terminal. (The default
+    size and epochs reach 95 %: see the README.)"""
     typed = ['-m', 'channelslast']
     if machine != 'native': typed = ['-c', "import runpy; from channelslast import devices; devices.accelerates = lambda d, o: "
                                      f"o.value in {machine.split(',')}; runpy.run_module('channelslast', run_name='__main__')"]
     out = subprocess.run([sys.executable, '-W', 'ignore', *typed, '--size', '32', '--epochs', '2'], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    (f1, p1, _, s1, a1), (f2, p2, _, s2, a2) = table(out.stdout)
-    assert (f1, p1, s1) == ('contiguous', 'fp32', '1.00') and (f2, p2) != (f1, p1)
-    assert float(a1) > 60 and float(a2) > 60 and 'valid_loss' in out.stdout
-    assert re.search(r'(Fastest|Undecided): .*× contiguous fp32', out.stdout) and re.search(r'whole fit.* s → .* s, .*×; format_find had said .*×', out.stdout)
+    rows = table(out.stdout)
+    assert rows[0][:2] == ('contiguous', 'fp32') and rows[0][3] == '1.00' and rows[1][0] == 'channels last' and len({r[:2] for r in rows}) == len(rows) < 4
+    assert all(float(r[4]) > 60 and int(r[5]) > 0 for r in rows)
+    assert re.search(r'(Fastest|Undecided): .*× contiguous fp32', out.stdout)
+    assert len(re.findall(r'^epoch [01], train_loss [\d.]+, valid_loss [\d.]+, accuracy [\d.]+, time \S+$', out.stdout, re.M)) == 2*len(rows)
+    assert not re.search(r'[\x00-\x08\x0b-\x1f\x7f]', out.stdout + out.stderr)
+    assert out.stdout.splitlines()[-1].startswith('Here ')
 
 
 @pytest.mark.parametrize('arch', ['squeezenet1_1', 'test_resnet'], ids=['torchvision', 'timm'])
 def test_own_images(monkeypatch, capsys, images, arch):
-    "The winner is trained against contiguous fp32; where that wins itself, the fastest channels-last row is."
+    "Contiguous fp32 and the fastest channels last are trained, whoever wins; the chart is saved."
     code, out, err = run(monkeypatch, capsys, '--data', str(images), '--arch', arch, '--size', '32', '--bs', '4', '--epochs', '1',
-                         '--device', 'cpu', '--amp-mode', 'fp32')
+                         '--device', 'cpu', '--amp-mode', 'fp32', '--save', str(images/'chart.png'))
     assert code == 0 and [r[:2] for r in table(out)] == [('contiguous', 'fp32'), ('channels last', 'fp32')], err
+    assert Image.open(images/'chart.png').convert('RGBA').getextrema()[3] == (255, 255)  # opaque, for pages with a dark background
+
+
+ROWS = [Timing('contiguous', 'fp32', 10., 1.), Timing('channels_last', 'fp32', 9., 1.11), Timing('channels_last', 'bf16', 6., 1.67),
+        Timing('contiguous', 'bf16', 5., 2.), Timing('channels_last', 'fp16', 4., 2.5, valid=False)]
+
+
+@pytest.mark.parametrize('rows, best, trained', [(5, 3, [0, 2, 3]), (3, 2, [0, 2]), (2, 0, [0, 1]), (2, 1, [0, 1])])
+def test_what_is_trained(rows, best, trained):
+    "Contiguous fp32, the fastest channels last with right numbers, and the winner."
+    assert demo.to_train(FormatTimings(ROWS[:rows], ROWS[best], 0., 0.)) == [ROWS[i] for i in trained]
+
+
+@pytest.mark.parametrize('best, gain, says', [
+    (0, 1.5, 'Here nothing trains faster than plain fastai: leave it as it is; for predictions `learn.to_fastest(train=False)` gives 1.50× the images a second.'),
+    (0, 1.01, 'Here nothing trains faster than plain fastai: leave it as it is.'),
+    (1, 1.01, 'Here `learn.to_channelslast(to_fp16=False)` trains 1.11× as fast as plain fastai, with 98.0% accuracy in place of 97.0%.'),
+    (2, 1.01, "`learn.to_channelslast(amp_mode='bf16')` trains 1.67×"), (3, 1.01, '`learn.to_bf16()` trains 2.00×'), (5, 1.01, '`learn.to_fastest()` trains 2.00×')])
+def test_the_closing_sentence(best, gain, says):
+    all_rows = [*ROWS, Timing('channels_last', 'bf16+fp32', 5., 2.)]
+    rows = [dict(timing=r, ms=r.ms, accuracy=0.98 if i else 0.97) for i, r in enumerate(all_rows)]
+    fold = Timing('channels_last', 'fp32', 1., gain)
+    assert says in demo.advice(rows, all_rows[best], FormatTimings([fold], fold, 0., 0.))
+
+
+def test_the_lines_that_it_names_do_that():
+    for (memory_format, precision), line in demo.LINES.items():
+        exec(line, dict(learn=(learn := learner())))
+        assert bool(learn._grab_cbs(ChannelsLast)) == (memory_format == 'channels_last')
+        assert [cb.amp_mode.value for cb in learn._grab_cbs(MixedPrecision)] == [precision]*(precision != 'fp32')
 
 
 def test_bench(monkeypatch, capsys):
@@ -62,12 +98,30 @@ def test_bench(monkeypatch, capsys):
     assert code == 0, err
     lines = [o.split() for o in out.splitlines() if o.split()[:1] in (['squeezenet1_1'], ['r3d_18'])]
     assert len(lines) == 4 and out.splitlines()[0].count('PyTorch') == 1
-    numbers = re.findall(r'^ *squeezenet1_1 +32 +2 +\S.*?, \S+ +([\d.]+) +([\d.]+) +([\d.]+)× +([\d.]+)× +(?:–|[\d.]+×) +([\d.]+)', out, re.M)
+    numbers = re.findall(r'^ *squeezenet1_1 +32 +2 +([\d.]+) +\S.*?, \S+ +([\d.]+) +([\d.]+)× +([\d.]+)× +\d+ s +(?:in quiet|disturbed) +(?:–|[\d.]+×) +([\d.]+)', out, re.M)
     assert len(numbers) == 2 and all(float(o) > 0 for o in numbers[0]) and re.search(r'r3d_18.* fails ', out)  # fastai's own can't
 
 
+def test_bench_of_predictions(monkeypatch, capsys):
+    "Every candidate beside fastai as it is, in batches and one by one; nothing to fold, no such column."
+    code, out, err = run(monkeypatch, capsys, 'bench', '--predict', '--models', 'squeezenet1_1,unet,r3d_18', '--size', '32', '--num-it', '1', '--device', 'cpu')
+    assert code == 0, err
+    rows = [o.split() for o in out.split('\n\n')[-1].splitlines() if re.match(r' *(squeezenet|unet|r3d)', o)]
+    assert [r[:3] for r in rows] == [[n, '32', bs] for n in ('squeezenet1_1', 'unet', 'r3d_18') for bs in ('16', '1')]
+    assert 'folded' not in out.splitlines()[1] and 'channels last, fp32, folded' in out and out.count('fails') == 4 and 'before_fit' not in out
+    assert re.search(r'\d of 6 picks within 5 % of the best; over contiguous fp32 at least [\d.]+×; format_find took \d+ s', out)
+
+
+def test_statistics_of_a_batch():
+    "As after training: what a batch norm gives for that batch in eval mode is what it gave in training."
+    model, x = convnet(), torch.randn(8, 3, 8, 8)*3 + 1
+    judge.settle(model, x)
+    with torch.no_grad(): a, b = (model[:2].train(mode)(x) for mode in (True, False))
+    torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)  # unbiased variance
+
+
 def test_company_ends_with_the_block_and_with_whoever_started_it():
-    with bench.company() as busy: assert busy.poll() is None
+    with judge.company() as busy: assert busy.poll() is None
     assert busy.poll() is not None
     alone = subprocess.Popen(busy.args, stdin=subprocess.PIPE)
     alone.stdin.close()  # as when this process is gone
@@ -80,28 +134,27 @@ def test_bench_beside_a_busy_process(monkeypatch, capsys):
     class Company:
         def __enter__(self): busy.append(1)
         def __exit__(self, *e): busy.clear()
-    monkeypatch.setattr(bench, 'company', Company)
-    real = bench.interleaved
-    monkeypatch.setattr(bench, 'interleaved', lambda *args: (seen.append(len(busy)), real(*args))[1])
-    monkeypatch.setattr(bench.Learner, 'format_find', lambda self, real=bench.Learner.format_find, **kw: (seen.append(len(busy)), real(self, **kw))[1])
+    monkeypatch.setattr(judge, 'company', Company)
+    real = judge.interleaved
+    monkeypatch.setattr(judge, 'interleaved', lambda *args: (seen.append(len(busy)), real(*args))[1])
+    monkeypatch.setattr(judge.Learner, 'format_find', lambda self, real=judge.Learner.format_find, **kw: (seen.append(len(busy)), real(self, **kw))[1])
     code, out, err = run(monkeypatch, capsys, 'bench', '--models', 'squeezenet1_1', '--size', '32', '--bs', '2', '--num-it', '1', '--device', 'cpu', '--busy')
     assert code == 0 and seen[:2] == [1, 0], err
     assert re.search(r'of 1 picks within 5 % of the best; over contiguous fp32 at least [\d.]+×; format_find took \d+ s', out)
 
 
 def test_the_bare_loop_keeps_the_same_layers_in_fp32():
-    from tests.conftest import learner
     learn, seen = learner(), {}
     for n, m in learn.model.named_modules():
         if not isinstance(m, torch.nn.Conv2d): continue
         m._conv_forward = lambda x, *args, n=n, real=m._conv_forward: (seen.setdefault(n, torch.is_autocast_enabled('cpu')), real(x, *args))[1]
     rows = [LayerTiming(('3',), 'Conv2d', (), 'bf16', 2., 1., 'fp32'), LayerTiming(('0', '5'), 'Conv2d', (), 'bf16', 1., 2., 'bf16')]
-    step = bench.bare(learn, learn.dls.one_batch(), Timing('channels_last', 'bf16+fp32'), rows)
+    step = judge.bare(learn, learn.dls.one_batch(), Timing('channels_last', 'bf16+fp32'), rows)
     assert step() > 0 and seen == {'0': True, '3': False, '5': True}
 
 
 @pytest.mark.parametrize('ms, was', [([10., 10.2, 10.4], False), ([10., 14., 30.], True)])
-def test_disturbance_is_seen(ms, was): assert bench.disturbed(dict(a=ms, b=[2*o for o in ms])) == was
+def test_disturbance_is_seen(ms, was): assert judge.disturbed(dict(a=ms, b=[2*o for o in ms])) == was
 
 
 @pytest.mark.parametrize('fast, asked, measured', [((), None, ['fp32']), (('bf16',), None, ['fp32', 'bf16']), (('bf16',), 'bf16', ['bf16']),
@@ -120,6 +173,8 @@ def test_precisions_that_are_measured(has, fast, asked, measured):
     (['--bs', '5000'], '--bs 5000: larger than the 1438 training images; try --bs 179'),
     (['--device', 'cuda:99'], '--device cuda:99: not on this machine; try --device '),
     (['bench', '--models', 'resnt18'], 'did you mean resnet18'), (['bench', '--num-it', '0'], '--num-it 0: must be above 0'),
+    (['--save', '/no/such/chart.png'], '--save /no/such/chart.png: no such folder'),
+    (['--save', 'chart.xyz'], '--save chart.xyz: no kind of picture that can be drawn; try --save chart.png'), (['--save', 'chart'], 'try --save chart.png'),
     (['--device', 'gpu'], '--device gpu: not on this machine'),
     (['--amp-mode', 'fp8'], '--amp-mode fp8: not known; use fp16, bf16 or fp32'),
     (['--arch', 'alexnet', '--size', '8'], '--arch alexnet: does not take images of 8×8'),

@@ -19,22 +19,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from channelslast import ChannelsLast, FoldBatchNorm, fold_batch_norm as module
+from channelslast.command.judge import settle
 from channelslast.fold_plan import Pair
 from channelslast.folding import difference
-from .conftest import learner, loaders
+from .conftest import learner, loaders, shake
 from .test_callback import image_folder
 
 NORM = nn.modules.batchnorm._BatchNorm
-
-
-def shake(model):
-    "Random statistics and weights: fresh ones hide mistakes."
-    for m in model.modules():
-        if isinstance(m, NORM):
-            with torch.no_grad():
-                if m.running_mean is not None: m.running_mean.normal_(0, 0.3); m.running_var.uniform_(0.5, 2)
-                if m.affine: m.weight.uniform_(0.5, 1.5); m.bias.normal_(0, 0.3)
-    return model
 
 
 def block(i, o, act=True, **kwargs): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, **kwargs), nn.BatchNorm2d(o), *([nn.ReLU(True)] if act else []))
@@ -500,6 +491,29 @@ def test_other_layers_for_other_data(way):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert torch.equal(preds(learn), truth)
+
+
+@pytest.mark.parametrize('allowed', [4, 0])
+def test_rounding_that_the_model_amplifies(monkeypatch, allowed):
+    "Folding may change as much as a rounding error of the input does, by a small factor; no more."
+    monkeypatch.setattr(module, 'AMPLIFIED', allowed)
+    settle(model := torchvision.models.resnet50(num_classes=4), torch.randn(8, 3, 64, 64))  # with random weights, a batch's statistics amplify
+    learn = learner(model, loaders((3, 64, 64), n=8))
+    truth = preds(learn)
+    learn.add_cb(FoldBatchNorm())
+    with warnings.catch_warnings(record=True) as told: preds(learn)
+    assert (learn.fold_batch_norm.folded, len(told)) == ((53, 0) if allowed else (0, 1))
+    assert difference(preds(learn), truth) < 1e-3
+
+
+def test_a_mistake_in_a_model_that_amplifies(monkeypatch):
+    "A thousandth off is no rounding."
+    from channelslast import folding
+    real = folding.fold
+    monkeypatch.setattr(folding, 'fold', lambda pair: {k: v*(1 + 1e-3*torch.randn_like(v)) for k, v in real(pair).items()})
+    settle(model := torchvision.models.resnet50(num_classes=4), torch.randn(8, 3, 64, 64))  # with random weights, a batch's statistics amplify
+    learn = learner(model, loaders((3, 64, 64), n=8), cbs=FoldBatchNorm())
+    with pytest.warns(UserWarning, match='gives other outputs'): preds(learn)
 
 
 def test_numbers_that_differ(monkeypatch):

@@ -1,13 +1,15 @@
 "The stored outputs of the notebooks (pytest runs the notebooks themselves, through nbmake), and the README's code."
 import re
+from io import BytesIO
 
 import nbformat
 import pytest
 import torch
+from PIL import Image
 from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, Learner, Resize, resnet50
 
 import channelslast
-from .notebooks import chart, folder, plots, problems, tidy
+from .notebooks import charts, folder, plots, problems, tidy
 
 PAGES = sorted(folder.glob('*.ipynb'))
 
@@ -24,7 +26,7 @@ def test_stored_outputs(path):
     nb = nbformat.read(path, as_version=4)
     assert problems(nb) == []
     assert cells(nb, 'markdown')[0].source.startswith('# ') and nb.cells[0].cell_type == 'markdown'
-    assert any('assert' in c.source or 'test_' in c.source for c in cells(nb, 'code')) or path.stem == '05_reference'
+    assert any('assert' in c.source or 'test_' in c.source for c in cells(nb, 'code')) or path.stem == '06_reference'
 
 
 def _nb(**output):
@@ -63,7 +65,11 @@ def test_tidy():
     assert [o.text for o in nb.cells[0].outputs] == ['UserWarning: ours']
 
 
-def test_the_readmes_chart_is_the_notebooks(): assert chart.read_bytes() == plots(page('03_format_find'))[0]
+def test_the_readmes_charts_are_the_notebooks(): assert [o.read_bytes() for o in charts] == plots(page('05_benchmarks'))[:2]
+def test_charts_are_opaque():
+    "On a page with a dark background, too."
+    for path in PAGES:
+        for plot in plots(nbformat.read(path, as_version=4)): assert Image.open(BytesIO(plot)).convert('RGBA').getextrema()[3] == (255, 255), path
 
 
 def test_links_lead_somewhere():
@@ -74,7 +80,7 @@ def test_links_lead_somewhere():
 
 
 def test_the_reference_is_complete():
-    shown = '\n'.join(c.source for c in cells(page('05_reference'), 'code'))
+    shown = '\n'.join(c.source for c in cells(page('06_reference'), 'code'))
     methods = {k for k, v in vars(Learner).items() if getattr(v, '__module__', '').startswith('channelslast')} - {'one_batch'}
     assert methods == {'to_channelslast', 'to_contiguous', 'to_fp16', 'to_bf16', 'load', 'format_summary', 'format_find', 'to_fastest'}
     for name in [*channelslast.__all__, *(f'Learner.{m}' for m in methods)]: assert f'show({name}' in shown, name

@@ -5,7 +5,6 @@ depth are off, since PyTorch draws their masks in the order of memory."""
 import gc
 import math
 import re
-import time
 import warnings
 from unittest import mock
 
@@ -13,12 +12,14 @@ import pytest
 import timm
 import torch
 import torchvision
-from fastai.vision.all import Callback, CancelBatchException, DataLoader, DataLoaders, Learner, SGD
+from fastai.vision.all import Callback, CancelBatchException, DataLoader, DataLoaders, Learner, SGD, noop
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import channelslast
-from .conftest import strides
+from channelslast import FoldBatchNorm
+from channelslast.folding import difference
+from .conftest import shake, strides
 
 SEGMENTATION, VIDEO = (torchvision.models.list_models(module=m) for m in (torchvision.models.segmentation, torchvision.models.video))
 # the smallest of each family (module) of timm 1.0.31, its own test models left out
@@ -40,6 +41,9 @@ ZOO = ([f'torchvision/{n}' for n in torchvision.models.list_models(module=torchv
 LARGE = 60e6       # parameters: float32 alone, for the machine's memory
 EXACT = 1e-6       # float64, relative, of the loss and of each gradient (of the largest one, for those near zero); some cast to float32
 ROUGH = 5e-2       # float32, of the loss and all gradients together
+FOLDED = 1e-10, 1e-4  # float64 and float32, relative, of predictions
+TRAINING = '| model | million parameters | input | float64 | worst gradient | float32 | lost | result |'
+PREDICTIONS = '| model | batch norms folded | float64 | float32 | predictions |'
 # in float32 something smooth stands in place of these: an activation at its kink falls one way or the other by rounding
 KINKED = 'relu', 'relu_', 'relu6', 'hardswish', 'hardsigmoid', 'hardtanh', 'leaky_relu'
 REASONS = {}       # what can't work in channels last, and why
@@ -92,6 +96,9 @@ def smooth():
     return mock.patch.multiple(nn.functional, **{k: lambda x, *args, **kwargs: nn.functional.softplus(x) for k in KINKED})
 
 
+def brief(off): return '–' if off is None else f'{off:.0e}'
+
+
 class Stop(Callback):
     "Keep loss and gradients of the one batch."
     order = -1000
@@ -137,7 +144,6 @@ def each_error(found, truth) -> float:
 @pytest.mark.zoo
 @pytest.mark.parametrize('name', ZOO)
 def test_same_numbers(name, zoo_report):
-    start = time.perf_counter()
     if name.startswith('timm/') and not timm.is_model(name.split('/')[1]): pytest.skip(f'timm {timm.__version__} does not have it')
     try:
         model, x = fitting(name)
@@ -169,13 +175,44 @@ def test_same_numbers(name, zoo_report):
         learn.to_contiguous(to_fp32=True)
         assert strides(learn)[0] == before
     except Exception as e:
-        zoo_report(name, None, None, None, None, None, None, REASONS.get(name) or f'{type(e).__name__}: {str(e)[:90]}')
+        zoo_report(TRAINING, name, *['']*6, REASONS.get(name) or f'{type(e).__name__}: {str(e)[:90]}')
         if name in REASONS and re.search(REASONS[name], str(e)): pytest.xfail(REASONS[name])
         raise
     else:
-        zoo_report(name, params, tuple(x.shape), exact, each, rough, summary, '', time.perf_counter() - start)
+        zoo_report(TRAINING, name, f'{params/1e6:.1f}', '×'.join(map(str, x.shape)), *map(brief, (exact, each, rough)), len(summary.lost), 'equal')
         assert name not in REASONS, 'works by now'
     finally: gc.collect()
+
+
+def folding(model, x) -> tuple:
+    "How many batch norms `FoldBatchNorm` folds, of how many behind a convolution, and what it changes in predictions."
+    learn = learner(model, x)
+    truth = learn.get_preds(act=noop)[0]
+    learn.add_cb(FoldBatchNorm())
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='FoldBatchNorm')
+        off = max(difference(learn.get_preds(act=noop)[0], truth) for _ in range(2))  # the first looks, the second is folded
+    return learn.fold_batch_norm.folded, learn.fold_batch_norm.found, off
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize('name', ZOO)
+def test_same_predictions(name, zoo_report):
+    "With batch norms folded, which have random statistics and weights here."
+    if name.startswith('timm/') and not timm.is_model(name.split('/')[1]): pytest.skip(f'timm {timm.__version__} does not have it')
+    model, x = fitting(name)
+    shake(model.eval())
+    folded, found, rough = folding(model, x)
+    exact = None
+    if sum(p.numel() for p in model.parameters()) < LARGE:
+        model.double()
+        try:
+            with torch.no_grad(): model(x.double())
+        except RuntimeError: pass  # some make float32 tensors in their forward
+        else: exact = folding(model, x.double())[-1]
+    zoo_report(PREDICTIONS, name, f'{folded} of {found}', brief(exact), brief(rough), 'equal' if rough < FOLDED[1] else 'differs')
+    assert rough < FOLDED[1] and (exact or 0) < FOLDED[0]
+    gc.collect()
 
 
 @pytest.mark.zoo

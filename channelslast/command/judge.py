@@ -1,0 +1,166 @@
+"Is the pick of `format_find` the fastest? An independent, longer measurement of one model, in training or predicting."
+import gc
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import torch
+from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
+from fastai.callback.fp16 import MixedPrecision
+from fastai.learner import Learner
+from torch import nn
+
+from .. import less_random
+from ..candidates import apply
+from ..devices import elapsed_ms
+from ..layers import fp32_names
+from ..memory_format import FORMATS
+from ..precision import fp32_forward
+from ..race import fastest
+from ..timings import label
+from ..trial import step_ms
+from ..workarounds import replace_forwards
+from .panel import make_learner
+
+SITTINGS = 3
+DISTURBED = 1.25  # the median step over the fastest, from which on the judge was not alone
+
+def stepper(learn, batch):
+    "A function that times a training step of this Learner, as inside a fit, learning rate 0."
+    learn.create_opt()
+    learn.opt.set_hypers(lr=0.)
+    learn('before_fit'); learn('before_epoch'); learn('before_train')
+    learn.n_iter = 10**6
+    return partial(step_ms, learn, batch)
+
+
+def bare(learn, batch, row, layers=()):
+    """The same step in a plain PyTorch loop: this format and precision, the Learner's optimizer and loss, the same
+    layers in fp32, nothing else."""
+    fmt = torch.contiguous_format if row.memory_format == 'contiguous' else FORMATS[batch[0].dim()]
+    half, _, tuned = row.precision.partition('+')
+    device, dtype = batch[0].device, dict(fp16=torch.float16, bf16=torch.bfloat16).get(half)
+    model, x, y = learn.model.to(device).train(), batch[0].to(memory_format=fmt), batch[1]
+    for p in model.parameters():
+        if p.dim() == x.dim(): p.data = p.data.to(memory_format=fmt)
+    opt = learn.opt_func(learn.splitter(model), lr=0.)
+    kept = [model.get_submodule(n) for n in fp32_names(layers, half)] if tuned else ()
+    replace_forwards(kept, lambda m, forward: fp32_forward(forward, device.type, dtype), {})
+    scaler = torch.amp.GradScaler(device.type, enabled=half == 'fp16')
+    def _step():
+        with torch.autocast(device.type, dtype, enabled=dtype is not None): loss = learn.loss_func(model(x), y)
+        scaler.scale(loss).backward()
+        if scaler.is_enabled(): scaler.step(opt); scaler.update()
+        else: opt.step()
+        opt.zero_grad()
+    return partial(elapsed_ms, device, _step)
+
+
+def interleaved(steps, n) -> dict:
+    "Milliseconds of each in `n` rounds, back and forth after two to warm up."
+    ms = {k: [] for k in steps}
+    for i in range(n + 2):
+        for k in list(steps)[::(-1)**i]: ms[k].append(steps[k]())
+    return {k: v[2:] for k, v in ms.items()}
+
+
+def sittings(make, n) -> dict:
+    """Milliseconds of each in `n` rounds, on several new sets of copies that `make()` gives: where in memory a copy
+    happens to lie makes steps of large models 5 to 15 % longer."""
+    ms = {}
+    for _ in range(SITTINGS):
+        gc.collect()  # Learners are cycles: the last set would else stay beside the next
+        for k, v in interleaved(make(), -(-n//SITTINGS)).items(): ms[k] = ms.get(k, []) + v
+    return ms
+
+
+def disturbed(ms) -> bool:
+    "Did something else take the machine's time while these steps ran? Half of them, and more, took much longer."
+    return statistics.median(statistics.median(v)/fastest(v) for v in ms.values()) > DISTURBED
+
+
+@contextmanager
+def company():
+    "While this runs, another process computes in bursts; it ends with the block, with this process, or after an hour."
+    busy = subprocess.Popen([sys.executable, Path(__file__).with_name('busy.py')], stdin=subprocess.PIPE)
+    try: yield busy
+    finally:
+        busy.kill()
+        busy.wait()
+
+
+def search(learn, busy, **kwargs) -> tuple: # `FormatTimings`; seconds
+    "What `format_find` says, beside a busy process or alone."
+    start = time.perf_counter()
+    with company() if busy else nullcontext(): timings = learn.format_find(show_plot=False, **kwargs)
+    return timings, time.perf_counter() - start
+
+
+def fastais(learn) -> Learner:
+    "A copy as fastai's own `to_channelslast` makes it."
+    return deepcopy(learn).add_cbs([FastaiChannelsLast(), MixedPrecision()])
+
+
+def verdict(timings, ms, times, took, base) -> dict:
+    "Columns of the table that both kinds of measurement have."
+    pick = label(timings.best)
+    return {'pick': pick, 'pick/best': f"{ms[pick]/min(ms[label(r)] for r in timings.rows if r.valid):.2f}",
+            'over contiguous fp32': f'{ms[base]/ms[pick]:.2f}×',
+            "over fastai's own": f"{ms['fastai']/ms[pick]:.2f}×" if 'fastai' in ms else 'fails',
+            'find took': f'{took:.0f} s', 'judged': 'disturbed' if disturbed(times) else 'in quiet'}
+
+
+def judge(name, size, bs, device, num_it, busy=False) -> dict:
+    "One row of the table; with `busy` the pick is made beside another process, and judged without it."
+    with less_random():
+        learn = make_learner(name, size, bs, device)
+        timings, took = search(learn, busy)
+        batch = learn._set_device(learn.dls.one_batch())
+        def _steps():
+            steps = {label(r): stepper(apply(deepcopy(learn), r, timings.layers), batch) for r in timings.rows if r.ms}
+            steps['bare'] = bare(deepcopy(learn), batch, timings.best, timings.layers)
+            try: steps['fastai'] = stepper(fastais(learn), batch)
+            except RuntimeError: pass  # a Conv3d: fastai's callback can't
+            return steps
+        times = sittings(_steps, num_it)
+        ms = {k: fastest(v) for k, v in times.items()}
+    mine, ran = ms[label(timings.best)], [r for r in timings.rows if r.ms]
+    tuned, single = ([ms[label(r)] for r in ran if ('+' in r.precision) == kept] for kept in (True, False))
+    return {'model': name, 'px': size, 'batch': bs, 'ms/step': f'{mine:.1f}',
+            **verdict(timings, ms, times, took, 'contiguous, fp32'),
+            'tuned over single': f'{min(single)/min(tuned):.2f}×' if tuned else '–',
+            'step/bare loop': f"{mine/ms['bare']:.2f}"}
+
+
+def settle(model, batch):
+    "Batch norms get this batch's statistics, as trained ones have some: with fresh ones small nets' outputs die away."
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.momentum = None
+    with torch.no_grad(): model.to(batch.device).train()(batch)
+
+
+def judge_predictions(name, size, bs, device, num_it, busy=False) -> dict:
+    """One row of the table of predictions: `get_preds` of two batches, loading and all of fastai included; the speed-up
+    of each candidate over fastai as it is."""
+    with less_random():
+        learn = make_learner(name, size, bs, device)
+        x, = learn.dls.one_batch()[:1]
+        settle(learn.model, torch.randn(max(bs, 4), *x.shape[1:], device=device))
+        timings, took = search(learn, busy, train=False)
+        def _steps():
+            learners = {label(r): apply(deepcopy(learn), r, timings.layers) for r in timings.rows if r.ms}
+            learners |= {'as it is': deepcopy(learn), 'fastai': fastais(learn)}
+            steps = {k: partial(elapsed_ms, device, o.get_preds) for k, o in learners.items()}
+            try: steps['fastai']()
+            except RuntimeError: del steps['fastai']  # a Conv3d: fastai's callback can't
+            return steps
+        times = sittings(_steps, num_it)
+        ms = {k: fastest(v) for k, v in times.items()}
+    return {'model': name, 'px': size, 'batch': bs, 'fastai ms/batch': f"{ms['as it is']/2:.1f}",
+            **{label(r): f"{ms['as it is']/ms[label(r)]:.2f}×" for r in timings.rows if r.ms},
+            **verdict(timings, ms, times, took, 'as it is')}

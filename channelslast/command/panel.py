@@ -1,0 +1,48 @@
+"The models that `channelslast bench` measures, as Learners on random images; and on what machine it does."
+import platform
+
+import fastai
+import torch
+from fastai.vision.all import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, resnet18, unet_learner, xresnet18
+from torchvision.models import get_model
+
+from .classifiers import build
+
+# pixels and images of a training batch on a CPU
+PANEL = dict(resnet18=(128, 16), resnet50=(96, 16), densenet121=(64, 16), mobilenet_v2=(96, 16),
+             mobilenet_v3_small=(128, 16), efficientnet_b0=(96, 16), shufflenet_v2_x1_0=(128, 16),
+             convnext_tiny=(64, 16), vgg11_bn=(64, 16), regnet_y_400mf=(96, 16), vit_b_16=(96, 8), unet=(64, 8),
+             r3d_18=(56, 4), xresnet18=(128, 16))
+
+
+def measured(names, small, predict) -> list: # Of names, pixels, images a batch
+    "What is measured: trained on a small machine at a small size; on a GPU, and to predict, at 224 px (clips at 112)."
+    if small and not predict: return [(n, *PANEL.get(n, (64, 16))) for n in names]
+    sizes = (16 if small else 128, 1) if predict else (128,)
+    return [(n, 112 if n == 'r3d_18' else 224, images) for n in names for images in sizes]
+
+
+def make_learner(name, size, bs, device) -> Learner:
+    "A Learner on random images: the time of a step does not depend on what they show."
+    shape, target = (3, 8, size, size) if name == 'r3d_18' else (3, size, size), torch.tensor(1)
+    if name == 'unet': target = torch.ones(size, size, dtype=torch.int64)
+    dl = DataLoader([(torch.randn(shape), target) for _ in range(2*bs)], bs=bs, device=device, drop_last=True)
+    dls = DataLoaders(dl, dl, device=device)
+    if name == 'unet': learn = unet_learner(dls, resnet18, n_out=2, pretrained=False, normalize=False,
+                                            loss_func=CrossEntropyLossFlat(axis=1))
+    else:
+        if name == 'xresnet18': model = xresnet18(n_out=10)
+        elif name == 'r3d_18': model = get_model(name, weights=None, num_classes=10)
+        else: model = build(name, 10, size)
+        learn = Learner(dls, model, CrossEntropyLossFlat())
+    return learn.remove_cbs(learn._grab_cbs(type(learn.progress)) if hasattr(learn, 'progress') else [])
+
+
+def versions(device) -> str:
+    "Machine and versions, for the line above the table."
+    if device.type == 'cuda': machine = torch.cuda.get_device_name(device)
+    else:
+        try: machine = next(o.split(':')[1].strip() for o in open('/proc/cpuinfo') if o.startswith('model name'))
+        except (OSError, StopIteration): machine = platform.processor() or platform.machine()
+        machine += f', {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}'
+    return f'{machine}; PyTorch {torch.__version__}, fastai {fastai.__version__}, Python {platform.python_version()}'
