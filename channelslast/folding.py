@@ -144,9 +144,12 @@ def signature_of(args, kwargs) -> tuple: # Of the kind of input, and of the shap
 
 @torch.no_grad()
 def nudge(inputs, eps):
-    "The inputs with each number off by a rounding error, up or down."
-    def _off(t): return t*(1 + eps*(torch.rand_like(t) - 0.5).sign())
-    return tree_map_only(Tensor, lambda t: _off(t) if t.is_floating_point() else t, inputs)
+    "The inputs with each number off by a rounding error, up or down; whole numbers may be codes, and stay."
+    def _off(t):
+        if not t.is_floating_point(): return t
+        by = max(eps, torch.finfo(t.dtype).eps)*(torch.rand_like(t) - 0.5).sign()
+        return torch.where(t == t.round(), t, t + t*by)
+    return tree_map_only(Tensor, _off, inputs)
 
 
 def difference(found, truth) -> float:

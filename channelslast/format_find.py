@@ -108,7 +108,7 @@ def format_find(self:Learner,
     Steps are the Learner's own (its loss, optimizer, gradient clipping and accumulation, MixUp; learning rate 0), on a
     few batches kept on the device, interleaved; of each candidate the fastest counts, since whatever else the machine
     does only adds time. Who cannot win any more stops early, and all stop when the choice is sure; what the Learner has
-    (contiguous fp32, if that is not measured) is left only for what is faster beyond doubt. The loader is timed apart.
+    (contiguous fp32, if that is not measured) is left only for what is clearly faster. The loader is timed apart.
     Each candidate's loss and gradients are compared with contiguous fp32, which is always measured. Takes at most
     `(1 + num_it) × candidates` steps and a forward and backward pass each, and the memory of one more copy of the model
     and the optimizer's state. With `layers`, each distinct convolution and linear layer is timed alone in half and in

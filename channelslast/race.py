@@ -80,11 +80,11 @@ class Decision:
 
 def decide(
     times: dict, # Milliseconds of the steps of each candidate in the race, the simplest one first
-    has: Any = None, # The key of what is left only for what is faster beyond doubt
+    has: Any = None, # The key of what is left only for what is clearly faster
 ) -> Decision:
-    """Of those that tie with the fastest the simplest; but what the user has, unless it is slower beyond doubt.
+    """Of those that tie with the fastest the simplest; but what the user has, unless it is clearly slower.
 
-    Sure is what no other can beat by more than a tie."""
+    Sure is what no other that is not beaten can beat by more than a tie."""
     lost = beaten(times)
     times = {k: ms for k, ms in times.items() if k not in lost}
     best = min(map(fastest, times.values()))

@@ -30,13 +30,17 @@ def step_ms(learn, batch) -> float:
 
 
 def load_batches(learn, loader) -> tuple:
-    "A few batches on the device, and the median milliseconds that the loader takes for one."
+    """A few batches on the device, and the median milliseconds that the loader takes for one.
+
+    All are of one shape: the fastest step of each candidate counts, which a smaller last batch would be."""
     device, batches, ms = fit_device(learn), [], []
+    def _shapes(b): return [getattr(t, 'shape', None) for t in tree_leaves(b)]
     start = time.perf_counter()
     for b in islice(loader, LOADER_BATCHES):
         synchronize(device)
         ms.append((time.perf_counter() - start)*1e3)
-        if len(batches) < BATCHES: batches.append(learn._set_device(b))
+        if len(batches) < BATCHES and (not batches or _shapes(b) == _shapes(batches[0])):
+            batches.append(learn._set_device(b))
         start = time.perf_counter()
     return batches, statistics.median(ms[1:] or ms or [0])  # the first one starts the workers
 

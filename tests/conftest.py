@@ -51,7 +51,7 @@ def pytest_terminal_summary(terminalreporter, config):
     for heading, rows in config.stash.get(ZOO, {}).items():
         terminalreporter.section('zoo')
         for row in [heading, re.sub(r'[^|]+', '---', heading), *rows]: terminalreporter.write_line(row)
-        terminalreporter.write_line(f"{sum('equal |' in o for o in rows)} of {len(rows)} architectures equal")
+        terminalreporter.write_line(f"{sum(o.endswith('| equal |') for o in rows)} of {len(rows)} architectures equal")
 
 
 @pytest.fixture(autouse=True)

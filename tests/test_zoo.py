@@ -175,7 +175,7 @@ def test_same_numbers(name, zoo_report):
         learn.to_contiguous(to_fp32=True)
         assert strides(learn)[0] == before
     except Exception as e:
-        zoo_report(TRAINING, name, *['']*6, REASONS.get(name) or f'{type(e).__name__}: {str(e)[:90]}')
+        zoo_report(TRAINING, name, *['']*6, REASONS.get(name) or f'{type(e).__name__}: {str(e)[:90]}'.replace('\n', ' '))
         if name in REASONS and re.search(REASONS[name], str(e)): pytest.xfail(REASONS[name])
         raise
     else:
@@ -211,7 +211,7 @@ def test_same_predictions(name, zoo_report):
         except RuntimeError: pass  # some make float32 tensors in their forward
         else: exact = folding(model, x.double())[-1]
     zoo_report(PREDICTIONS, name, f'{folded} of {found}', brief(exact), brief(rough), 'equal' if rough < FOLDED[1] else 'differs')
-    assert rough < FOLDED[1] and (exact or 0) < FOLDED[0]
+    assert rough < FOLDED[1] and (exact or 0) < FOLDED[0] and (folded or not found)
     gc.collect()
 
 

@@ -1,10 +1,11 @@
 "`channelslast`: an image classifier trained contiguous and in channels last; which of them to take, here?"
+import os
 import sys
 import time
 from pathlib import Path
 
 import pandas as pd
-from fastai.vision.all import AMPMode, Callback, CrossEntropyLossFlat, Learner, accuracy
+from fastai.vision.all import AMPMode, Callback, CrossEntropyLossFlat, Learner, accuracy, find_bs
 
 from .. import devices, less_random
 from ..candidates import apply
@@ -14,7 +15,8 @@ from ..timings import BEST, LABELS, OTHER, bars, label
 from .classifiers import Mistake, build, check, digits, folder, pick_device, unreadable
 
 # the line that gives a format and precision; what is not here, `to_fastest` finds
-LINES = {('contiguous', 'fp16'): 'learn.to_fp16()', ('contiguous', 'bf16'): 'learn.to_bf16()',
+LINES = {('contiguous', 'fp16'): 'learn.to_channelslast().to_contiguous()',
+         ('contiguous', 'bf16'): "learn.to_channelslast(amp_mode='bf16').to_contiguous()",
          ('channels_last', 'fp32'): 'learn.to_channelslast(to_fp16=False)',
          ('channels_last', 'fp16'): 'learn.to_channelslast()',
          ('channels_last', 'bf16'): "learn.to_channelslast(amp_mode='bf16')"}
@@ -65,28 +67,27 @@ def to_train(timings) -> list: # `Timing`s
     return [*dict.fromkeys([timings.rows[0], *sorted(last, key=lambda r: r.ms)[:1], timings.best])]
 
 
-def advice(rows, best, predictions) -> str:
+def advice(rows, predictions) -> str:
     "What to take, in a sentence."
-    first, mine = rows[0], next(r for r in rows if r['timing'] == best)
+    first, mine = rows[0], min(rows, key=lambda r: r['ms'])
     faster, images = first['ms']/mine['ms'], predictions.best.speedup
-    took = LINES.get((best.memory_format, best.precision), 'learn.to_fastest()')
-    if mine is first or faster <= 1 + TIE: said = 'Here nothing trains faster than plain fastai: leave it as it is'
+    took = LINES.get((mine['timing'].memory_format, mine['timing'].precision), 'learn.to_fastest()')
+    if faster <= 1 + TIE: said = 'Here nothing trains faster than plain fastai: leave it as it is'
     else: said = (f"Here `{took}` trains {faster:.2f}× as fast as plain fastai, with {mine['accuracy']:.1%} accuracy "
                   f"in place of {first['accuracy']:.1%}")
     if images <= 1 + TIE: return said + '.'
     return f'{said}; for predictions `learn.to_fastest(train=False)` gives {images:.2f}× the images a second.'
 
 
-def save_chart(rows, path):
+def save_chart(rows, predictions, path):
     "Speed-up of the steps, and images a second, as bars."
     from matplotlib import pyplot as plt
-    names = [label(r['timing']) for r in rows]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 0.9 + 0.5*len(rows)), layout='constrained', sharey=True)
-    ups = [rows[0]['ms']/r['ms'] for r in rows]
-    images = [r['images'] for r in rows]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 0.9 + 0.5*len(rows)), layout='constrained')
+    ups, images = [rows[0]['ms']/r['ms'] for r in rows], [rows[0]['images'], rows[-1]['images']]
     def _colors(values): return [BEST if v == max(values) else OTHER for v in values]
-    bars(left, names, ups, [f"{u:.2f}×, {r['accuracy']:.1%} right" for u, r in zip(ups, rows)], _colors(ups))
-    bars(right, names, images, [f'{i:.0f}' for i in images], _colors(images))
+    bars(left, [label(r['timing']) for r in rows], ups,
+         [f"{u:.2f}×, {r['accuracy']:.1%} right" for u, r in zip(ups, rows)], _colors(ups))
+    bars(right, ['plain fastai', label(predictions.best)], images, [f'{i:.0f}' for i in images], _colors(images))
     left.set(xlabel='speed-up of a training step; accuracy')
     right.set(xlabel='images a second, predicting')
     fig.savefig(path, dpi=144)
@@ -96,7 +97,8 @@ def save_chart(rows, path):
 def check_save(path):
     "A `Mistake` where no chart can be saved, before anything is measured."
     from matplotlib.figure import Figure
-    if not Path(path).parent.is_dir(): raise Mistake(f'--save {path}: no such folder; give one that is there')
+    if not os.access(Path(path).parent, os.W_OK) or Path(path).is_dir():
+        raise Mistake(f'--save {path}: no such folder, or none to write to; try --save {Path(path).stem}.png')
     if Path(path).suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
         raise Mistake(f'--save {path}: no kind of picture that can be drawn; try --save {Path(path).stem}.png')
 
@@ -126,7 +128,9 @@ def main(
         return plain(Learner(dls, build(arch, dls.c, size), CrossEntropyLossFlat(), metrics=accuracy))
 
     print(f'{arch} on {device}, {size} px, batches of {bs}', flush=True)
-    with less_random(): timings = make_learn().format_find(asked, show_plot=False)
+    try:
+        with less_random(): timings = make_learn().format_find(asked, show_plot=False)
+    except OSError as e: raise unreadable(e)
     print(timings)
     rows = []
     for timing in to_train(timings):
@@ -138,11 +142,11 @@ def main(
         rows.append(dict(timing=timing, ms=ms, accuracy=right))
     print()
     with less_random(): predictions = learn.to_fastest(precisions=asked, train=False).format_timings
-    images = min(bs, len(learn.dls.valid_ds))
+    images = find_bs(learn.dls.valid.one_batch())
     for r in rows: r['images'] = images*1e3/(predictions.rows[0] if r is rows[0] else predictions.best).ms
     print(pd.DataFrame([{
         'format': LABELS[r['timing'].memory_format], 'precision': r['timing'].precision, 'ms/step': f"{r['ms']:.1f}",
         'speed-up': f"{rows[0]['ms']/r['ms']:.2f}×", 'accuracy': f"{r['accuracy']:.1%}",
         'images/s predicting': f"{r['images']:.0f}"} for r in rows]).to_string(index=False))
-    print(advice(rows, timings.best, predictions))
-    if save: save_chart(rows, save)
+    print(advice(rows, predictions))
+    if save: save_chart(rows, predictions, save)

@@ -62,11 +62,11 @@ def bare(learn, batch, row, layers=()):
 
 
 def interleaved(steps, n) -> dict:
-    "Milliseconds of each in `n` rounds, back and forth after two to warm up."
+    "Milliseconds of each in `n` rounds, back and forth after one to warm up."
     ms = {k: [] for k in steps}
-    for i in range(n + 2):
+    for i in range(n + 1):
         for k in list(steps)[::(-1)**i]: ms[k].append(steps[k]())
-    return {k: v[2:] for k, v in ms.items()}
+    return {k: v[1:] for k, v in ms.items()}
 
 
 def sittings(make, n) -> dict:
