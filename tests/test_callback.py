@@ -142,6 +142,20 @@ def test_checkpoints_load_across_formats(tmp_path, into):
     assert other.model[0].weight.is_contiguous(memory_format=CL if into == 'channels last' else torch.contiguous_format)
 
 
+def test_state_that_comes_in_between():
+    "Of the other format, straight into the optimizer: it has its parameters' strides in the next step, not before."
+    plain, learn = learner(), learner().to_channelslast(to_fp16=False)
+    for o in plain, learn: o.fit(1)
+    learn.opt.load_state_dict(plain.opt.state_dict())
+    learn.validate()
+    assert any(s != p for p, ss in zip(strides(learn)[0], strides(learn)[2]) for s in ss)  # predictions don't look
+    class Look(Callback):
+        def before_batch(self): self.seen = strides(self.learn)
+    learn.fit(1, cbs=(look := Look()))
+    ps, _, ss = look.seen
+    assert all(s == p.stride() for p, s in zip(learn.model.parameters(), ss) for s in s)
+
+
 def image_folder(path, n=16):
     "Data whose transforms pickle, as `export` needs."
     for i in range(n):

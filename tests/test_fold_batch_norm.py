@@ -21,7 +21,7 @@ from torch import nn
 from channelslast import ChannelsLast, FoldBatchNorm, fold_batch_norm as module
 from channelslast.command.judge import settle
 from channelslast.fold_plan import Pair
-from channelslast.folding import difference
+from channelslast.folding import difference, nudge
 from .conftest import learner, loaders, shake
 from .test_callback import image_folder
 
@@ -493,7 +493,7 @@ def test_other_layers_for_other_data(way):
         assert torch.equal(preds(learn), truth)
 
 
-@pytest.mark.parametrize('allowed', [4, 0])
+@pytest.mark.parametrize('allowed', [10, 0])
 def test_rounding_that_the_model_amplifies(monkeypatch, allowed):
     "Folding may change as much as a rounding error of the input does, by a small factor; no more."
     monkeypatch.setattr(module, 'AMPLIFIED', allowed)
@@ -504,6 +504,45 @@ def test_rounding_that_the_model_amplifies(monkeypatch, allowed):
     with warnings.catch_warnings(record=True) as told: preds(learn)
     assert (learn.fold_batch_norm.folded, len(told)) == ((53, 0) if allowed else (0, 1))
     assert difference(preds(learn), truth) < 1e-3
+
+
+def test_nudge():
+    x = torch.cat([torch.randn(1000), torch.arange(5.)])
+    for t in x, x.double(), x.half():
+        a, b = nudge([t, 'word', torch.arange(3)], 0.)[0], nudge((t,), 1e-2)[0]
+        moved = t != t.round()
+        assert ((a > t) | (a < t))[moved].all() and 0.4 < (a > t)[moved].float().mean() < 0.6 and torch.equal(a[~moved], t[~moved])
+        torch.testing.assert_close(a, t, rtol=2*torch.finfo(t.dtype).eps, atol=0)
+        assert ((b - t).abs()/t.abs())[moved].min() > 0.005
+
+
+def test_a_model_that_looks_closely_at_its_input(monkeypatch):
+    "Where a rounding error of the input is one too many, the model stays as it is."
+    monkeypatch.setattr(module, 'TOLERANCE', {torch.float64: 0., torch.float32: 0.})
+    class Looks(Net):
+        def forward(self, x):
+            if not torch.equal(x, x.round(decimals=2)): raise ValueError('hundredths only')
+            return super().forward(x)
+    dls = loaders(dtype=torch.float64)
+    dls.valid.dataset = [(x.round(decimals=2), y) for x, y in dls.valid.dataset]
+    learn = learner(Looks().double(), dls)
+    truth = preds(learn)
+    learn.add_cb(FoldBatchNorm())
+    with pytest.warns(UserWarning, match='gives other outputs'): assert torch.equal(preds(learn), truth)
+    assert torch.equal(preds(learn), truth) and learn.fold_batch_norm.folded == 0
+
+
+def test_interrupted_before_the_comparison(monkeypatch):
+    "The plan that nobody compared is compared the next time."
+    def _stop(*args): raise KeyboardInterrupt
+    learn = learner(Net(), cbs=FoldBatchNorm())
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(module, 'difference', _stop)
+        preds(learn)
+    seen = []
+    monkeypatch.setattr(module, 'difference', lambda a, b: (seen.append(1), difference(a, b))[1])
+    preds(learn)
+    assert seen and learn.fold_batch_norm.folded == 3
 
 
 def test_a_mistake_in_a_model_that_amplifies(monkeypatch):

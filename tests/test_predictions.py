@@ -10,6 +10,7 @@ from torch import nn
 
 from channelslast import ChannelsLast, FoldBatchNorm, prediction_trial, trial
 from channelslast.timings import label
+from channelslast.trial import load_batches
 from tests.conftest import convnet, learner, loaders
 from tests.test_callback import image_folder
 from tests.test_format_find import Fails, WrongInChannelsLast, find, row
@@ -168,6 +169,13 @@ def test_the_users_own_callback_stays_in_training(has, fake):
     learn = learner(cbs=FoldBatchNorm())
     learn.to_fastest(num_it=3, layers=False)
     assert len(learn._grab_cbs(FoldBatchNorm)) == 1
+
+
+def test_batches_of_one_shape():
+    "A smaller last batch would be the fastest of each candidate that gets so far."
+    learn = learner(dls=loaders(n=20))
+    batches, _ = load_batches(learn, learn.dls.valid)
+    assert [len(x) for x, _ in batches] == [8, 8]
 
 
 def test_an_app(has, tmp_path, capsys):
