@@ -1,4 +1,4 @@
-"Train fastai image models faster in PyTorch's channels-last memory format."
+"Train and predict faster with fastai in PyTorch's channels-last memory format, with the same numbers."
 from . import mended  # fastai's own methods, for every Learner
 from .callback import ChannelsLast
 from .fold_batch_norm import FoldBatchNorm

@@ -88,7 +88,7 @@ def save_chart(rows, predictions, path):
     bars(left, [label(r['timing']) for r in rows], ups,
          [f"{u:.2f}×, {r['accuracy']:.1%} right" for u, r in zip(ups, rows)], _colors(ups))
     bars(right, ['plain fastai', label(predictions.best)], images, [f'{i:.0f}' for i in images], _colors(images))
-    left.set(xlabel='speed-up of a training step; accuracy')
+    left.set(xlabel='speed-up of a training step; accuracy', xlim=(0, 1.7*max(ups)))
     right.set(xlabel='images a second, predicting')
     fig.savefig(path, dpi=144)
     plt.close(fig)
