@@ -42,13 +42,14 @@ def test_main_job_as_typed(machine):
     typed = ['-m', 'channelslast']
     if machine != 'native': typed = ['-c', "import runpy; from channelslast import devices; devices.accelerates = lambda d, o: "
                                      f"o.value in {machine.split(',')}; runpy.run_module('channelslast', run_name='__main__')"]
-    out = subprocess.run([sys.executable, '-W', 'ignore', *typed, '--size', '32', '--epochs', '3'], capture_output=True, text=True)
+    epochs = 3 if machine == 'native' else 1  # what is emulated takes its time
+    out = subprocess.run([sys.executable, '-W', 'ignore', *typed, '--size', '32', '--epochs', str(epochs)], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     rows = table(out.stdout)
     assert rows[0][:2] == ('contiguous', 'fp32') and rows[0][3] == '1.00' and rows[1][0] == 'channels last' and len({r[:2] for r in rows}) == len(rows) < 4
-    assert all(float(r[4]) > 60 and int(r[5]) > 0 for r in rows)
+    assert all((float(r[4]) > 60 or epochs == 1) and int(r[5]) > 0 for r in rows)
     assert re.search(r'(Fastest|Undecided): .*× contiguous fp32', out.stdout)
-    assert len(re.findall(r'^epoch [012], train_loss [\d.]+, valid_loss [\d.]+, accuracy [\d.]+, time \S+$', out.stdout, re.M)) == 3*len(rows)
+    assert len(re.findall(r'^epoch [012], train_loss [\d.]+, valid_loss [\d.]+, accuracy [\d.]+, time \S+$', out.stdout, re.M)) == epochs*len(rows)
     assert not re.search(r'[\x00-\x08\x0b-\x1f\x7f]', out.stdout + out.stderr)
     assert out.stdout.splitlines()[-1].startswith('Here ')
 
