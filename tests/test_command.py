@@ -104,8 +104,9 @@ def test_bench(monkeypatch, capsys):
     assert len(numbers) == 2 and all(float(o) > 0 for o in numbers[0]) and re.search(r'r3d_18.* fails ', out)  # fastai's own can't
 
 
-def test_bench_of_predictions(monkeypatch, capsys):
+def test_bench_of_predictions(monkeypatch, capsys, has):
     "Every candidate beside fastai as it is, in batches and one by one; nothing to fold, no such column."
+    has()
     code, out, err = run(monkeypatch, capsys, 'bench', '--predict', '--models', 'squeezenet1_1,unet,r3d_18', '--size', '32', '--num-it', '1', '--device', 'cpu')
     assert code == 0, err
     rows = [o.split() for o in out.split('\n\n')[-1].splitlines() if re.match(r' *(squeezenet|unet|r3d)', o)]
