@@ -90,15 +90,15 @@ def test_recorded_on_a_busy_machine(model, rights, sures, steps):
     assert round(statistics.mean(n for (_, n), _ in ends)) == steps
 
 
-@pytest.mark.parametrize('has', ['contiguous, fp32', 'channels last, fp32'])
+@pytest.mark.parametrize('home', ['contiguous, fp32', 'channels last, fp32'])
 @pytest.mark.parametrize('name, rights', [('regnet_y_400mf', (54, 58)), ('resnet18', (45, 45)), ('shufflenet_v2_x1_0', (60, 60))])
-def test_recorded_where_most_steps_are_disturbed(name, rights, has):
-    """Two candidates that differ by 12 % (RegNetY) and by less than a tie: half of the steps took 1.3 to 6 times as long, so
-    that no three agree. Who has the slower one is not kept there, who has the faster one keeps it."""
+def test_recorded_where_most_steps_are_disturbed(name, rights, home):
+    """Two candidates that differ by 12 % (RegNetY) and by less than a tie: 40 to 76 % of the steps took over 1.3 times as
+    long, some ten times. Mostly, who has the slower one is not kept there, and who has the faster one keeps it."""
     ms = fp32[name]
-    true, n = {k: min(v) for k, v in ms.items()}, len(ms[has])
-    ends = [race(lambda k, i: ms[k][(s + i) % n], list(ms), has=has)[0] for s in range(n)]
-    assert sum(right(d.best, true) for d in ends) == dict(zip(ms, rights))[has]
+    true, n = {k: min(v) for k, v in ms.items()}, len(ms[home])
+    ends = [race(lambda k, i: ms[k][(s + i) % n], list(ms), has=home)[0] for s in range(n)]
+    assert sum(right(d.best, true) for d in ends) == dict(zip(ms, rights))[home]
 
 
 @pytest.mark.parametrize('name', quiet)
