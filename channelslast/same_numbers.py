@@ -44,7 +44,9 @@ def _loss_and_grads(learn, batch) -> tuple:
         scaler._scale.fill_(scale)
 
 
-def _norm(tensors) -> float: return math.sqrt(sum(t.double().square().sum().item() for t in tensors))
+def _norm(tensors) -> float:
+    "Of all together; in float64, where there is one: a CPU's float32 norm of a hundred million numbers is 1 % off."
+    return math.hypot(*(torch.linalg.vector_norm(t, dtype=None if t.is_mps else torch.float64) for t in tensors))
 
 
 def _differences(found, reference) -> tuple:
@@ -71,7 +73,8 @@ def check_numbers(
         found = c.attempt(learn, lambda: _loss_and_grads(learn, batch))
         if found is None: continue
         if reference is None: reference = found
-        c.loss_diff, c.grad_diff = _differences(found, reference)
+        # of a large model's gradients, comparing takes as long as computing
+        c.loss_diff, c.grad_diff = (0., 0.) if c.baseline else _differences(found, reference)
         most_loss, most_grad = TOLERANCE[c.half]
         if c.baseline: continue
         if not math.isfinite(found[0]): c.out('loss is not finite')

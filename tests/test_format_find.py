@@ -274,12 +274,17 @@ def test_the_optimizers_part_is_said_where_it_is_much(fake, monkeypatch, opt, ms
     assert t.optimizer_ms == ms and (said in t.verdict if said else 'optimizer' not in t.verdict)
 
 
-def test_the_optimizers_part_is_its_own(monkeypatch):
-    "The step of the optimizer alone is timed."
+@pytest.mark.parametrize('ms, times', [(1., module.OPTIMIZER_STEPS), (40., 3), (500., 1)])
+def test_the_optimizers_part_is_its_own(monkeypatch, ms, times):
+    "The step of the optimizer alone is timed, up to five times, but no longer than a training step, of 100 ms here."
     timed = []
-    monkeypatch.setattr(module, 'elapsed_ms', lambda device, f: (timed.append(getattr(f, '__name__', '')), f(), 1.)[2])
-    find()
-    assert timed[-module.OPTIMIZER_STEPS:] == ['step']*module.OPTIMIZER_STEPS == [o for o in timed if o == 'step']
+    def _ms(device, f):
+        f()
+        timed.append(getattr(f, '__name__', ''))
+        return ms if timed[-1] == 'step' else 100.
+    monkeypatch.setattr(module, 'elapsed_ms', _ms)
+    assert find().optimizer_ms == ms
+    assert timed[-times:] == ['step']*times == [o for o in timed if o == 'step']
 
 
 # to_fastest
