@@ -8,16 +8,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ['TIE', 'LOOK', 'FAR', 'Decision', 'fastest', 'doubt', 'ahead', 'beaten', 'decide', 'enough']
+__all__ = ['TIE', 'LOOK', 'FAR', 'Decision', 'fastest', 'doubt', 'ahead', 'beaten', 'decide', 'enough', 'PHASE']
 
 TIE = 0.02  # times this near are the same
 # after so many rounds, a gain below this is not worth the search; after twice as many, twice it
 NEAR, PATIENCE = 0.05, 6
 LOOK = 3  # rounds before anything is decided, but for
 HOPELESS = 5  # times the fastest
+PHASE = 500  # milliseconds that a slow phase may last: steps that took less in all may agree, and be slow all the same
 FAR = 1.5  # times the fastest: worth a word
 CHANCE = 0.025  # that a lead, round for round, means nothing
-HOME = 1/3  # of its doubt in favour of what the user has: to stay by mistake costs as much as to leave
+HOME = 1/5  # of its doubt in favour of what the user has: to stay by mistake costs as much as to leave
 
 
 def fastest(ms: list) -> float:
@@ -91,7 +92,7 @@ def decide(
     pick = next(k for k, ms in times.items() if fastest(ms) <= best*(1 + TIE))
     if has in times and fastest(times[has])*(1 - HOME*doubt(times[has])) <= fastest(times[pick]): pick = has
     mine = fastest(times[pick])
-    others = {k: mine/least(ms) - 1 if least(ms) > 0 else float('inf') for k, ms in times.items() if k != pick}
+    others = {k: mine/least(ms) - 1 for k, ms in times.items() if k != pick}
     rival = max(others, key=others.get, default=None)
     return Decision(pick, rival, max(others.get(rival, 0.), 0.))
 

@@ -151,6 +151,7 @@ class Trial:
 
     def _judge(self, has, rounds) -> tuple:
         "Who is beaten, as places among the candidates, and is it decided among the others?"
+        if sum(sum(c.ms) for c in self.running) < race.PHASE: return [], False
         beaten = race.beaten({c: c.ms for c in self.running})
         beaten = [c for c in beaten if not (c.baseline and race.doubt(c.ms) > KNOWN)]
         return [self.candidates.index(c) for c in beaten], race.enough(self._decide(has), rounds)

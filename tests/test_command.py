@@ -111,8 +111,18 @@ def test_bench_of_predictions(monkeypatch, capsys, has):
     assert code == 0, err
     rows = [o.split() for o in out.split('\n\n')[-1].splitlines() if re.match(r' *(squeezenet|unet|r3d)', o)]
     assert [r[:3] for r in rows] == [[n, '32', bs] for n in ('squeezenet1_1', 'unet', 'r3d_18') for bs in ('16', '1')]
+    head = re.search(r'\n\n( +model .*)', out)[1]
+    assert re.search('fp32, folded +pick ', head) and head.index('batch ') < head.index('contiguous, fp32') < head.index('pick ')  # side by side
     assert 'folded' not in out.splitlines()[1] and 'channels last, fp32, folded' in out and out.count('fails') == 4 and 'before a fit' not in out
     assert re.search(r'\d of 6 picks within 5 % of the best; over contiguous fp32 at least [\d.]+×; format_find took \d+ s', out)
+
+
+@pytest.mark.parametrize('n, sets, steps', [(1, 1, 1), (3, 3, 3), (12, 6, 12), (20, 6, 24)])
+def test_several_sets_of_copies(n, sets, steps):
+    "Each warmed up, and at least as many steps as asked for."
+    made, ran = [], []
+    def _make(): return made.append(1) or {'a': lambda: ran.append(1) or 1.}
+    assert len(judge.sittings(_make, n)['a']) == steps and len(made) == sets and len(ran) == steps + sets
 
 
 def test_statistics_of_a_batch():

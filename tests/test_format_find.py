@@ -63,6 +63,14 @@ def test_arguments_choose_fewer(has, fake, kw, pairs):
     assert [(r.memory_format, r.precision) for r in find(**kw).rows] == [ALL[i] for i in pairs]
 
 
+@pytest.mark.parametrize('ms, rounds', [(100., 3), (20., 13), (5., 15)])
+def test_what_lasts_no_longer_than_a_slow_phase_decides_nothing(fake, ms, rounds):
+    "Three short steps may agree since something slowed all of them."
+    fake(lambda key, n: ms)
+    find(num_it=15, formats='channels_last', precisions='fp32')
+    assert len(fake.steps) == 2*(1 + rounds)
+
+
 def test_each_candidate_is_what_it_says(has, monkeypatch):
     has('bf16')
     seen = set()

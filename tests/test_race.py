@@ -91,7 +91,7 @@ def test_recorded_on_a_busy_machine(model, rights, sures, steps):
 
 
 @pytest.mark.parametrize('home', ['contiguous, fp32', 'channels last, fp32'])
-@pytest.mark.parametrize('name, rights', [('regnet_y_400mf', (54, 58)), ('resnet18', (45, 45)), ('shufflenet_v2_x1_0', (60, 60))])
+@pytest.mark.parametrize('name, rights', [('regnet_y_400mf', (57, 58)), ('resnet18', (45, 45)), ('shufflenet_v2_x1_0', (60, 60))])
 def test_recorded_where_most_steps_are_disturbed(name, rights, home):
     """Two candidates that differ by 12 % (RegNetY) and by less than a tie: 40 to 76 % of the steps took over 1.3 times as
     long, some ten times. Mostly, who has the slower one is not kept there, and who has the faster one keeps it."""
@@ -160,9 +160,9 @@ def test_ahead():
     (dict(a=[100.]*3, b=[99.]*3), 'b', 'b', True),                # what the Learner has
     (dict(a=[100.]*3, b=[101.5]*3), 'b', 'a', True),              # … which is slower beyond doubt, by whatever it is
     (dict(a=[103.]*3, b=[100.]*3), None, 'b', True),              # out of a tie: the faster
-    (dict(a=[100., 200., 300.], b=[80.]*3), 'a', 'a', False),     # is it slower? left for nothing that is in doubt
+    (dict(a=[100., 200., 300.], b=[85.]*3), 'a', 'a', False),     # is it slower? left for nothing that is in doubt
     (dict(a=[100., 200., 300.], b=[80.]*3), None, 'b', False),
-    (dict(a=[100., 105., 108.], b=[80.]*3), 'a', 'b', False),     # a third of the doubt is the user's
+    (dict(a=[100., 105., 108.], b=[80.]*3), 'a', 'b', False),     # a fifth of the doubt is the user's
     (dict(a=[100., 101., 102.], b=[50.]*3), 'a', 'b', True),
     (dict(a=[100.]), 'a', 'a', True)])
 def test_decide(times, home, best, sure):

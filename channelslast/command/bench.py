@@ -42,7 +42,7 @@ def main(
     size: int = 0, # Pixels; 0: the panel's own on a CPU, 224 on a GPU
     bs: int = 0, # Images a batch; 0: the panel's own on a CPU, 128 on a GPU; of predictions 16 (128) and 1
     device: str = None, # cpu, cuda, cuda:1, mps…; without it, the fastest there is
-    num_it: int = 20, # Timed steps, or predictions, of each candidate by the judge, on three sets of copies
+    num_it: int = 20, # Timed steps, or predictions, of each candidate by the judge, on up to six sets of copies
     busy: store_true = False, # Pick beside a second process that computes in bursts; judge without it
     predict: store_true = False, # Predictions in place of training steps: 224 px, in batches and one by one
 ):
@@ -60,6 +60,7 @@ def main(
         header = predict or len(rows) == 1  # which candidates are predicted with differs from model to model
         print(pd.DataFrame(rows[-1:]).to_string(index=False, header=header), flush=True)
     print()
-    print(pd.DataFrame(rows).fillna('–').to_string(index=False))
+    columns = dict.fromkeys(k for row in sorted(rows, key=len, reverse=True) for k in row)  # candidates side by side
+    print(pd.DataFrame(rows, columns=columns).fillna('–').to_string(index=False))
     print(summary(rows))
     if not predict: print(overhead(device))

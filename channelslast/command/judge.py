@@ -27,8 +27,9 @@ from ..trial import step_ms
 from ..workarounds import replace_forwards
 from .panel import make_learner
 
-SITTINGS = 3
+SITTINGS = 6
 DISTURBED = 1.25  # the median step over the fastest, from which on the judge was not alone
+
 
 def stepper(learn, batch):
     "A function that times a training step of this Learner, as inside a fit, learning rate 0."
@@ -72,10 +73,10 @@ def interleaved(steps, n) -> dict:
 def sittings(make, n) -> dict:
     """Milliseconds of each in `n` rounds, on several new sets of copies that `make()` gives: where in memory a copy
     happens to lie makes steps of large models 5 to 15 % longer."""
-    ms = {}
-    for _ in range(SITTINGS):
+    ms, sets = {}, min(n, SITTINGS)
+    for _ in range(sets):
         gc.collect()  # Learners are cycles: the last set would else stay beside the next
-        for k, v in interleaved(make(), -(-n//SITTINGS)).items(): ms[k] = ms.get(k, []) + v
+        for k, v in interleaved(make(), -(-n//sets)).items(): ms[k] = ms.get(k, []) + v
     return ms
 
 
