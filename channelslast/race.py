@@ -8,14 +8,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ['TIE', 'LOOK', 'FAR', 'Decision', 'fastest', 'doubt', 'ahead', 'beaten', 'decide', 'enough', 'PHASE']
+__all__ = ['TIE', 'LOOK', 'FAR', 'Decision', 'fastest', 'doubt', 'ahead', 'early', 'beaten', 'decide', 'enough']
 
 TIE = 0.02  # times this near are the same
 # after so many rounds, a gain below this is not worth the search; after twice as many, twice it
 NEAR, PATIENCE = 0.05, 6
 LOOK = 3  # rounds before anything is decided, but for
 HOPELESS = 5  # times the fastest
-PHASE = 500  # milliseconds that a slow phase may last: steps that took less in all may agree, and be slow all the same
+PHASE = 500  # milliseconds that a slow phase may last
 FAR = 1.5  # times the fastest: worth a word
 CHANCE = 0.025  # that a lead, round for round, means nothing
 HOME = 1/5  # of its doubt in favour of what the user has: to stay by mistake costs as much as to leave
@@ -53,6 +53,13 @@ def ahead(
     rounds = list(zip(a[::-1], b[::-1]))
     n, won = len(rounds), sum(x < y for x, y in rounds)
     return sum(math.comb(n, k) for k in range(won, n + 1)) <= CHANCE*2**n
+
+
+def early(
+    times: dict, # Milliseconds of the steps of each candidate in the race
+) -> bool:
+    "Is it too early to judge? What one slow phase may hold whole may agree, and be slow all the same."
+    return sum(map(sum, times.values())) < PHASE
 
 
 def beaten(

@@ -151,9 +151,9 @@ class Trial:
 
     def _judge(self, has, rounds) -> tuple:
         "Who is beaten, as places among the candidates, and is it decided among the others?"
-        if sum(sum(c.ms) for c in self.running) < race.PHASE: return [], False
-        beaten = race.beaten({c: c.ms for c in self.running})
-        beaten = [c for c in beaten if not (c.baseline and race.doubt(c.ms) > KNOWN)]
+        times = {c: c.ms for c in self.running}
+        if race.early(times): return [], False
+        beaten = [c for c in race.beaten(times) if not (c.baseline and race.doubt(c.ms) > KNOWN)]
         return [self.candidates.index(c) for c in beaten], race.enough(self._decide(has), rounds)
 
     def _stop(self, c):
@@ -161,8 +161,8 @@ class Trial:
         c.out(f'dropped after {len(c.ms)} steps: far slower' if far else '', valid=True)
 
     def optimizer_ms(self, c) -> float:
-        """Milliseconds of the optimizer's part of a candidate's step, of several that together take no longer than one
-        of those; None where it can't run alone."""
+        """Milliseconds of the optimizer's part of a candidate's step, the fastest of those that begin within the time
+        of one such step; None where it can't run alone."""
         try:
             c.switch(self.learn, [stop_before_step(self.learn), *self.cbs])
             self.learn.one_batch(0, self.batches[0])

@@ -111,7 +111,7 @@ def test_unet_stays_channels_last_to_its_last_layer(cb):
 
 @pytest.mark.parametrize('kw', [dict(), dict(fused=True), dict(foreach=True)], ids=str)
 def test_optimizer_state_follows_a_switch_in_mid_training(kw):
-    "✗ With fastai's callback, `AdamW(fused=True)` goes wrong by 3e-2. In float64."
+    "✗ With fastai's callback, `AdamW(fused=True)` goes wrong by 6e-2. In float64."
     dls, model = loaders(dtype=torch.float64), convnet().double()
     runs = []
     for switch in False, True:

@@ -284,7 +284,7 @@ def test_the_optimizers_part_is_said_where_it_is_much(fake, monkeypatch, opt, ms
 
 @pytest.mark.parametrize('ms, times', [(1., module.OPTIMIZER_STEPS), (40., 3), (500., 1)])
 def test_the_optimizers_part_is_its_own(monkeypatch, ms, times):
-    "The step of the optimizer alone is timed, up to five times, but no longer than a training step, of 100 ms here."
+    "The step of the optimizer alone is timed, up to five times, as long as the next one begins within a training step, of 100 ms here."
     timed = []
     def _ms(device, f):
         f()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from channelslast.race import NEAR, PATIENCE, TIE, Decision, ahead, beaten, decide, doubt, enough, fastest
+from channelslast.race import NEAR, PATIENCE, PHASE, TIE, Decision, ahead, beaten, decide, doubt, early, enough, fastest
 
 recorded = Path(__file__).parent/'recorded'
 busy = json.loads((recorded/'busy-steps-avx512-bf16.json').read_text())['models']
@@ -135,6 +135,10 @@ def test_doubt():
     assert doubt([100., 101., 110.]) == pytest.approx(0.3) and doubt([110., 100., 101., 400.]) == pytest.approx(0.2)
     assert doubt([100.]*3) == 0 and doubt([100., 200., 900.]) == 0.9
     assert doubt([100., 104.]) == pytest.approx(0.24)  # two that agree may be disturbed alike
+
+
+def test_early():
+    assert early(dict(a=[80.]*3, b=[80.]*3)) and not early(dict(a=[80.]*4, b=[80.]*3)) and not early(dict(a=[PHASE]))
 
 
 def test_beaten():

@@ -3,7 +3,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from textwrap import fill
 
 import pandas as pd
 from fastai.vision.all import AMPMode, Callback, CrossEntropyLossFlat, Learner, accuracy, find_bs
@@ -14,8 +13,6 @@ from ..devices import synchronize
 from ..race import TIE, fastest
 from ..timings import BEST, LABELS, OTHER, bars, label
 from .classifiers import Mistake, build, check, digits, folder, pick_device, unreadable
-
-WIDTH = 96  # characters a line
 
 # the line that gives a format and precision; what is not here, `to_fastest` finds
 LINES = {('contiguous', 'fp16'): 'learn.to_channelslast().to_contiguous()',
@@ -151,5 +148,5 @@ def main(
         'format': LABELS[r['timing'].memory_format], 'precision': r['timing'].precision, 'ms/step': f"{r['ms']:.1f}",
         'speed-up': f"{rows[0]['ms']/r['ms']:.2f}×", 'accuracy': f"{r['accuracy']:.1%}",
         'images/s predicting': f"{r['images']:.0f}"} for r in rows]).to_string(index=False))
-    print(fill(advice(rows, predictions), WIDTH))
+    print(advice(rows, predictions))
     if save: save_chart(rows, predictions, save)
