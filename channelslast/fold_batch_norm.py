@@ -144,6 +144,11 @@ class FoldBatchNorm(Callback):
         "Was anything prepared for the last batch, folded or cast?"
         return bool(self._folds.prepared and self._folds.prepared.plan)
 
+    @property
+    def ready(self):
+        "Are the prepared weights those of the model as it is?"
+        return self.works and self._folds.prepared.fits()
+
     def forget(self):
         "Free the prepared weights; the next batch prepares them anew."
         self._folds.prepared = None

@@ -3,6 +3,7 @@ import torch
 
 from . import race
 from .candidates import Candidate
+from .devices import rank0s
 from .same_numbers import check_predictions
 from .trial import Trial, step_ms
 
@@ -18,7 +19,7 @@ class PredictionTrial(Trial):
     def step(self, c, i) -> float:
         "Milliseconds of one batch's predictions."
         batch = self.batches[i % len(self.batches)]
-        if c.folded: self.learn.one_batch(0, batch)  # the switch moved the weights that the folded ones were made of
+        if c.folded and not c.fold.ready: self.learn.one_batch(0, batch)  # a switch of format moved the weights
         with self.peak_memory(c): ms = step_ms(self.learn, batch)
         self.count()
         return ms
@@ -31,7 +32,8 @@ class PredictionTrial(Trial):
         "For each format and precision that is not far behind, the same with batch norms folded, where there are any."
         self.run(LOOK, None)
         best = min(race.fastest(c.ms) for c in self.running)
-        for c in [c for c in self.running if race.fastest(c.ms) <= race.FAR*best]:
+        near = rank0s([c.running and race.fastest(c.ms) <= race.FAR*best for c in self.candidates])
+        for c in [c for c, is_near in zip(self.candidates, near) if is_near]:
             folded = Candidate(c.memory_format, c.half, scaler, c.fp32_layers, folded=True)
             folded.note = c.note
             self.warm_up([folded])
@@ -40,3 +42,5 @@ class PredictionTrial(Trial):
         with torch.compiler.set_stance('force_eager'):
             added = [c for c in self.running if c.folded]
             check_predictions(self.learn, added, self.cbs, self.batches[0], self.truth)
+        if added:  # the race is among steps of the same rounds: a machine may have been faster, or slower, before
+            for c in self.running: c.ms.clear()

@@ -133,7 +133,7 @@ class Trial:
         "Rounds of timed steps, interleaved, until it is decided; who cannot win any more stops."
         for i in range(num_it):
             # there and back, so that drift hits all alike and the format changes once a round
-            for c in self.candidates[::-1] if i % 2 else self.candidates:
+            for c in sorted(self.candidates, key=lambda c: c.last)[::(-1)**i]:
                 if not c.running: continue
                 ms = c.attempt(self.learn, lambda: (c.switch(self.learn, self.cbs), self.step(c, i))[1])
                 if c.running: c.ms.append(ms)

@@ -46,6 +46,13 @@ def test_one_decision_for_all(two):
     assert first['best'] == second['best'] == ['contiguous', 1.0] and first['cbs'] == second['cbs']
 
 
+def test_one_decision_for_all_predictions(two):
+    "Also on what is worth folding, since each candidate's steps talk to the other process."
+    _, (first, second), _ = two
+    assert first['predictions'] == second['predictions'] == 'contiguous'
+    assert first['tried'] == second['tried'] and ['contiguous', 'fp32', True] in sum(first['tried'], [])
+
+
 def test_to_fastest_before_the_processes_know_each_other_is_refused(two):
     for facts in two[1]: assert 'distrib_ctx' in facts['refused']
 

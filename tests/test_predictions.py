@@ -64,6 +64,32 @@ def test_what_is_far_behind_is_not_folded_too(has, fake):
     assert [label(r) for r in predict().rows if r.folded] == ['contiguous, fp32, folded', 'channels last, fp32, folded']
 
 
+def test_a_machine_that_slows_down_favours_nobody(has, fake):
+    "Before anything was folded it was twice as fast."
+    class Times(dict):
+        def get(self, k, default): return super().get(k, default)*(1 if any('folded' in o for o in fake.steps) else 0.5)
+    has(); fake(Times({'channels last, fp32, folded': 80.}))
+    t = predict()
+    assert label(t.best) == 'channels last, fp32, folded' and [r.ms for r in t.rows] == [100, 100, 100, 80]
+
+
+def test_folded_weights_are_prepared_when_the_format_changed(has, fake, monkeypatch):
+    "Once a round, and never within the time of a step."
+    ready = []
+    monkeypatch.setattr(trial.race, 'beaten', lambda times: [])
+    monkeypatch.setattr(trial.race, 'enough', lambda decision, rounds: False)
+    has(); fake({})
+    learn = learner(stirred(convnet()))
+    real = prediction_trial.step_ms
+    def _ms(learn, batch):
+        ready.extend(o.ready for o in learn._grab_cbs(FoldBatchNorm))
+        return real(learn, batch)
+    monkeypatch.setattr(prediction_trial, 'step_ms', _ms)
+    predict(learn, num_it=8)
+    last = ['channels last' in o for o in fake.steps[8:]]  # after the warm-up, two rounds, and that of those folded
+    assert all(ready) and len(ready) == 18 and sum(a != b for a, b in zip(last, last[1:])) == 8
+
+
 def test_nothing_to_fold_is_no_candidate(has, fake):
     has(); fake({})
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))

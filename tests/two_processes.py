@@ -10,7 +10,7 @@ from fastai.vision.all import *
 from torch.utils.data import TensorDataset
 
 from channelslast import *
-from channelslast import devices, trial
+from channelslast import devices, prediction_trial, trial
 
 # fastai sends the shuffled indices through the GPU, "nccl only works with cuda tensors"; gloo takes them as they are
 def _broadcast(self, t, rank):
@@ -69,11 +69,17 @@ with warnings.catch_warnings():
     def _ms(learn, batch):
         real(learn, batch)
         return 1. if bool(learn._grab_cbs(ChannelsLast)) == bool(rank) else 2.
-    trial.step_ms = _ms
+    trial.step_ms = prediction_trial.step_ms = _ms
+    tried, warm_up = [], prediction_trial.PredictionTrial.warm_up
+    def _warm_up(self, candidates):
+        tried.append([c.key for c in candidates])
+        return warm_up(self, candidates)
+    prediction_trial.PredictionTrial.warm_up = _warm_up
     learn = make()
     with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
         learn.to_fastest(num_it=2)
         learn.fit(1)
+        predictions = learn.format_find(train=False, num_it=2, show_plot=False).best
     best = learn.format_timings.best
-    (folder/f'{rank}.json').write_text(json.dumps(dict(last=last, dtypes=dtypes, world=num_distrib(), best=[best.memory_format, best.ms], refused=refused,
-        cbs=sorted(type(o).__name__ for o in learn.cbs), loss=learn.recorder.losses[-1].item())))
+    (folder/f'{rank}.json').write_text(json.dumps(dict(last=last, dtypes=dtypes, world=num_distrib(), best=[best.memory_format, best.ms], refused=refused, tried=tried,
+        predictions=predictions.memory_format, cbs=sorted(type(o).__name__ for o in learn.cbs), loss=learn.recorder.losses[-1].item())))
