@@ -15,7 +15,7 @@ from .devices import fit_device, rank0s
 from .optimizers import fused_line
 from .precision import DTYPES, check_scaler
 from .race import TIE, fastest
-from .prediction_trial import PredictionTrial
+from .prediction_trial import LOOK, PredictionTrial
 from .timings import FormatTimings, label
 from .trial import WARM_UP, Trial, load_batches
 from .untouched import TAKE_PART, check_model, untouched
@@ -107,8 +107,9 @@ def format_find(self:Learner,
 
     Steps are the Learner's own (its loss, optimizer, gradient clipping and accumulation, MixUp; learning rate 0), on a
     few batches kept on the device, interleaved; of each candidate the fastest counts, since whatever else the machine
-    does only adds time. Who cannot win any more stops early, and all stop when the choice is sure; what the Learner has
-    (contiguous fp32, if that is not measured) is left only for what is clearly faster. The loader is timed apart.
+    does only adds time. Who cannot win any more stops early; all stop when the choice is sure, or when what may still
+    be gained is not worth the time. What the Learner has (contiguous fp32, if that is not measured) is left only for
+    what is clearly faster. The loader is timed apart.
     Each candidate's loss and gradients are compared with contiguous fp32, which is always measured. Takes at most
     `(1 + num_it) × candidates` steps and a forward and backward pass each, and the memory of one more copy of the model
     and the optimizer's state. With `layers`, each distinct convolution and linear layer is timed alone in half and in
@@ -131,7 +132,8 @@ def format_find(self:Learner,
     pairs, has = _pairs(fit_device(self).type, formats, precisions), current(self)
     candidates, advice = [Candidate(f, p, kwargs) for f, p in pairs], fused_line(self) if train else None
     tuned = [p for f, p in pairs if layers and f == 'channels_last' and p != 'fp32']
-    steps = (WARM_UP + num_it)*(len(pairs) + len(tuned))*(1 if train else 2)
+    n = len(pairs) + len(tuned)
+    steps = n*(WARM_UP + num_it) if train else n*(2*(WARM_UP + num_it) + LOOK)  # as they are, and folded
     bar = progress_bar(range(steps), leave=False) if hasattr(self, 'progress') else None  # `no_bar` takes it away
     tick = bar.update if bar else noop
     tick(0)

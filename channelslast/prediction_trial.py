@@ -7,7 +7,7 @@ from .devices import rank0s
 from .same_numbers import check_predictions
 from .trial import Trial, step_ms
 
-__all__ = ['PredictionTrial']
+__all__ = ['LOOK', 'PredictionTrial']
 
 LOOK = 2  # rounds, after which those far behind need not be folded too
 

@@ -11,8 +11,8 @@ from typing import Any
 __all__ = ['TIE', 'LOOK', 'FAR', 'Decision', 'fastest', 'doubt', 'ahead', 'early', 'beaten', 'decide', 'enough']
 
 TIE = 0.02  # times this near are the same
-# after so many rounds, a gain below this is not worth the search; after twice as many, twice it
-NEAR, PATIENCE = 0.05, 6
+# after so many rounds, or milliseconds, a gain below this is not worth the search; after twice as many, twice it
+NEAR, PATIENCE, LONG = 0.05, 6, 10_000
 LOOK = 3  # rounds before anything is decided, but for
 HOPELESS = 5  # times the fastest
 PHASE = 500  # milliseconds that a slow phase may last
@@ -106,7 +106,9 @@ def decide(
 
 def enough(
     decision: Decision,
-    rounds: int, # That it took so far
+    times: dict, # Milliseconds of the steps of each candidate in the race
 ) -> bool:
-    "May the race end? When it is sure, or when what may still be gained is little."
-    return rounds >= LOOK and (decision.sure or rounds >= PATIENCE and decision.by <= NEAR*rounds/PATIENCE)
+    "May the race end? When it is sure, or when what may still be gained is little for what it takes to find out."
+    rounds, took = max(map(len, times.values())), sum(map(sum, times.values()))
+    effort = max(rounds/PATIENCE, took/LONG)
+    return rounds >= LOOK and (decision.sure or effort >= 1 and decision.by <= NEAR*effort)

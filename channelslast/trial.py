@@ -137,7 +137,7 @@ class Trial:
                 if not c.running: continue
                 ms = c.attempt(self.learn, lambda: (c.switch(self.learn, self.cbs), self.step(c, i))[1])
                 if c.running: c.ms.append(ms)
-            beaten, ends = rank0s(self._judge(has, i + 1))
+            beaten, ends = rank0s(self._judge(has))
             for k in beaten: self._stop(self.candidates[k])
             if ends: break
         return self._decide(has)
@@ -149,12 +149,12 @@ class Trial:
         home = next((c for c in self.candidates if c.key == has), self.candidates[0])
         return race.decide({c: c.ms for c in sorted(self.running, key=_simple)}, home)
 
-    def _judge(self, has, rounds) -> tuple:
+    def _judge(self, has) -> tuple:
         "Who is beaten, as places among the candidates, and is it decided among the others?"
         times = {c: c.ms for c in self.running}
         if race.early(times): return [], False
         beaten = [c for c in race.beaten(times) if not (c.baseline and race.doubt(c.ms) > KNOWN)]
-        return [self.candidates.index(c) for c in beaten], race.enough(self._decide(has), rounds)
+        return [self.candidates.index(c) for c in beaten], race.enough(self._decide(has), times)
 
     def _stop(self, c):
         far = race.fastest(c.ms) > race.FAR*min(race.fastest(o.ms) for o in self.running)

@@ -1,5 +1,6 @@
 "`format_find(train=False)` and `to_fastest(train=False)`, with fake times where speed is not the subject."
 import pickle
+import sys
 from copy import deepcopy
 
 import pytest
@@ -77,7 +78,7 @@ def test_folded_weights_are_prepared_when_the_format_changed(has, fake, monkeypa
     "Once a round, and never within the time of a step."
     ready = []
     monkeypatch.setattr(trial.race, 'beaten', lambda times: [])
-    monkeypatch.setattr(trial.race, 'enough', lambda decision, rounds: False)
+    monkeypatch.setattr(trial.race, 'enough', lambda decision, times: False)
     has(); fake({})
     learn = learner(stirred(convnet()))
     real = prediction_trial.step_ms
@@ -88,6 +89,23 @@ def test_folded_weights_are_prepared_when_the_format_changed(has, fake, monkeypa
     predict(learn, num_it=8)
     last = ['channels last' in o for o in fake.steps[8:]]  # after the warm-up, two rounds, and that of those folded
     assert all(ready) and len(ready) == 18 and sum(a != b for a, b in zip(last, last[1:])) == 8
+
+
+@pytest.mark.parametrize('train', [True, False])
+def test_the_bar_ends_with_the_last_step(has, monkeypatch, train):
+    class Bar:
+        def __init__(self, gen, leave): self.total, self.seen = len(gen), []; bars.append(self)
+        def update(self, n): self.seen.append(n)
+        def on_iter_end(self): pass
+    bars = []
+    monkeypatch.setattr(sys.modules['channelslast.format_find'], 'progress_bar', Bar)
+    monkeypatch.setattr(trial.race, 'beaten', lambda times: [])
+    monkeypatch.setattr(trial.race, 'enough', lambda decision, times: False)
+    has()
+    learn = learner(stirred(convnet()))
+    learn.progress = None  # it has one
+    find(learn, train=train)
+    assert bars[0].seen == [*range(bars[0].total + 1)]
 
 
 def test_nothing_to_fold_is_no_candidate(has, fake):

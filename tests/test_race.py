@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from channelslast.race import NEAR, PATIENCE, PHASE, TIE, Decision, ahead, beaten, decide, doubt, early, enough, fastest
+from channelslast.race import LONG, NEAR, PATIENCE, PHASE, TIE, Decision, ahead, beaten, decide, doubt, early, enough, fastest
 
 recorded = Path(__file__).parent/'recorded'
 busy = json.loads((recorded/'busy-steps-avx512-bf16.json').read_text())['models']
@@ -24,7 +24,7 @@ def race(step, keys, num_it=15, has='contiguous, fp32'):
         for k in list(times)[::(-1)**i]: times[k].append(step(k, i))
         steps += len(times)
         for k in beaten(times): del times[k]
-        if enough(decide(times, has), i + 1): break
+        if enough(decide(times, has), times): break
     return decide(times, has), steps
 
 
@@ -181,6 +181,9 @@ def test_how_much_faster_the_rival_may_be():
 
 def test_enough():
     near, far, sure = Decision('a', 'b', NEAR), Decision('a', 'b', 0.06), Decision('a', 'b', TIE)
-    assert enough(sure, 3) and not enough(sure, 2)
-    assert enough(near, PATIENCE) and not enough(near, PATIENCE - 1) and not enough(far, PATIENCE)
-    assert enough(far, 2*PATIENCE)  # the longer it took, the less is worth going on for
+    def _times(rounds, ms=1.): return dict(a=[ms]*rounds, b=[ms]*rounds)
+    assert enough(sure, _times(3)) and not enough(sure, _times(2))
+    assert enough(near, _times(PATIENCE)) and not enough(near, _times(PATIENCE - 1)) and not enough(far, _times(PATIENCE))
+    assert enough(far, _times(2*PATIENCE))  # the longer it took, the less is worth going on for
+    assert enough(near, _times(4, LONG/8)) and not enough(near, _times(4, LONG/8 - 1)) and not enough(far, _times(4, LONG/8))
+    assert enough(far, _times(4, LONG/4)) and not enough(far, _times(2, LONG))
