@@ -147,7 +147,8 @@ def nudge(inputs, eps):
     "The inputs with each number off by a rounding error, up or down; whole numbers may be codes, and stay."
     def _off(t):
         if not t.is_floating_point(): return t
-        by = max(eps, torch.finfo(t.dtype).eps)*(torch.rand_like(t) - 0.5).sign()
+        up = (torch.rand_like(t) < 0.5).to(t.dtype)
+        by = max(eps, torch.finfo(t.dtype).eps)*(2*up - 1)
         return torch.where(t == t.round(), t, t + t*by)
     return tree_map_only(Tensor, _off, inputs)
 
