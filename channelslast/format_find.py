@@ -117,8 +117,8 @@ def format_find(self:Learner,
     reads `'bf16+fp32'`.
 
     Predictions are made in eval mode, without gradients, on batches of `dl`; which candidate is the fastest depends on
-    their size. They are measured with batch norms folded too (`FoldBatchNorm`), where a format is not far behind, and
-    all outputs are compared with contiguous fp32.
+    their size. They are measured with batch norms folded too (`FoldBatchNorm`), where two rounds more show that a
+    format is not far behind, and all outputs are compared with contiguous fp32.
 
     Other arguments are those of `torch.amp.GradScaler`, for fp16. In a distributed run, rank 0's result holds for all.
     Raises `ValueError` for arguments that can't be, a model that can't train or whose weights are in half precision, an

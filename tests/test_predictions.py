@@ -37,6 +37,13 @@ def fake(monkeypatch):
     return _fake
 
 
+@pytest.fixture
+def all_rounds(monkeypatch):
+    "Nobody is beaten, and nothing is ever enough."
+    monkeypatch.setattr(trial.race, 'beaten', lambda times: [])
+    monkeypatch.setattr(trial.race, 'enough', lambda decision, times: False)
+
+
 def stirred(model):
     "Batch norms whose statistics and weights are not those that hide mistakes."
     for m in model.modules():
@@ -74,11 +81,9 @@ def test_a_machine_that_slows_down_favours_nobody(has, fake):
     assert label(t.best) == 'channels last, fp32, folded' and [r.ms for r in t.rows] == [100, 100, 100, 80]
 
 
-def test_folded_weights_are_prepared_when_the_format_changed(has, fake, monkeypatch):
+def test_folded_weights_are_prepared_when_the_format_changed(has, fake, all_rounds, monkeypatch):
     "Once a round, and never within the time of a step."
     ready = []
-    monkeypatch.setattr(trial.race, 'beaten', lambda times: [])
-    monkeypatch.setattr(trial.race, 'enough', lambda decision, times: False)
     has(); fake({})
     learn = learner(stirred(convnet()))
     real = prediction_trial.step_ms
@@ -92,15 +97,13 @@ def test_folded_weights_are_prepared_when_the_format_changed(has, fake, monkeypa
 
 
 @pytest.mark.parametrize('train', [True, False])
-def test_the_bar_ends_with_the_last_step(has, monkeypatch, train):
+def test_the_bar_ends_with_the_last_step(has, all_rounds, monkeypatch, train):
     class Bar:
         def __init__(self, gen, leave): self.total, self.seen = len(gen), []; bars.append(self)
         def update(self, n): self.seen.append(n)
         def on_iter_end(self): pass
     bars = []
     monkeypatch.setattr(sys.modules['channelslast.format_find'], 'progress_bar', Bar)
-    monkeypatch.setattr(trial.race, 'beaten', lambda times: [])
-    monkeypatch.setattr(trial.race, 'enough', lambda decision, times: False)
     has()
     learn = learner(stirred(convnet()))
     learn.progress = None  # it has one
