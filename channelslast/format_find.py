@@ -109,7 +109,8 @@ def format_find(self:Learner,
     few batches kept on the device, interleaved; of each candidate the fastest counts, since whatever else the machine
     does only adds time. Who cannot win any more stops early; all stop when the choice is sure, or when what may still
     be gained is not worth the time. What the Learner has (contiguous fp32, if that is not measured) is left only for
-    what is clearly faster. The loader is timed apart.
+    what is clearly faster. The loader is timed apart; on a CPU the optimizer too, once, since it does the same in each
+    format, and its time is added.
     Each candidate's loss and gradients are compared with contiguous fp32, which is always measured. Takes at most
     `(1 + num_it) × candidates` steps and a forward and backward pass each, and the memory of one more copy of the model
     and the optimizer's state. With `layers`, each distinct convolution and linear layer is timed alone in half and in
@@ -147,11 +148,11 @@ def format_find(self:Learner,
             trial.warm_up(candidates)
             layer_rows = trial.tune(kwargs) if layers else []
             trial.check_numbers()
-            if not train: trial.add_folded(kwargs)
+            if train: trial.time_optimizer()
+            else: trial.add_folded(kwargs)
             decision = trial.run(num_it, has if not train else (*has[:2], False))
-            optimizer_ms = trial.optimizer_ms(decision.best) if train else None
     result = _result(candidates, decision, loader_ms=loader_ms, layers=layer_rows,
-                     optimizer_ms=optimizer_ms, advice=advice, train=train)
+                     optimizer_ms=trial.optimizer_ms, advice=advice, train=train)
     result.__dict__.update(rank0s(vars(result)))
     if bar: bar.on_iter_end()
     if show_plot: result.plot()

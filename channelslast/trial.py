@@ -6,6 +6,7 @@ from itertools import islice
 
 import torch
 from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
+from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastcore.foundation import L
 from torch.utils._pytree import tree_leaves
@@ -21,12 +22,27 @@ __all__ = ['WARM_UP', 'BATCHES', 'LOADER_BATCHES', 'step_ms', 'load_batches', 'T
 
 WARM_UP, BATCHES, LOADER_BATCHES = 1, 4, 8  # what else warms up makes early rounds slower, which the fastest forgives
 KNOWN = 0.05  # contiguous fp32 goes on until its time is as sure as this: every speed-up is told in it
-OPTIMIZER_STEPS = 5
+OPTIMIZER_STEPS = 3
+APART = {'cpu'}  # where the optimizer runs when all before it has ended, so that its time can be added
+
+
+class OptimizerApart(Callback):
+    "Leaves the optimizer out of each step, and notes what that would have taken."
+    order = 1000  # clipping and the scaler's part come before, and stay
+    def __init__(self, ms): self.ms, self.owed = ms, 0.
+    def before_step(self):
+        self.owed += self.ms
+        raise CancelStepException
+
+    def pay(self) -> float:
+        ms, self.owed = self.owed, 0.
+        return ms
 
 
 def step_ms(learn, batch) -> float:
-    "Milliseconds of one training step of the Learner."
-    return elapsed_ms(fit_device(learn), lambda: learn.one_batch(0, batch))
+    "Milliseconds of one training step of the Learner, with what its optimizer takes, if that is left out."
+    ms = elapsed_ms(fit_device(learn), lambda: learn.one_batch(0, batch))
+    return ms + sum(cb.pay() for cb in learn._grab_cbs(OptimizerApart))
 
 
 def load_batches(learn, loader) -> tuple:
@@ -62,6 +78,7 @@ class Trial:
         self.device = fit_device(learn)
         state = tree_leaves(list(getattr(getattr(learn.opt, 'opt', learn.opt), 'state', {}).values()))
         self.steps, self.sound, self.stepped = 0, True, any(isinstance(t, torch.Tensor) for t in state)
+        self.optimizer_ms = None
         learn.cbs = L(self.cbs)
         learn('before_fit'); learn('before_epoch'); learn(self.event)
 
@@ -126,6 +143,21 @@ class Trial:
         with torch.compiler.set_stance('force_eager'):
             check_numbers(self.learn, self.candidates, self.cbs, self.batches[0])
 
+    def time_optimizer(self):
+        """Milliseconds of the optimizer's part of a step, the fastest of a few; None where it can't run alone.
+
+        It does the same in each format and precision, and is up to half of a step and much of its noise: on a CPU the
+        steps that follow leave it out, and add this time."""
+        try:
+            self.candidates[0].switch(self.learn, [stop_before_step(self.learn), *self.cbs])
+            self.learn.one_batch(0, self.batches[0])
+            ms = race.fastest([elapsed_ms(self.device, self.learn.opt.step) for _ in range(OPTIMIZER_STEPS)])
+        except Exception: return
+        self.optimizer_ms = ms
+        if self.device.type not in APART: return
+        self.cbs.append(apart := OptimizerApart(ms))
+        apart.learn = self.learn
+
     def run(self,
         num_it, # Rounds at the most
         has, # `(memory_format, precision, folded)` of the Learner
@@ -159,15 +191,3 @@ class Trial:
     def _stop(self, c):
         far = race.fastest(c.ms) > race.FAR*min(race.fastest(o.ms) for o in self.running)
         c.out(f'dropped after {len(c.ms)} steps: far slower' if far else '', valid=True)
-
-    def optimizer_ms(self, c) -> float:
-        """Milliseconds of the optimizer's part of a candidate's step, the fastest of those that begin within the time
-        of one such step; None where it can't run alone."""
-        try:
-            c.switch(self.learn, [stop_before_step(self.learn), *self.cbs])
-            self.learn.one_batch(0, self.batches[0])
-            ms = []
-            while len(ms) < OPTIMIZER_STEPS and sum(ms) < race.fastest(c.ms):
-                ms.append(elapsed_ms(self.device, self.learn.opt.step))
-            return race.fastest(ms)
-        except Exception: return None

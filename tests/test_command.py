@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from channelslast import __main__ as command
+from channelslast import __main__ as command, keep_memory
 from channelslast.candidates import current
 from channelslast.command import demo, judge
 from channelslast.layers import LayerTiming
@@ -99,7 +99,7 @@ def test_bench(monkeypatch, capsys):
                          '--device', 'cpu')
     assert code == 0, err
     lines = [o.split() for o in out.splitlines() if o.split()[:1] in (['squeezenet1_1'], ['r3d_18'])]
-    assert len(lines) == 4 and out.splitlines()[0].count('PyTorch') == 1
+    assert len(lines) == 4 and out.splitlines()[0].count('PyTorch') == 1 and ('keep_memory' in out) == keep_memory(False)
     numbers = re.findall(r'^ *squeezenet1_1 +32 +2 +([\d.]+) +\S.*?, \S+ +([\d.]+) +([\d.]+)× +([\d.]+)× +\d+ s +(?:in quiet|disturbed) +(?:–|[\d.]+×) +([\d.]+)', out, re.M)
     assert len(numbers) == 2 and all(float(o) > 0 for o in numbers[0]) and re.search(r'r3d_18.* fails ', out)  # fastai's own can't
 
@@ -118,11 +118,13 @@ def test_bench_of_predictions(monkeypatch, capsys, has):
 
 
 @pytest.mark.parametrize('n, sets, steps', [(1, 1, 1), (3, 3, 3), (12, 6, 12), (20, 6, 24)])
-def test_several_sets_of_copies(n, sets, steps):
-    "Each warmed up, and at least as many steps as asked for."
-    made, ran = [], []
+def test_several_sets_of_copies(monkeypatch, n, sets, steps):
+    "Each warmed up, in memory of its own that it keeps, and at least as many steps as asked for."
+    made, ran, kept = [], [], []
+    monkeypatch.setattr(judge, 'keep_memory', lambda keep=True: kept.append(keep))
     def _make(): return made.append(1) or {'a': lambda: ran.append(1) or 1.}
     assert len(judge.sittings(_make, n)['a']) == steps and len(made) == sets and len(ran) == steps + sets
+    assert kept == [False, True]*sets + [False]
 
 
 def test_statistics_of_a_batch():

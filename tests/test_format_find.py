@@ -105,8 +105,9 @@ def test_the_fastest_counts_speedups_and_the_choice(has, fake):
     assert (t.best.memory_format, t.best.precision) == ('channels_last', 'bf16') and t.margin == 0.02 and t.best.doubt < 1e-9
 
 
-def test_the_learners_own_step(has):
+def test_the_learners_own_step(has, monkeypatch):
     "Its loss, optimizer, clipping, accumulation and MixUp take part, others don't; the learning rate is 0."
+    monkeypatch.setattr(module, 'APART', {})
     seen = []
     class Mine(Callback):
         def before_batch(self): raise AssertionError('not part of a step')
@@ -282,17 +283,64 @@ def test_the_optimizers_part_is_said_where_it_is_much(fake, monkeypatch, opt, ms
     assert t.optimizer_ms == ms and (said in t.verdict if said else 'optimizer' not in t.verdict)
 
 
-@pytest.mark.parametrize('ms, times', [(1., module.OPTIMIZER_STEPS), (40., 3), (500., 1)])
-def test_the_optimizers_part_is_its_own(monkeypatch, ms, times):
-    "The step of the optimizer alone is timed, up to five times, as long as the next one begins within a training step, of 100 ms here."
-    timed = []
+@pytest.fixture
+def timed(has, monkeypatch):
+    """`timed(**kwargs)`: what is measured of two candidates, and how often the optimizer ran, whose `fails`th step is an
+    error. Alone it takes 70 ms, then 40; anything else takes 100."""
     def _ms(device, f):
         f()
-        timed.append(getattr(f, '__name__', ''))
-        return ms if timed[-1] == 'step' else 100.
-    monkeypatch.setattr(module, 'elapsed_ms', _ms)
-    assert find().optimizer_ms == ms
-    assert timed[-times:] == ['step']*times == [o for o in timed if o == 'step']
+        if getattr(f, '__name__', '') != 'step': return 100.
+        alone.append(1)
+        return 40. if alone[1:] else 70.
+    def _timed(fails=0, **kwargs):
+        def _opt(*args, **kw):
+            opt = Adam(*args, **kw)
+            real = opt.step
+            def step():
+                ran.append(1)
+                if len(ran) == fails: raise RuntimeError('not without a new gradient')
+                real()
+            opt.step = step
+            return opt
+        return find(learner(opt_func=_opt, **kwargs)), len(ran)
+    alone, ran = [], []
+    has(); monkeypatch.setattr(module, 'elapsed_ms', _ms)
+    return _timed
+
+
+N = module.OPTIMIZER_STEPS  # after two to warm up; three rounds decide
+
+
+def test_on_a_cpu_the_optimizer_is_timed_once_and_added(timed):
+    t, ran = timed()
+    assert t.optimizer_ms == 40. and [r.ms for r in t.rows] == [140.]*2 and ran == 2 + N
+
+
+def test_elsewhere_the_optimizer_is_part_of_each_step(timed, monkeypatch):
+    "A GPU has its work when all of it was launched, not when it is done: times don't add up."
+    monkeypatch.setattr(module, 'APART', {})
+    t, ran = timed()
+    assert t.optimizer_ms == 40. and [r.ms for r in t.rows] == [100.]*2 and ran == 2 + N + 2*3
+
+
+@pytest.mark.parametrize('fails', [3, 4])
+def test_an_optimizer_that_cant_run_alone_is_part_of_each_step(timed, fails):
+    t, ran = timed(fails)
+    assert t.optimizer_ms is None and [r.ms for r in t.rows] == [100.]*2 and ran == fails + 2*3
+
+
+def test_what_comes_before_the_optimizer_stays_in_the_step(timed):
+    clipped = []
+    class Clip(GradientClip):
+        def before_step(self): clipped.append(1); super().before_step()
+    t, ran = timed(cbs=Clip(1.))
+    assert len(clipped) == 2 + 2*3 and t.rows[0].ms == 140.
+
+
+def test_the_optimizer_is_added_only_where_it_would_run(timed):
+    "Every other batch of 8, here; the fastest batch is one without."
+    t, ran = timed(cbs=GradientAccumulation(16))
+    assert [r.ms for r in t.rows] == [100.]*2 and {r.doubt for r in t.rows} != {0.} and t.optimizer_ms == 40.
 
 
 # to_fastest
