@@ -12,7 +12,7 @@ USUAL = (M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 32*2**20), (M_TRIM_THRESHOLD, 64
 def keep_memory(
     keep:bool=True, # False: as usual again, and what is free goes back at once
 ) -> bool: # Can this machine's C library? glibc can: Linux, but for Alpine
-    """Let the process keep the memory of freed tensors for its next ones, which makes steps on a CPU faster.
+    """Let the process keep freed tensors' memory for the next ones: steps on a CPU get faster, if tensors are large.
 
     As usual, glibc gives a freed block above 32 MiB, and the end of its heap, back to the system; the next such tensor
     costs a page fault for each 4 KiB (https://man7.org/linux/man-pages/man3/mallopt.3.html). For the whole process,
