@@ -144,7 +144,7 @@ class Trial:
             check_numbers(self.learn, self.candidates, self.cbs, self.batches[0])
 
     def time_optimizer(self):
-        """Milliseconds of the optimizer's part of a step, the fastest of a few; None where it can't run alone.
+        """Fill `optimizer_ms`: its part of a step, the fastest of a few; None where it can't run alone.
 
         It does the same in each format and precision, and is up to half of a step and much of its noise: on a CPU the
         steps that follow leave it out, and add this time."""

@@ -53,7 +53,7 @@ def main(
     names = [o.strip() for o in models.split(',') if o.strip()] or list(PANEL)
     for n in names:
         if n not in PANEL: build(n, 10, size or 64)  # a wrong name shows before anything is measured
-    print(versions(device) + ', `keep_memory()`'*keep_memory(False), flush=True)
+    print(versions(device) + ', `keep_memory()`'*keep_memory(False), flush=True)  # named where it works
     rows, judged = [], judge_predictions if predict else judge
     todo = [(n, size or px, bs or images) for n, px, images in measured(names, device.type == 'cpu', predict)]
     for name, px, images in dict.fromkeys(todo):
