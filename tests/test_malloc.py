@@ -43,8 +43,6 @@ def as_usual():
     keep_memory(False)
 
 
-
-
 @here
 def test_what_is_kept_goes_back_at_once():
     before = resident()
@@ -64,6 +62,7 @@ def in_a_new_process(code, **env):
 def test_there_and_back():
     "In a new process, each tensor larger than all freed before: a free block that would do is taken in place of a mapping."
     in_a_new_process("""
+        assert mapped(1024)
         for mib in (128, 512):
             assert keep_memory() and not mapped(mib)
             assert keep_memory(False) and mapped(2*mib)""")
