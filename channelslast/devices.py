@@ -34,12 +34,16 @@ def accelerates(
 ) -> bool:
     """True where autocast to this type makes a device compute faster, not only differently.
 
-    A CPU without instructions for it emulates it many times slower than fp32. oneDNN knows which it is, but for bf16 on
-    CPUs with AVX512 and without AVX512-BF16: it calls that supported, and takes 4 times as long as in fp32."""
+    A CPU without instructions for it emulates it many times slower than fp32. oneDNN knows which it is, but calls two
+    things supported that are slow: bf16 on CPUs with AVX512 and without AVX512-BF16, which takes 4 times as long as
+    fp32; and fp16 on CPUs with AVX512-FP16 (Xeons since 2023), where a convolution's backward pass takes 7 to 138 times
+    as long. Its list of kernels (`src/cpu/cpu_convolution_list.cpp`) has one for the weights' gradient in fp16 with
+    AMX-FP16 alone, and CPUs with that have bf16, too: so fp16 is for other devices."""
     if not torch.amp.is_autocast_available(device_type): return False
     if device_type == 'cpu':
-        test = getattr(torch.ops.mkldnn, f'_is_mkldnn_{amp_mode.value}_supported', None)  # no such op: no oneDNN here
-        return bool(test and test()) and not (amp_mode is AMPMode.BF16 and _emulates_bf16())
+        if amp_mode is AMPMode.FP16: return False
+        test = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', None)  # no such op: no oneDNN here
+        return bool(test and test()) and not _emulates_bf16()
     if device_type == 'cuda' and amp_mode is AMPMode.BF16:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return True

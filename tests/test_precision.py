@@ -31,9 +31,9 @@ def messages(f):
 @pytest.mark.parametrize('features, fast', [((), True), (('avx512', 'avx512_bf16'), True), (('avx512', 'amx_tile'), True),
                                             (('avx512',), False)])
 def test_pytorch_knows_what_the_cpu_accelerates(monkeypatch, features, fast):
-    "But for CPUs with AVX512 and without its bf16: oneDNN emulates it, and says it is supported."
-    class Ops:
-        _is_mkldnn_fp16_supported, _is_mkldnn_bf16_supported = staticmethod(lambda: False), staticmethod(lambda: True)
+    """But for CPUs with AVX512 and without its bf16, which oneDNN emulates, and fp16, whose gradients it does (Xeons with
+    AVX512-FP16): it says that both are supported."""
+    class Ops: _is_mkldnn_fp16_supported = _is_mkldnn_bf16_supported = staticmethod(lambda: True)
     monkeypatch.setattr(torch.ops, 'mkldnn', Ops)
     for o in 'avx512', 'avx512_bf16', 'amx_tile':
         monkeypatch.setattr(torch.cpu, f'_is_{o}_supported', lambda o=o: o in features)
