@@ -36,7 +36,7 @@ def accelerates(
 
     A CPU without instructions for it emulates it many times slower than fp32. oneDNN knows which it is, but calls two
     things supported that are slow: bf16 on CPUs with AVX512 and without AVX512-BF16, which takes 4 times as long as
-    fp32; and fp16 on CPUs with AVX512-FP16 (Xeons since 2023), where a convolution's backward pass takes 7 to 138 times
+    fp32; and fp16 on CPUs with AVX512-FP16 (Xeons since 2023), where a convolution's two passes take 8 to 139 times
     as long. Its list of kernels (`src/cpu/cpu_convolution_list.cpp`) has one for the weights' gradient in fp16 with
     AMX-FP16 alone, and CPUs with that have bf16, too: so fp16 is for other devices."""
     if not torch.amp.is_autocast_available(device_type): return False

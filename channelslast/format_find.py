@@ -17,7 +17,7 @@ from .precision import DTYPES, check_scaler
 from .race import TIE, fastest
 from .prediction_trial import LOOK, PredictionTrial
 from .timings import FormatTimings, label
-from .trial import WARM_UP, Trial, load_batches
+from .trial import Trial, load_batches
 from .untouched import TAKE_PART, check_model, untouched
 
 __all__ = []
@@ -134,7 +134,7 @@ def format_find(self:Learner,
     candidates, advice = [Candidate(f, p, kwargs) for f, p in pairs], fused_line(self) if train else None
     tuned = [p for f, p in pairs if layers and f == 'channels_last' and p != 'fp32']
     n = len(pairs) + len(tuned)
-    steps = n*(WARM_UP + num_it) if train else n*(2*(WARM_UP + num_it) + LOOK)  # as they are, and folded
+    steps = n*(1 + num_it) if train else n*(2*(1 + num_it) + LOOK)  # as they are, and folded
     bar = progress_bar(range(steps), leave=False) if hasattr(self, 'progress') else None  # `no_bar` takes it away
     tick = bar.update if bar else noop
     tick(0)

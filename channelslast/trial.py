@@ -18,9 +18,10 @@ from .layers import fp32_names, record_inputs, time_layers
 from .same_numbers import check_numbers, stop_before_step
 from .precision import DTYPES
 
-__all__ = ['WARM_UP', 'BATCHES', 'LOADER_BATCHES', 'step_ms', 'load_batches', 'Trial']
+__all__ = ['BATCHES', 'LOADER_BATCHES', 'step_ms', 'load_batches', 'Trial']
 
-WARM_UP, BATCHES, LOADER_BATCHES = 1, 4, 8  # what else warms up makes early rounds slower, which the fastest forgives
+BATCHES, LOADER_BATCHES = 4, 8
+EMULATED = 20  # times contiguous fp32's first step; what a device emulates takes fifty and more
 KNOWN = 0.05  # contiguous fp32 goes on until its time is as sure as this: every speed-up is told in it
 OPTIMIZER_STEPS = 3
 APART = {'cpu'}  # where the optimizer runs when all before it has ended, so that its time can be added
@@ -114,11 +115,20 @@ class Trial:
         if not self.stepped: self.learn.opt.clear_state()  # it had none before this
         self.learn.model.zero_grad(set_to_none=True)
 
+    def take(self, c, i=0) -> float:
+        "Milliseconds of one step in a candidate's format and precision; None if it fails."
+        return c.attempt(self.learn, lambda: (c.switch(self.learn, self.cbs), self.step(c, i))[1])
+
     def warm_up(self, candidates):
-        "The first step of each, which allocates, compiles and chooses kernels."
+        """The first step of each, which allocates, compiles and chooses kernels; what else warms up makes early rounds
+        slower, which the fastest forgives. Who takes very much longer than contiguous fp32, a second time too, is out:
+        the device emulates that precision, and each of the steps that follow would take minutes."""
         for c in candidates:
-            c.attempt(self.learn, lambda: (c.switch(self.learn, self.cbs),
-                                           [self.step(c, i) for i in range(WARM_UP) if c.running]))
+            c.first_ms = self.take(c)
+            usual = self.candidates[0].first_ms
+            def _emulated(ms): return rank0s(c.running and ms > EMULATED*usual)
+            if _emulated(c.first_ms) and _emulated(again := self.take(c)):
+                c.out(f'a step takes {again/usual:.0f} times as long as in contiguous fp32')
         self.learn.cbs = L(self.cbs)
 
     def tune(self, scaler) -> list: # `LayerTiming`s
@@ -167,7 +177,7 @@ class Trial:
             # there and back, so that drift hits all alike and the format changes once a round
             for c in sorted(self.candidates, key=lambda c: c.last)[::(-1)**i]:
                 if not c.running: continue
-                ms = c.attempt(self.learn, lambda: (c.switch(self.learn, self.cbs), self.step(c, i))[1])
+                ms = self.take(c, i)
                 if c.running: c.ms.append(ms)
             beaten, ends = rank0s(self._judge(has))
             for k in beaten: self._stop(self.candidates[k])

@@ -97,6 +97,17 @@ def test_hopeless_candidates_are_dropped_early(has, fake):
     assert 'dropped after 3 steps' in t.rows[1].note and t.rows[1].ms == 400. and t.best is t.rows[0]
 
 
+@pytest.mark.parametrize('firsts, steps', [((2001., 2001.), 2), ((2001., 80.), 1 + 1 + 3), ((1999.,), 1 + 3)])
+def test_who_is_emulated_is_out_after_two_steps(has, fake, firsts, steps):
+    "Not who compiles in its first step, or is disturbed in it."
+    half = 'contiguous', 'bf16'
+    has('bf16'); fake(lambda key, n: 100. if key != half else firsts[k - 1] if (k := fake.steps.count(half)) <= len(firsts) else 80.)
+    t = find(formats='contiguous')
+    r = next(r for r in t.rows if r.precision == 'bf16')
+    assert fake.steps.count(half) == steps and (r is t.best) == r.valid == (r.ms is not None) == (steps > 2)
+    assert r.note == ('' if r.valid else 'a step takes 20 times as long as in contiguous fp32') and (steps > 2 or r.note in repr(t))
+
+
 def test_the_fastest_counts_speedups_and_the_choice(has, fake):
     has('bf16')
     fake(lambda key, n: {('contiguous', 'fp32'): 100., ('contiguous', 'bf16'): 70., ('channels_last', 'fp32'): 80.}.get(key, 50.) * (1 if n % 7 else 9))
