@@ -36,7 +36,7 @@ class Candidate:
             self.cbs.append(DeviceMixedPrecision(precision, fp32_layers, **(scaler if precision == 'fp16' else {})))
         self.fold = FoldBatchNorm() if folded else None
         self.cbs += [self.fold]*folded
-        self.ms, self.first_ms, self.note, self.running, self.valid, self.scaler = [], None, '', True, True, None
+        self.ms, self.note, self.running, self.valid, self.scaler = [], '', True, True, None
         self.loss_diff = self.grad_diff = self.pred_diff = self.memory = None
 
     def out(self, note, valid=False):

@@ -79,7 +79,7 @@ class Trial:
         self.device = fit_device(learn)
         state = tree_leaves(list(getattr(getattr(learn.opt, 'opt', learn.opt), 'state', {}).values()))
         self.steps, self.sound, self.stepped = 0, True, any(isinstance(t, torch.Tensor) for t in state)
-        self.optimizer_ms = None
+        self.optimizer_ms = self.first_ms = None
         learn.cbs = L(self.cbs)
         learn('before_fit'); learn('before_epoch'); learn(self.event)
 
@@ -123,12 +123,12 @@ class Trial:
         """The first step of each, which allocates, compiles and chooses kernels; what else warms up makes early rounds
         slower, which the fastest forgives. Who takes very much longer than contiguous fp32, a second time too, is out:
         the device emulates that precision, and each of the steps that follow would take minutes."""
+        def _emulated(c, ms): return rank0s(c.running and ms > EMULATED*self.first_ms)
         for c in candidates:
-            c.first_ms = self.take(c)
-            usual = self.candidates[0].first_ms
-            def _emulated(ms): return rank0s(c.running and ms > EMULATED*usual)
-            if _emulated(c.first_ms) and _emulated(again := self.take(c)):
-                c.out(f'a step takes {again/usual:.0f} times as long as in contiguous fp32')
+            ms = self.take(c)
+            if c.baseline: self.first_ms = ms
+            if _emulated(c, ms) and _emulated(c, ms := self.take(c)):
+                c.out(f'a step takes {ms/self.first_ms:.0f} times as long as in contiguous fp32')
         self.learn.cbs = L(self.cbs)
 
     def tune(self, scaler) -> list: # `LayerTiming`s
