@@ -7,7 +7,7 @@ from fastai.callback.core import Callback
 from torch import nn
 
 from .fold_plan import ForwardTrace, Pair, is_complete
-from .folding import Prepared, difference, hooked_globally, is_eager, nudge, signature_of, structure_of
+from .folding import Prepared, difference, hooked_globally, is_eager, nudge, numbers_of, signature_of, structure_of
 from .pickling import pickled_as
 from .reproducible import keep_random_states
 from .untouched import keep_dict
@@ -76,6 +76,7 @@ class Folds:
         return out
 
     def _try(self, plan, truth, kind, forward, args, kwargs):
+        if not numbers_of(truth): return self._stay("gives outputs without numbers, which can't be compared")
         self._prepare(plan)
         try:
             with keep_random_states(): off = difference(self.prepared.run(forward, args, kwargs)[0], truth)

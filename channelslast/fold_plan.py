@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-__all__ = ['WEIGHTS', 'STATISTICS', 'HOOKS', 'Pair', 'Cast', 'ForwardTrace', 'tensors_of', 'memory_of', 'state_of',
+from .containers import tensors_of
+
+__all__ = ['WEIGHTS', 'STATISTICS', 'HOOKS', 'Pair', 'Cast', 'ForwardTrace', 'memory_of', 'state_of',
            'foreign', 'is_complete']
 
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
@@ -25,9 +26,6 @@ HOOKS = '_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backwar
 Pair = namedtuple('Pair', 'conv norm after dtype')
 Cast = namedtuple('Cast', 'module name dtype')      # a parameter that each pass casts to this type
 Op = namedtuple('Op', 'name call ins named out dtype')
-
-
-def tensors_of(x): return [t for t in tree_leaves(x) if isinstance(t, Tensor)]
 
 
 def memory_of(t: Tensor):

@@ -1,17 +1,20 @@
 "Running a model with its batch norms folded, by a plan; and what such a plan depends on. Plain PyTorch."
 import math
+from numbers import Number
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .fold_plan import HOOKS, STATISTICS, WEIGHTS, Cast, Pair, foreign, memory_of, state_of, tensors_of
+from .containers import leaves, map_tensors, tensors_of
+from .fold_plan import HOOKS, STATISTICS, WEIGHTS, Cast, Pair, foreign, memory_of, state_of
 from .memory_format import modules_of
 from .workarounds import replace_forwards
 
-__all__ = ['Prepared', 'is_eager', 'hooked_globally', 'structure_of', 'signature_of', 'nudge', 'difference']
+__all__ = ['Prepared', 'is_eager', 'hooked_globally', 'structure_of', 'signature_of', 'nudge', 'numbers_of',
+           'difference']
 
 SWITCHES, PLAIN = {bool, str, type(None)}, (bool, int, float, str)
 WRAPPED = nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule
@@ -134,29 +137,36 @@ def hooked_globally() -> bool:
 
 def signature_of(args, kwargs) -> tuple: # Of the kind of input, and of the shapes but for the batch
     "What a plan depends on in the input."
-    leaves = tree_leaves((args, kwargs))
-    devices = {t.device.type for t in leaves if isinstance(t, Tensor)}
+    found = leaves((args, kwargs))
+    devices = {t.device.type for t in found if isinstance(t, Tensor)}
     def _kind(x): return (x.dtype, x.device) if isinstance(x, Tensor) else x if isinstance(x, PLAIN) else type(x)
     def _casts(d): return torch.amp.is_autocast_available(d) and torch.is_autocast_enabled(d)
-    kind, autocast = map(_kind, leaves), [(d, torch.get_autocast_dtype(d)) for d in sorted(devices) if _casts(d)]
-    return (*kind, *autocast), tuple(t.shape[1:] for t in leaves if isinstance(t, Tensor))
+    kind, autocast = map(_kind, found), [(d, torch.get_autocast_dtype(d)) for d in sorted(devices) if _casts(d)]
+    return (*kind, *autocast), tuple(t.shape[1:] for t in found if isinstance(t, Tensor))
 
 
 @torch.no_grad()
-def nudge(inputs, eps):
+def nudge(inputs, eps, generator=None):
     "The inputs with each number off by a rounding error, up or down; whole numbers may be codes, and stay."
     def _off(t):
         if not t.is_floating_point(): return t
-        up = (torch.rand_like(t) < 0.5).to(t.dtype)
+        up = (torch.rand(t.shape, device=t.device, generator=generator) < 0.5).to(t.dtype)
         by = max(eps, torch.finfo(t.dtype).eps)*(2*up - 1)
         return torch.where(t == t.round(), t, t + t*by)
-    return tree_map_only(Tensor, _off, inputs)
+    return map_tensors(_off, inputs)
+
+
+def numbers_of(x) -> list:
+    "All tensors, arrays and numbers in an output, as tensors: what can be compared."
+    kinds = Tensor, Number, np.ndarray, np.bool_
+    found = [o for o in leaves(x) if isinstance(o, kinds)]
+    return [torch.as_tensor(o) for o in found if isinstance(o, Tensor) or np.asarray(o).dtype.kind in 'biufc']
 
 
 def difference(found, truth) -> float:
-    """The largest difference of any tensor in two outputs, relative to its norm (to a thousandth of the largest, for
-    those near zero)."""
-    a, b = tensors_of(found), tensors_of(truth)
+    """The largest difference of any tensor, array or number in two outputs, relative to its norm (to a thousandth of
+    the largest, for those near zero)."""
+    a, b = numbers_of(found), numbers_of(truth)
     if not b or [(t.shape, t.dtype) for t in a] != [(t.shape, t.dtype) for t in b]: return math.inf
     offs, norms = [], []
     for x, y in zip(a, b):

@@ -9,10 +9,9 @@ import pandas as pd
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.learner import Learner
 from fastcore.basics import patch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from fastcore.foundation import L
 
-from .memory_format import castable
+from .containers import tensors_of
 from .trace import Conversion, FormatTrace
 from .untouched import check_model, untouched
 
@@ -137,12 +136,18 @@ def _batch_of(learn, batch):
             except TypeError: n = 0
             if n: raise
             raise ValueError("The Learner's training loader yields no batch: pass one, `format_summary(batch)`.") from e
-    if isinstance(batch, (Tensor, dict)): return (batch,)
-    if not isinstance(batch, (tuple, list)) or not len(batch):
-        empty = ' without elements'*isinstance(batch, (tuple, list))
-        raise ValueError(f"batch is {type(batch).__name__}{empty}: use `(x, y)` as the Learner's loader yields it, "
-                         "or `(x,)`")
-    return tuple(batch)
+    listed = isinstance(batch, (tuple, list, L))
+    if listed and len(batch): return tuple(batch)
+    if not listed and tensors_of(batch): return (batch,)
+    raise ValueError(f"batch is {type(batch).__name__}{' without elements' if listed else ''}: use `(x, y)` as the "
+                     "Learner's loader yields it, or `(x,)`")
+
+
+def _without_images(xb) -> ValueError:
+    "The error for a step in which no tensor has a memory format."
+    shapes = ', '.join(f'{tuple(t.shape)} {t.dtype}' for t in tensors_of(xb))
+    return ValueError("The step computes no 4-D or 5-D floating-point tensor, so no memory format matters. The batch's "
+                      f"inputs hold: {shapes or 'no tensor'}.")
 
 
 @patch
@@ -157,8 +162,8 @@ def format_summary(self:Learner,
     model is traced as the module it was made from; a batch without labels, or a frozen model, forward only. Costs a few
     times the step itself.
 
-    Raises `ValueError` for an empty loader or a batch without a 4-D or 5-D floating-point tensor; the model's own
-    exceptions come as they are."""
+    Raises `ValueError` for an empty loader, or where neither the batch nor the model's operations make a 4-D or 5-D
+    floating-point tensor; the model's own exceptions come as they are."""
     if not isinstance(max_rows, int) or max_rows < 1:
         raise ValueError(f'max_rows={max_rows!r}: use a whole number from 1')
     check_model(self)
@@ -167,16 +172,17 @@ def format_summary(self:Learner,
         batch = self._set_device(_batch_of(self, batch))
         self._split(batch)
         self.opt = None # nothing steps, nothing of it is touched
-        if not any(castable(t) for t in tree_leaves(self.xb)):
-            shapes = ', '.join(f'{tuple(t.shape)} {t.dtype}' for t in tree_leaves(self.xb) if isinstance(t, Tensor))
-            raise ValueError("The batch's inputs hold no 4-D or 5-D floating-point tensor, so no memory format matters."
-                             f" They hold: {shapes or 'no tensor'}.")
+        xb = self.xb
         loss = type(self.loss_func).__name__ if not hasattr(self.loss_func, '__name__') else self.loss_func.__name__
         trace = FormatTrace(self.model, batch, loss)
         self.add_cb(_OneStep(trace, stack))
         self('before_fit'); self('before_epoch'); self('before_train')
         self.n_iter = 1
-        self.one_batch(0, batch)
+        try: self.one_batch(0, batch)
+        except Exception as e:  # images may arise inside the model, so that only the pass can tell
+            if trace.has_images: raise
+            raise _without_images(xb) from e
+        if not trace.has_images: raise _without_images(xb)
         notes = [" Traced forward only: the batch has no labels."]*(not len(self.yb))
         frozen = not any(p.requires_grad for p in model.parameters())
         notes += [" Traced forward only: no parameter requires a gradient."]*frozen

@@ -6,6 +6,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from .containers import map_tensors
+
 __all__ = ['FORMATS', 'castable', 'strides_of', 'moves', 'cast', 'cast_tree', 'modules_of', 'cast_module', 'like',
            'align_optimizer']
 
@@ -49,18 +51,11 @@ def cast(
 
 
 def cast_tree(
-    x, # A tensor, or tuples, lists and dicts of them, nested as you like
+    x, # A tensor, or containers of them, nested as you like
     dims = tuple(FORMATS), # Numbers of dimensions to cast
 ):
     "`x` with each tensor of so many dimensions in channels last; containers without one, and types, stay as they are."
-    if isinstance(x, dict):
-        new = {k: cast_tree(v, dims) for k, v in x.items()}
-        return x if all(new[k] is x[k] for k in x) else type(x)(new)
-    if isinstance(x, (tuple, list)):
-        new = [cast_tree(o, dims) for o in x]
-        if all(a is b for a, b in zip(new, x)): return x
-        return type(x)(*new) if hasattr(x, '_fields') else type(x)(new)
-    return cast(x) if castable(x) and x.dim() in dims else x
+    return map_tensors(lambda t: cast(t) if t.dim() in dims else t, x)
 
 
 def like(t: Tensor, ref: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from .containers import tensors_of
+from .memory_format import castable
 
 __all__ = ['Conversion', 'FormatTrace', 'layout_of']
 
@@ -78,7 +80,7 @@ def _ref(t: Tensor): return StorageWeakRef(t.untyped_storage())  # views are one
 def _strided(tree) -> list:
     """The strided tensors in nested containers, each with its memory; sparse and quantized ones have no strides to
     judge."""
-    return [(t, _ref(t)) for t in tree_leaves(tree) if isinstance(t, Tensor) and t.layout is torch.strided]
+    return [(t, _ref(t)) for t in tensors_of(tree) if t.layout is torch.strided]
 
 
 def _made(func, ins, outs, sources) -> tuple:
@@ -105,7 +107,8 @@ def _rearranged(func, new, sources) -> list:
 
 class FormatTrace(TorchDispatchMode):
     """Context manager: notes each `Conversion` in `.rows`, in order of execution, and in `.counts[backward]` how many
-    operations `(kept, had)` channels last: of those that took a channels-last activation and made a new one.
+    operations `(kept, had)` channels last: of those that took a channels-last activation and made a new one; in
+    `.has_images`, whether any input or activation has a channels-last format.
 
     An activation is what was computed from the `inputs`; what was computed from parameters alone never counts. Set
     `.backward` when the backward pass starts. The module named is the one whose forward ran the operation, or, in the
@@ -122,8 +125,9 @@ class FormatTrace(TorchDispatchMode):
         self.stack = []  # modules that are running
         self.idle = self.last = self.root  # who owns what no module runs
         self.since, self.owners = [], []  # from which autograd sequence number on who creates the nodes
+        self.has_images = any(map(castable, tensors_of(inputs)))
         self.past = {_ref(t): Past(*[layout_of(t) == 'channels_last']*2, False)
-                     for t in tree_leaves(inputs) if isinstance(t, Tensor)}
+                     for t in tensors_of(inputs)}
 
     def __enter__(self):
         self._handles = [hooks.register_module_forward_pre_hook(self._enter_module),
@@ -175,6 +179,7 @@ class FormatTrace(TorchDispatchMode):
         if not sources: return
         made, sources = _made(func, ins, outs, sources)
         self._remember(outs, made, sources)
+        self.has_images = self.has_images or any(castable(t) for t, _ in outs)
         new, layouts = [t for t, _ in made], {layout_of(t) for t, _ in made} - {None}
         last = [t for t, _ in sources if layout_of(t) == 'channels_last']
         if not last and (last := _rearranged(func, new, sources)): layouts = {'other'}
