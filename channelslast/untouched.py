@@ -1,30 +1,30 @@
 "Look and measure without leaving a trace on the Learner."
+import random
+import traceback
 from contextlib import ExitStack, contextmanager
 from copy import copy
 
+import numpy as np
 import torch
-from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.core import TrainEvalCallback
-from fastai.learner import CastToTensor
+from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from .containers import tensors_of
 from .devices import fit_device, unwrapped
+from .notes import add_note
 from .precision import keep_autocast
 from .reproducible import keep_random_states
+from .step_callbacks import changes_step, takes_part
 
 __all__ = ['untouched', 'keep_dict', 'learner_modules', 'check_model']
 
-# callbacks without which a step is another one
-TAKE_PART = TrainEvalCallback, CastToTensor, ChannelsLast, MixedPrecision
 
-
-def learner_modules(learn) -> list:
-    "Every module of the Learner's model and, if it has any, of its loss."
+def learner_modules(learn, cbs=()) -> list:
+    "Every module of the Learner's model and, if they have any, of its loss and of these callbacks."
     roots = [learn.model, learn.loss_func, getattr(learn.loss_func, 'func', None)]
+    roots += [v for cb in cbs for v in vars(cb).values()]
     return list({id(m): m for root in roots if isinstance(root, nn.Module) for m in root.modules()}.values())
 
 
@@ -41,13 +41,28 @@ def check_model(learn):
                          "`learn.model.to_empty(device='cpu')`, then load weights.")
 
 
-def _tensors(tree) -> list: return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
-
-
 def _held(modules):
-    "What modules hold on to beside tensors and modules: fastai's UNet keeps activations in `Hook` objects."
+    "Objects that modules and callbacks hold: fastai's UNet keeps activations in `Hook` objects."
     held = {id(v): v for m in modules for v in vars(m).values() if type(v).__module__ != 'builtins'}
-    return [o for o in held.values() if hasattr(o, '__dict__') and not isinstance(o, (nn.Module, Tensor, type))]
+    others = nn.Module, Tensor, type, Learner
+    return [o for o in held.values() if hasattr(o, '__dict__') and not isinstance(o, others)]
+
+
+def _keep_generators(undo, owner):
+    "Have `undo` restore the random generators among an object's attributes: Python's, NumPy's and PyTorch's."
+    for g in getattr(owner, '__dict__', {}).values():
+        if isinstance(g, random.Random): undo.callback(g.setstate, g.getstate())
+        elif isinstance(g, torch.Generator): undo.callback(g.set_state, g.get_state())
+        elif isinstance(g, np.random.RandomState): undo.callback(g.set_state, g.get_state())
+        elif isinstance(g, np.random.Generator): undo.callback(setattr, g.bit_generator, 'state', g.bit_generator.state)
+
+
+def _name_left_out(e, cbs):
+    "Say which callbacks a step that failed ran without."
+    names = ', '.join(f'`{type(o).__name__}`' for o in cbs if type(o).__module__.partition('.')[0] != 'fastai')
+    if names and any(f.f_code.co_name == 'one_batch' for f, _ in traceback.walk_tb(e.__traceback__)):
+        add_note(e, f"The step ran without {names}, so that nothing is logged, saved, stopped or drawn. A callback "
+                 "takes part if it assigns `self.learn.xb`, `yb`, `pred`, `loss`, `loss_grad` or `loss_func`.")
 
 
 def keep_dict(undo, d):
@@ -87,7 +102,7 @@ def _keep_optimizer(undo, opt):
         for group in (*own.get('param_groups', ()), *own.get('hypers', ())): keep_dict(undo, group)
         for state in getattr(opt, 'state', {}).values():
             if isinstance(state, dict): keep_dict(undo, state)
-        originals += _run_on_copies(undo, _tensors([own.get('state'), *map(list, own.get('slow_weights') or ())]))
+        originals += _run_on_copies(undo, tensors_of([own.get('state'), *map(list, own.get('slow_weights') or ())]))
         inner = own.get('opt', own.get('optimizer'))
         opt = inner if hasattr(inner, 'state') else None
     return originals
@@ -95,17 +110,20 @@ def _keep_optimizer(undo, opt):
 
 @contextmanager
 def untouched(learn,
-    take_part=TAKE_PART, # Callback classes that stay
+    classes=(), # Of callbacks that stay, beside those that a step needs
     eager=True, # Run compiled models as the modules they were made from?
     loader=None, # That is used inside; None: the training loader
 ):
     """Context manager: use the Learner as you like inside; afterwards it is bit for bit what it was, however the block
     ended: weights, buffers, gradients, their formats and memory, optimizer, modes, callbacks, recorder, hooks, random
-    states, autocast, the loader's shuffling. Costs one copy of the tensors of model and optimizer.
+    states, autocast, the loader's shuffling. Costs one copy of the tensors of model and optimizer. Callbacks that a
+    step does not need are left out; an error of a step names them.
 
     Gives the tensors with their originals' memory. What a module keeps deeper than in objects among its attributes is
     not known here."""
-    try: loader, modules = learn.dls.train if loader is None else loader, learner_modules(learn)
+    stay = [o for o in learn.cbs if takes_part(o, classes)]
+    users = [o for o in stay if changes_step(o)]
+    try: loader, modules = learn.dls.train if loader is None else loader, learner_modules(learn, users)
     except IndexError:
         raise ValueError("The Learner's DataLoaders hold no loader: there is nothing to run on.") from None
     with keep_random_states(), keep_autocast(fit_device(learn).type), torch.enable_grad(), ExitStack() as undo:
@@ -113,15 +131,15 @@ def untouched(learn,
         plain_loss = not isinstance(learn.loss_func, nn.Module) and hasattr(learn.loss_func, '__dict__')
         owners = [*modules, learn.loss_func] if plain_loss else modules
         for o in (learn, *learn.cbs, *[loader]*hasattr(loader, '__dict__'), *owners): keep_dict(undo, vars(o))
-        for o in _held(modules): keep_dict(undo, vars(o))
-        if hasattr(rng := getattr(loader, 'rng', None), 'getstate'): undo.callback(rng.setstate, rng.getstate())
-        for o in loader, getattr(loader, 'sampler', None):  # PyTorch's own loader
-            g = getattr(o, 'generator', None)
-            if isinstance(g, torch.Generator): undo.callback(g.set_state, g.get_state())
+        for o in _held([*modules, *users]): keep_dict(undo, vars(o))
+        for o in (loader, getattr(loader, 'sampler', None), *users): _keep_generators(undo, o)
         # parameters, buffers, and tensors that are plain attributes
-        originals = _run_on_copies(undo, _tensors([list(vars(o).values()) for o in owners]))
+        originals = _run_on_copies(undo, tensors_of([list(vars(o).values()) for o in (*owners, *users)]))
         opt = learn.opt_func if learn.opt is None and isinstance(learn.opt_func, OptimWrapper) else learn.opt
         originals += _keep_optimizer(undo, opt)
-        learn.cbs = L(o for o in learn.cbs if isinstance(o, take_part))
+        left_out, learn.cbs = [o for o in learn.cbs if o not in stay], L(stay)
         if eager: learn.model = unwrapped(learn.model)
-        yield originals
+        try: yield originals
+        except Exception as e:
+            _name_left_out(e, left_out)
+            raise
