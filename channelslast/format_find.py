@@ -18,12 +18,12 @@ from .race import TIE, fastest
 from .prediction_trial import LOOK, PredictionTrial
 from .timings import FormatTimings, label
 from .trial import Trial, load_batches
-from .untouched import TAKE_PART, check_model, untouched
+from .untouched import check_model, untouched
 
 __all__ = []
 
-# callbacks whose work is part of each step
-STEP_CALLBACKS = *TAKE_PART, GradientAccumulation, GradientClip, MixHandler, BnFreeze
+# callbacks whose work is part of each step, beside those that change its numbers
+STEP_CALLBACKS = GradientAccumulation, GradientClip, MixHandler, BnFreeze
 
 
 def _check(learn, train):
@@ -138,7 +138,7 @@ def format_find(self:Learner,
     bar = progress_bar(range(steps), leave=False) if hasattr(self, 'progress') else None  # `no_bar` takes it away
     tick = bar.update if bar else noop
     tick(0)
-    with untouched(self, STEP_CALLBACKS if train else TAKE_PART, eager=False, loader=loader) as originals:
+    with untouched(self, STEP_CALLBACKS if train else (), eager=False, loader=loader) as originals:
         batches, loader_ms = _batches(self, loader, train)
         if train and self.opt is None: self.create_opt()
         if train: self.opt.set_hypers(lr=0.) # weights stay, so that every candidate steps on the same ones

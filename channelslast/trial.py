@@ -9,14 +9,14 @@ from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastcore.foundation import L
-from torch.utils._pytree import tree_leaves
 
 from . import race
 from .candidates import Candidate
+from .containers import leaves, tensors_of
 from .devices import elapsed_ms, fit_device, rank0s, synchronize, unwrapped
 from .layers import fp32_names, record_inputs, time_layers
-from .same_numbers import check_numbers, stop_before_step
 from .precision import DTYPES
+from .same_numbers import check_numbers, not_finite, stop_before_step
 
 __all__ = ['BATCHES', 'LOADER_BATCHES', 'step_ms', 'load_batches', 'Trial']
 
@@ -40,6 +40,15 @@ class OptimizerApart(Callback):
         return ms
 
 
+class LookAtGradients(Callback):
+    "Names the first parameter whose gradient the optimizer would take though it is not finite."
+    order, found = 900, ''  # after the scaler, which skips steps for that, and clipping
+    def before_batch(self): self.found = ''
+    def before_step(self):
+        name = not_finite((n, p.grad) for n, p in self.model.named_parameters())
+        self.found = f'gradient of {name}' if name else ''
+
+
 def step_ms(learn, batch) -> float:
     "Milliseconds of one training step of the Learner, with what its optimizer takes, if that is left out."
     ms = elapsed_ms(fit_device(learn), lambda: learn.one_batch(0, batch))
@@ -51,7 +60,7 @@ def load_batches(learn, loader) -> tuple:
 
     All are of one shape: the fastest step of each candidate counts, which a smaller last batch would be."""
     device, batches, ms = fit_device(learn), [], []
-    def _shapes(b): return [getattr(t, 'shape', None) for t in tree_leaves(b)]
+    def _shapes(b): return [getattr(t, 'shape', None) for t in leaves(b)]
     start = time.perf_counter()
     for b in islice(loader, LOADER_BATCHES):
         synchronize(device)
@@ -77,9 +86,14 @@ class Trial:
         self.originals, self.tick = originals, tick
         self.cbs = [o for o in learn.cbs if not isinstance(o, (FastaiChannelsLast, MixedPrecision))]
         self.device = fit_device(learn)
-        state = tree_leaves(list(getattr(getattr(learn.opt, 'opt', learn.opt), 'state', {}).values()))
-        self.steps, self.sound, self.stepped = 0, True, any(isinstance(t, torch.Tensor) for t in state)
+        state = list(getattr(getattr(learn.opt, 'opt', learn.opt), 'state', {}).values())
+        self.steps, self.sound, self.stepped = 0, True, bool(tensors_of(state))
         self.optimizer_ms = self.first_ms = None
+        names = {id(t): n for n, t in (*learn.model.named_parameters(), *learn.model.named_buffers())}
+        finite = [t for t, data in originals if data.isfinite().all()]  # an attention mask may hold infinity
+        self.finite = [(names.get(id(t), 'optimizer state'), t) for t in finite]
+        self.look = LookAtGradients()
+        self.look.learn = learn
         learn.cbs = L(self.cbs)
         learn('before_fit'); learn('before_epoch'); learn(self.event)
 
@@ -87,14 +101,13 @@ class Trial:
     def running(self): return [c for c in self.candidates if c.running]
 
     def step(self, c, i) -> float:
-        "Milliseconds of one step of a candidate, which is out if its loss is not finite."
+        "Milliseconds of one step of a candidate, which is out if it makes something infinite or NaN."
         with self.peak_memory(c): ms = step_ms(self.learn, self.batches[i % len(self.batches)])
         self.count()
-        finite = bool(self.learn.loss.isfinite().all())
-        if c.baseline: self.sound = finite # else the user's own numbers are such
-        elif self.sound and not finite:
-            c.out('loss is not finite')
-            self._heal()
+        fault = not_finite([('loss', self.learn.loss)]) or self.look.found or not_finite(self.finite)
+        if fault: self.heal()
+        if c.baseline: self.sound = not fault # otherwise the user's own numbers are such
+        elif self.sound and fault: c.out(f'{fault} is not finite')
         return ms
 
     @contextmanager
@@ -108,27 +121,31 @@ class Trial:
         self.steps += 1
         self.tick(self.steps)
 
-    def _heal(self):
+    def heal(self):
         "Put the original values into weights, buffers and optimizer state: a step may have filled them with NaN."
         with torch.no_grad():
             for t, data in self.originals: t.copy_(data)
-        if not self.stepped: self.learn.opt.clear_state()  # it had none before this
+        if self.learn.opt is not None and not self.stepped: self.learn.opt.clear_state()  # it had none before this
         self.learn.model.zero_grad(set_to_none=True)
 
     def take(self, c, i=0) -> float:
         "Milliseconds of one step in a candidate's format and precision; None if it fails."
-        return c.attempt(self.learn, lambda: (c.switch(self.learn, self.cbs), self.step(c, i))[1])
+        ms = c.attempt(self.learn, lambda: (c.switch(self.learn, self.cbs), self.step(c, i))[1])
+        if ms is None: self.heal()
+        return ms
 
     def warm_up(self, candidates):
         """The first step of each, which allocates, compiles and chooses kernels; what else warms up makes early rounds
         slower, which the fastest forgives. Who takes very much longer than contiguous fp32, a second time too, is out:
         the device emulates that precision, and several such steps would follow."""
         def _emulated(c, ms): return rank0s(c.running and ms > EMULATED*self.first_ms)
+        self.cbs.append(self.look)
         for c in candidates:
             ms = self.take(c)
             if c.baseline: self.first_ms = ms
             if _emulated(c, ms) and _emulated(c, ms := self.take(c)):
                 c.out(f'a step takes {ms/self.first_ms:.0f} times as long as in contiguous fp32')
+        self.cbs.remove(self.look)
         self.learn.cbs = L(self.cbs)
 
     def tune(self, scaler) -> list: # `LayerTiming`s
@@ -151,7 +168,7 @@ class Trial:
         "Drop whose numbers are wrong."
         # uncompiled: each eval-mode variant would be one more recompilation, and those are limited
         with torch.compiler.set_stance('force_eager'):
-            check_numbers(self.learn, self.candidates, self.cbs, self.batches[0])
+            check_numbers(self.learn, self.candidates, self.cbs, self.batches[0], self.heal)
 
     def time_optimizer(self):
         """Fill `optimizer_ms`: its part of a step, the fastest of a few; None where it can't run alone.
