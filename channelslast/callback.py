@@ -13,7 +13,7 @@ from .fold_batch_norm import FoldBatchNorm
 from .memory_format import align_optimizer, cast_module, cast_tree, castable, modules_of
 from .pickling import pickled_as
 from .precision import DeviceMixedPrecision, check_amp_mode, check_scaler, layer_names
-from .workarounds import overruns, replace_forwards, unstrided
+from .workarounds import is_padded, overruns, replace_forwards, safely
 
 __all__ = ['ChannelsLast']
 
@@ -33,7 +33,7 @@ class ChannelsLast(_FastaiChannelsLast):
         if cast_module(self.model): align_optimizer(self.learn.opt)
         modules, device = modules_of(self.model), model_device(self.model).type
         self.dims = {p.dim() for m in modules for p in m._parameters.values() if castable(p)}
-        self._made, self._layers = {}, [m for m in modules if overruns(m)] if device == 'cpu' else ()
+        self._made, self._layers = {}, [m for m in modules if device == 'cpu' and (overruns(m) or is_padded(m))]
         cudnn = torch.backends.cudnn
         if not self._told and device == 'cuda' and cudnn.deterministic and not cudnn.benchmark:
             self._told = True
@@ -46,7 +46,7 @@ class ChannelsLast(_FastaiChannelsLast):
     def before_batch(self):
         self.leave()
         self.learn.xb = cast_tree(self.xb, self.dims)
-        self._undo = replace_forwards(self._layers, unstrided, self._made)
+        self._undo = replace_forwards(self._layers, safely, self._made)
 
     def leave(self):
         "Give layers whose forward was replaced their own back."

@@ -8,7 +8,7 @@ from torch import nn
 from .devices import elapsed_ms
 from .precision import fp32_forward
 from .race import fastest
-from .workarounds import overruns, unstrided
+from .workarounds import is_padded, overruns, safely
 
 __all__ = ['LayerTiming', 'record_inputs', 'signature', 'time_layers', 'fp32_names']
 
@@ -50,7 +50,7 @@ def signature(m, x) -> tuple:
 def layer_ms(m, x, device, half, in_fp32) -> float:
     """Milliseconds of one forward and backward pass of a layer inside autocast, or outside it with the casts that this
     needs."""
-    forward = unstrided(m, m.forward) if device.type == 'cpu' and overruns(m) else m.forward
+    forward = safely(m, m.forward) if device.type == 'cpu' and (overruns(m) or is_padded(m)) else m.forward
     if in_fp32: forward = fp32_forward(forward, device.type, half)
     def _pass():
         with torch.autocast(device.type, half): out = forward(x)

@@ -5,19 +5,24 @@
 | `one_batch` | when the model or the loss raises, leaves autocast on for the whole session | it ends with the batch |
 | `to_fp16`, `to_bf16` | add a second mixed precision to the one that is there: the loss is scaled twice | replace it |
 | `load` | gives the optimizer the strides of the Learner that saved | those of the parameters it is loaded for |"""
+from weakref import WeakKeyDictionary
+
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 from fastcore.meta import delegates
+from torch import nn
 
 from .callback import ChannelsLast
 from .devices import fit_device
 from .fold_batch_norm import FoldBatchNorm
-from .memory_format import align_optimizer
+from .memory_format import align_optimizer, modules_of
 from .precision import DeviceMixedPrecision, check_amp_mode, check_scaler, keep_autocast
+from .workarounds import is_padded, replace_forwards, safely
 
 __all__ = []
 
+CONVS_3D = nn.Conv3d, nn.ConvTranspose3d
 _one_batch, _to_fp16, _load = Learner.one_batch, Learner.to_fp16, Learner.load
 
 
@@ -28,10 +33,22 @@ def one_batch(self:Learner, i, b):
     # the loss raised in between, and the whole session would go on in half precision. Replaced forwards serve until the
     # backward pass is over: checkpointing calls them again there. The last one put on is the first one off.
     ours = [cb for kind in (FoldBatchNorm, DeviceMixedPrecision, ChannelsLast) for cb in self._grab_cbs(kind)]
+    own = any(isinstance(cb, (DeviceMixedPrecision, ChannelsLast)) for cb in ours)  # they replace forwards themselves
+    undo = noop if own or fit_device(self).type != 'cpu' else _replace_in_fp32(self)
     with keep_autocast(fit_device(self).type):
         try: _one_batch(self, i, b)
         finally:
             for cb in ours: cb.leave()
+            undo()
+
+
+_made = WeakKeyDictionary()
+
+
+def _replace_in_fp32(learn):
+    "Give 3-D convolutions, which PyTorch's CPU kernels compute wrongly in contiguous fp32 too, a safe forward."
+    layers = [m for m in modules_of(learn.model) if isinstance(m, CONVS_3D) and is_padded(m)]
+    return replace_forwards(layers, safely, _made.setdefault(learn, {}))
 
 
 @patch

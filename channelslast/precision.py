@@ -9,17 +9,19 @@ import torch
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastcore.foundation import L
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from . import devices
+from .containers import map_tensors
 from .devices import model_device, unwrapped
+from .memory_format import modules_of
 from .pickling import pickled_as
-from .workarounds import replace_forwards
+from .workarounds import is_padded, replace_forwards, safely
 
-__all__ = ['DTYPES', 'check_amp_mode', 'check_scaler', 'layer_names', 'fp32_forward', 'DeviceMixedPrecision',
-           'keep_autocast']
+__all__ = ['DTYPES', 'HALF', 'check_amp_mode', 'check_scaler', 'layer_names', 'fp32_forward',
+           'DeviceMixedPrecision', 'keep_autocast']
 
 DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
+HALF = tuple(DTYPES.values())
 
 
 # what users ask for
@@ -78,8 +80,8 @@ def layer_names(
 
 
 def _cast_floats(x, to: torch.dtype, types: tuple):
-    "`x`, a tensor or containers of them, with tensors of these types cast."
-    return tree_map_only(torch.Tensor, lambda t: t.to(to) if t.dtype in types else t, x)
+    "`x`, a tensor or containers of them, with tensors of these types cast; all else, and every type, stays."
+    return map_tensors(lambda t: t.to(to) if t.dtype in types else t, x)
 
 
 def fp32_forward(forward, device_type: str, half: torch.dtype):
@@ -88,7 +90,7 @@ def fp32_forward(forward, device_type: str, half: torch.dtype):
     def _forward(*args, **kwargs):
         if not torch.is_autocast_enabled(device_type): return forward(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
-            args, kwargs = _cast_floats((args, kwargs), torch.float32, (torch.float16, torch.bfloat16))
+            args, kwargs = _cast_floats((args, kwargs), torch.float32, HALF)
             out = forward(*args, **kwargs)
         return _cast_floats(out, half, (torch.float32,))
     return _forward
@@ -102,7 +104,7 @@ class DeviceMixedPrecision(MixedPrecision):
     every `GradScaler` argument kept. Where the device has no fast arithmetic of the asked type it trains in fp32 and
     says so once."""
     name, fp32_layers = 'mixed_precision', ()
-    _told, _entered, _layers, _made, _undo = False, False, (), None, None
+    _told, _entered, _layers, _wrap, _made, _undo = False, False, (), None, None, None
 
     def __init__(self,
         amp_mode: str|AMPMode = AMPMode.FP16, # `'fp16'` or `'bf16'`
@@ -119,7 +121,12 @@ class DeviceMixedPrecision(MixedPrecision):
         if not fast: self._tell(device)
         self.autocast = torch.autocast(device, DTYPES[self.amp_mode], enabled=fast)
         names = layer_names(self.model, self.fp32_layers) if fast else ()
-        self._made, self._layers = {}, [unwrapped(self.model).get_submodule(n) for n in names]
+        kept = [unwrapped(self.model).get_submodule(n) for n in names]
+        padded = [m for m in modules_of(self.model) if device == 'cpu' and is_padded(m)]
+        def _wrap(m, forward):
+            if m in padded: forward = safely(m, forward)
+            return fp32_forward(forward, device, DTYPES[self.amp_mode]) if m in kept else forward
+        self._made, self._layers, self._wrap = {}, [*{*padded, *kept}], _wrap
         # bf16 has the range of fp32: nothing to scale
         enabled = fast and self.amp_mode is AMPMode.FP16 and self.kwargs.get('enabled', True)
         self.learn.scaler, self.scales = torch.amp.GradScaler(device, **{**self.kwargs, 'enabled': enabled}), L()
@@ -138,8 +145,10 @@ class DeviceMixedPrecision(MixedPrecision):
         self.autocast.__enter__()
         self._entered = True
         # on the instance and for this batch alone: outside it the model is as it was
-        device, half = self.autocast.device, self.autocast.fast_dtype
-        self._undo = replace_forwards(self._layers, lambda m, forward: fp32_forward(forward, device, half), self._made)
+        self._undo = replace_forwards(self._layers, self._wrap, self._made)
+
+    # fastai's casts float64 too, and takes every output for tensors in lists and dictionaries
+    def after_pred(self): self.learn.pred = _cast_floats(self.pred, torch.float32, HALF)
 
     def after_loss(self):
         if self._entered: self.autocast.__exit__(None, None, None)
@@ -155,7 +164,7 @@ class DeviceMixedPrecision(MixedPrecision):
 
     def after_fit(self):
         self.leave()
-        self._layers, self._made = (), None
+        self._layers, self._wrap, self._made = (), None, None
         super().after_fit()
 
 
