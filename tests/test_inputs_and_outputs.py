@@ -1,0 +1,214 @@
+"Models whose inputs and outputs come in containers of any kind, in mixed precision, summary, folding and measuring."
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
+from fastcore.basics import fastuple
+from fastcore.foundation import L
+from torch import nn
+
+from channelslast import FoldBatchNorm
+from .conftest import convnet, learner, loaders, shake
+from .test_containers import MAKE, Boxes, Data, ModelOutput, UserDict
+
+HOLDERS = dict(
+    data=lambda t: Data(t), output=lambda t: ModelOutput(a=t, b=None), user=lambda t: UserDict(a=t), object=lambda t: Boxes(t), L=lambda t: L(t, 'name'),
+    numbers=lambda t: (t, None, 3, 's', 2.5), array=lambda t: dict(a=t, size=np.ones(2)), nested=lambda t: [Data([dict(a=t)])])
+
+
+class Gives(nn.Module):
+    "A convnet whose output comes in a container."
+    def __init__(self, hold):
+        super().__init__()
+        self.net, self.hold = convnet(), hold
+    def forward(self, x): return self.hold(self.net(x))
+
+
+def first(out):
+    from channelslast.containers import tensors_of
+    return tensors_of(out)[0]
+
+
+def loss_of(out, y): return nn.functional.cross_entropy(first(out), y)
+
+
+class Seen(Callback):
+    "What the model gave, as losses get it."
+    order = 1000
+    def after_pred(self): self.got = self.pred
+
+
+# E: mixed precision
+
+@pytest.mark.parametrize('name', MAKE)
+@pytest.mark.parametrize('fast', [('bf16',), ()])
+@pytest.mark.filterwarnings('ignore')
+def test_mixed_precision_leaves_each_type_alone(has, name, fast):
+    "✗ fastai's makes plain dictionaries of `ModelOutput`s, and fails on `None`, numbers and named tuples."
+    has(*fast)
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = convnet()
+        def forward(self, x): return self.net(x), MAKE[name](), torch.ones(1, dtype=torch.float64)
+    learn = Learner(loaders(), Adds(), loss_of, cbs=(seen := Seen())).to_channelslast(amp_mode='bf16')
+    learn.fit(1)
+    out, held, double = seen.got
+    assert type(held) is type(MAKE[name]()) and out.dtype == torch.float32 and double.dtype == torch.float64
+    assert first(held).dtype == torch.float32
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_googlenets_named_tuple(has):
+    has('bf16')
+    def _loss(out, y): return sum(nn.functional.cross_entropy(o, y) for o in ((out,) if isinstance(out, torch.Tensor) else out) if o is not None)
+    model = torchvision.models.googlenet(weights=None, num_classes=4, aux_logits=True, init_weights=False)
+    learn = Learner(loaders((3, 64, 64), n=4, bs=2), model, _loss, cbs=(seen := Seen())).to_channelslast(amp_mode='bf16')
+    class Train(Callback):
+        def after_pred(self): self.kind = self.kind if hasattr(self, 'kind') else type(self.pred)
+    learn.fit(1, cbs=(kind := Train()))
+    assert kind.kind.__name__ == 'GoogLeNetOutputs'
+
+
+# F: folding and predictions
+
+@pytest.mark.parametrize('name', HOLDERS)
+def test_folded_outputs_are_compared(name):
+    "✗ `gives other outputs … inf`, which was false."
+    learn = Learner(loaders(), shake(Gives(HOLDERS[name])), loss_of, cbs=FoldBatchNorm())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for _ in range(2): learn.validate()
+    assert learn.fold_batch_norm.folded == 1
+
+
+@pytest.mark.parametrize('name', HOLDERS)
+def test_predictions_are_compared(has, name):
+    "✗ `numbers differ`, which was false."
+    has('bf16')
+    t = Learner(loaders(), shake(Gives(HOLDERS[name])), loss_of).format_find(num_it=1, show_plot=False, train=False)
+    assert all(r.valid and r.pred_diff is not None for r in t.rows) and any(r.folded for r in t.rows), t
+    t = Learner(loaders(), Gives(HOLDERS[name]), loss_of).format_find(num_it=1, show_plot=False)
+    assert all(r.valid for r in t.rows), t
+
+
+@pytest.mark.parametrize('name', HOLDERS)
+def test_a_difference_in_a_container_is_found(has, name):
+    has('bf16')
+    def _hold(t): return HOLDERS[name](t + 1 if torch.is_autocast_enabled('cpu') else t)
+    t = Learner(loaders(), Gives(_hold), loss_of).format_find(num_it=1, show_plot=False, train=False, layers=False)
+    assert {r.precision: r.valid for r in t.rows} == dict(fp32=True, bf16=False) and 'numbers differ' in repr(t)
+
+
+class Names(nn.Module):
+    "Gives the names of classes."
+    def __init__(self):
+        super().__init__()
+        self.net = shake(convnet())
+    def forward(self, x): return ['abcd'[i] for i in self.net(x).argmax(1)]
+
+
+def test_outputs_without_numbers_cant_be_compared(has):
+    has('bf16')
+    learn = Learner(loaders(), Names(), lambda out, y: torch.zeros(()))
+    t = learn.format_find(num_it=1, show_plot=False, train=False)
+    assert t.rows[0].valid and all("can't be compared" in r.note and not r.valid for r in t.rows[1:]) and t.best is t.rows[0]
+    with pytest.warns(UserWarning, match="gives outputs without numbers, which can't be compared. It stays unfolded"):
+        learn.add_cb(FoldBatchNorm()).validate()
+
+
+class Takes(nn.Module):
+    "Gets its images in a container."
+    def __init__(self):
+        super().__init__()
+        self.net = shake(convnet())
+    def forward(self, x): return self.net(first(x))
+
+
+@dataclass
+class Batch: images: object
+
+
+def holding(hold):
+    "A loader whose inputs come in a container."
+    x, y = torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))
+    def _collate(b): return hold(torch.stack([o[0] for o in b])), torch.stack([o[1] for o in b])
+    dl = torch.utils.data.DataLoader(list(zip(x, y)), batch_size=8, collate_fn=_collate)
+    return DataLoaders(dl, dl)
+
+
+INPUTS = dict(L=lambda t: L([t]), data=lambda t: Batch(t), fastuple=lambda t: fastuple((t, 1)), list=lambda t: [t], object=lambda t: Boxes(t))
+
+
+@pytest.mark.parametrize('name', INPUTS)
+@pytest.mark.filterwarnings('ignore')
+def test_inputs_in_a_container(has, name):
+    "Converted, seen by the summary, and told apart by type where batch norms are folded."
+    has('bf16')
+    learn = Learner(holding(INPUTS[name]), Takes(), CrossEntropyLossFlat()).to_channelslast(amp_mode='bf16')
+    learn.fit(1)
+    assert learn.format_summary().holds
+    assert all(r.valid for r in learn.format_find(num_it=1, show_plot=False, train=False).rows)
+    learn.add_cb(FoldBatchNorm())
+    for _ in range(2): learn.validate()
+    assert learn.fold_batch_norm.folded == 1
+    learn.to_contiguous().to_fp32()  # weights prepared for bf16 don't serve fp32
+    learn.validate()
+    folded = [*learn.validate()]
+    assert folded == pytest.approx([*learn.remove_cb(FoldBatchNorm).validate()], rel=1e-4)
+
+
+# F: images that arise inside the model
+
+class Normalizes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = convnet()
+    def forward(self, x): return self.net(x.float()/255)
+
+
+class Generates(nn.Module):
+    "Images from a vector."
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 4*8*8), nn.Unflatten(1, (4, 8, 8)), nn.ConvTranspose2d(4, 8, 2, 2), nn.ReLU(), nn.Conv2d(8, 3, 3))
+    def forward(self, z): return self.net(z).mean((2, 3))
+
+
+class Stacks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = convnet()
+    def forward(self, images): return self.net(torch.stack(list(images)))
+
+
+def of(x, collate=None):
+    dl = torch.utils.data.DataLoader(list(zip(x, torch.randint(0, 3, (len(x),)))), batch_size=8, collate_fn=collate)
+    return DataLoaders(dl, dl)
+
+
+CASES = dict(
+    uint8=lambda: (Normalizes(), of(torch.randint(0, 255, (16, 3, 8, 8), dtype=torch.uint8))), vector=lambda: (Generates(), of(torch.randn(16, 5))),
+    images=lambda: (Stacks(), of(torch.randn(16, 3, 8, 8), lambda b: ([o[0] for o in b], torch.stack([o[1] for o in b])))))
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_the_summary_decides_after_the_pass(name):
+    "✗ `The batch's inputs hold no 4-D or 5-D floating-point tensor`, though the model trains."
+    model, dls = CASES[name]()
+    learn = Learner(dls, model, CrossEntropyLossFlat()).to_channelslast(to_fp16=False)
+    learn.fit(1)
+    summary = learn.format_summary()
+    assert summary.counts[False][1] + len(summary.rows) > 0
+
+
+@pytest.mark.parametrize('batch', [lambda b: L(*b), lambda b: fastuple(b), lambda b: list(b), lambda b: b[0]])
+def test_batches_of_any_type(batch):
+    learn = learner().to_channelslast(to_fp16=False)
+    b = learn.dls.one_batch()
+    if isinstance(batch(b), torch.Tensor): assert 'no labels' in learn.format_summary(batch(b)).note
+    else: assert learn.format_summary(batch(b)).holds
