@@ -1,0 +1,95 @@
+"""Random convolutions, as trained by this library, beside float64: `python -m tests.conv_fuzz seed cases seconds`.
+
+Each runs in a process of its own, since a wrong kernel may end it; freed memory is overwritten (glibc's MALLOC_PERTURB_),
+so that what was never written shows. Small maps, large kernels, strides and paddings, 1-D to 3-D, plain and transposed,
+both formats, fp32 and bf16. Prints a line per wrong one, then how many ran."""
+import json
+import os
+import random
+import sys
+import time
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+from channelslast.memory_format import cast_module, cast_tree
+from channelslast.workarounds import is_padded, overruns, replace_forwards, safely
+
+CONVS = {(1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,
+         (1, True): nn.ConvTranspose1d, (2, True): nn.ConvTranspose2d, (3, True): nn.ConvTranspose3d}
+MOST = dict(fp32=1e-3, bf16=5e-2)  # of the largest number
+
+
+def convolution(rng):
+    "A random layer and its input; None where its kernel does not fit."
+    n, transposed = rng.choice([1, 2, 2, 3, 3, 3]), rng.random() < 0.25
+    def _each(values): return [rng.choice(values) for _ in range(n)]
+    k, s, size = _each([1, 2, 3, 3, 5, 7]), _each([1, 1, 2, 2, 3]), _each([1, 1, 2, 2, 3, 4, 5, 6])
+    depthwise = rng.random() < 0.15
+    c_in = rng.choice([1, 3, 8, 16, 32, 64])
+    c_out = c_in if depthwise else rng.choice([1, 8, 16, 32, 64])
+    try:
+        m = CONVS[n, transposed](c_in, c_out, k, stride=s, padding=[rng.randrange(o) for o in k], groups=c_in if depthwise else 1)
+        x = torch.randn(rng.choice([1, 2, 4]), c_in, *size)
+        with torch.no_grad(): y = m.double()(x.double())
+    except RuntimeError: return None
+    m.float()
+    with torch.no_grad():  # numbers that bf16 holds
+        for p in (*m.parameters(), x): p.copy_(p.bfloat16())
+    return (m, x, torch.randn(y.shape).bfloat16()) if 0 < y.numel() < 2e5 else None
+
+
+def trained(m, x, g, half=False, last=False, replaced=True):
+    "Output and gradients of input, weights and bias."
+    m, x = deepcopy(m), x.clone().to(next(m.parameters()).dtype)
+    if last: cast_module(m); x = cast_tree(x)
+    x.requires_grad_()
+    undo = replace_forwards([m] if replaced and (is_padded(m) or last and overruns(m)) else [], safely, {})
+    with torch.autocast('cpu', torch.bfloat16, enabled=half): y = m(x)
+    y.backward(g.to(y.dtype))
+    undo()
+    return [t.detach().double() for t in (y, x.grad, m.weight.grad, m.bias.grad)]
+
+
+def errors(seed, replaced=True) -> dict:
+    "What is wrong, for each format and precision."
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    if (case := convolution(rng)) is None: return {}
+    m, x, g = case
+    truth, found = trained(deepcopy(m).double(), x.double(), g, replaced=False), {}
+    for last in False, True:
+        for p in 'fp32', 'bf16':
+            parts = zip(('result', 'dx', 'dw', 'db'), trained(m, x, g, p == 'bf16', last, replaced), truth)
+            offs = {k: ((a - b).abs().max()/b.abs().max().clamp_min(1e-30)).item() for k, a, b in parts}
+            found['channels last' if last else 'contiguous', p] = [k for k, off in offs.items() if not off <= MOST[p]]
+    return {f'{k}, {m}, {tuple(x.shape)}': v for k, v in found.items()}
+
+
+def alone(f):
+    "What `f()` gives in a process of its own; the signal that ended it."
+    read, write = os.pipe()
+    if not (pid := os.fork()):
+        try: out = f()
+        except BaseException as e: out = {repr(e): ['error']}
+        os.write(write, json.dumps(out).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as f: said = f.read()
+    status = os.waitpid(pid, 0)[1]
+    return {f'signal {status}': ['crash']} if status else json.loads(said)
+
+
+if __name__ == '__main__':
+    first, cases, seconds = map(int, sys.argv[1:4])
+    torch.set_num_threads(1)
+    nn.Conv2d(3, 8, 3)(torch.randn(1, 3, 8, 8))  # what all need
+    end, ran, wrong = time.monotonic() + seconds, 0, 0
+    for seed in range(first, first + cases):
+        if time.monotonic() > end: break
+        out = alone(lambda: errors(seed, 'plain' not in sys.argv))
+        ran += bool(out)
+        for k, v in out.items():
+            if v: print(seed, k, *v); wrong += 1
+    print(f'{ran} convolutions, {wrong} wrong')
