@@ -111,11 +111,13 @@ def format_find(self:Learner,
     be gained is not worth the time. What the Learner has (contiguous fp32, if that is not measured) is left only for
     what is clearly faster. The loader is timed apart; on a CPU the optimizer too, once, since it does the same in each
     format, and its time is added.
-    Each candidate's loss and gradients are compared with contiguous fp32, which is always measured. Takes at most
-    `(1 + num_it) × candidates` steps and a forward and backward pass each, and the memory of one more copy of the model
-    and the optimizer's state. With `layers`, each distinct convolution and linear layer is timed alone in half and in
-    fp32, and one candidate more per half precision keeps in fp32 those that are clearly faster there: its precision
-    reads `'bf16+fp32'`.
+    Each candidate's loss, results and gradients are compared with contiguous fp32, which is always measured and is
+    replayed with the candidate's activations: differences beyond rounding put a candidate out, as do infinity, NaN, and
+    a metric that fails. Callbacks that change batch, predictions or loss take part; those that log, save, stop or draw
+    are left out. Takes at most `(1 + num_it) × candidates` steps and two or three forward and backward passes each, and
+    the memory of one more copy of the model and the optimizer's state, and in main memory of one pass's activations.
+    With `layers`, each distinct convolution and linear layer is timed alone in half and in fp32, and one candidate more
+    per half precision keeps in fp32 those that are clearly faster there: its precision reads `'bf16+fp32'`.
 
     Predictions are made in eval mode, without gradients, on batches of `dl`; which candidate is the fastest depends on
     their size. They are measured with batch norms folded too (`FoldBatchNorm`), where two rounds more show that a

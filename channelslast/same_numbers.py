@@ -9,7 +9,7 @@ from fastai.callback.core import Callback, CancelBatchException
 from fastai.torch_core import set_seed
 
 from .containers import map_tensors, tensors_of
-from .devices import fit_device
+from .devices import fit_device, rank0s
 from .folding import difference, nudge, numbers_of
 from .replay import Record, Replay
 from .reproducible import keep_random_states
@@ -145,14 +145,13 @@ def _fault(learn, baseline, c, found, counts, cbs, batch, stop) -> str: # `''` w
         def _mode(model): return Replay(model, found[2], counts, _round, most_result, EXPLAINED, rounded)
         _, grads, mode = _loss_and_grads(learn, batch, stop, _mode)
         return grads, mode.wrong
-    if not c.loss_diff <= most_loss: return 'loss'
     grads, wrong = _replayed()
-    if wrong: return f'result of {wrong[0]}'
     errors = _errors(found[1], grads)
-    if max(errors) <= most_grad: return ''
+    fault = 'loss' if not c.loss_diff <= most_loss else f'result of {wrong[0]}' if wrong else ''
+    if rank0s(bool(fault) or max(errors) <= most_grad): return rank0s(fault)
     explained = _errors(_replayed(rounded=True)[0], grads)
     wrong = [n for n, e, by in zip(names, errors, explained) if not e <= max(most_grad, EXPLAINED*by)]
-    return f'gradient of {wrong[0]}' if wrong else ''
+    return rank0s(f'gradient of {wrong[0]}' if wrong else '')
 
 
 def check_numbers(
@@ -177,9 +176,9 @@ def check_numbers(
         if found is None: continue
         c.loss_diff = abs(found[0] - loss)/(abs(loss) or 1)
         c.grad_diff = _norm(a - b for a, b in _pairs(found[1], reference) if a is not None)/(norm or 1)
-        if not math.isfinite(found[0]): c.out('loss is not finite')
-        elif name := not_finite(zip(names, found[1])): c.out(f'gradient of {name} is not finite')
-        elif not try_metrics(learn, c, known): continue
+        name = '' if math.isfinite(found[0]) else 'loss'
+        name = name or (f'gradient of {n}' if (n := not_finite(zip(names, found[1]))) else '')
+        if note := rank0s(f'{name} is not finite' if name else failing_metric(learn, known)): c.out(note)
         elif fault := c.attempt(learn, lambda: _fault(learn, baseline, c, found, counts, cbs, batch, stop)):
             c.out(f'numbers differ from contiguous fp32 ({fault})')
     learn.model.zero_grad(set_to_none=True)
@@ -204,13 +203,11 @@ def failing_metrics(learn) -> dict: # Errors by place
     return errors
 
 
-def try_metrics(learn, c, known) -> bool:
-    "False if a metric fails that does not fail in contiguous fp32; then the candidate is out."
-    new = {i: e for i, e in failing_metrics(learn).items() if i not in known}
-    for i, e in new.items():
-        c.out(f'metric {learn.metrics[i].name} fails: {type(e).__name__}: {str(e).strip()[:100]}')
-        break
-    return not new
+def failing_metric(learn, known) -> str: # `''` where there is none
+    "The first metric that fails here, but not in contiguous fp32, and its error."
+    for i, e in failing_metrics(learn).items():
+        if i not in known: return f'metric {learn.metrics[i].name} fails: {type(e).__name__}: {str(e).strip()[:100]}'
+    return ''
 
 
 # predictions
@@ -241,5 +238,5 @@ def check_predictions(
         if c.baseline: continue
         if not numbers_of(truth[0]): c.out("outputs hold no numbers: they can't be compared with contiguous fp32")
         elif not c.pred_diff <= PREDICTIONS[c.half]: c.out('numbers differ from contiguous fp32')
-        else: try_metrics(learn, c, truth[1])
+        elif note := failing_metric(learn, truth[1]): c.out(note)
     return truth

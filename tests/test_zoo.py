@@ -20,6 +20,7 @@ import channelslast
 from channelslast import FoldBatchNorm
 from channelslast.folding import difference
 from .conftest import shake, strides
+from .test_same_numbers import checked
 
 SEGMENTATION, VIDEO = (torchvision.models.list_models(module=m) for m in (torchvision.models.segmentation, torchvision.models.video))
 # the smallest of each family (module) of timm 1.0.31, its own test models left out
@@ -45,6 +46,7 @@ FOLDED = 1e-10, 1e-4  # float64 and float32, relative, of predictions
 # with such statistics a rounding error of the input becomes 3e-2 of the output in float32, 2e-10 in float64: that alone is compared
 AMPLIFIES = {'timm/halonet_h1': 1e-9}
 TRAINING = '| model | million parameters | input | float64 | worst gradient | float32 | lost | result |'
+NUMBERS = '| model | contiguous bf16 | channels last fp32 | channels last bf16 | refused |'  # differences of all gradients
 PREDICTIONS = '| model | batch norms folded | float64 | float32 | predictions |'
 # in float32 something smooth stands in place of these: an activation at its kink falls one way or the other by rounding
 KINKED = 'relu', 'relu_', 'relu6', 'hardswish', 'hardsigmoid', 'hardtanh', 'leaky_relu'
@@ -223,6 +225,23 @@ def test_same_predictions(name, zoo_report):
     equal = (rough or 0) < FOLDED[1] and (exact or 0) < AMPLIFIES.get(name, FOLDED[0])
     zoo_report(PREDICTIONS, name, f'{folded} of {found}', brief(exact), brief(rough), 'equal' if equal else 'differs')
     assert equal and (folded or not found)
+    gc.collect()
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize('name', ZOO)
+def test_no_candidate_is_refused(name, zoo_report, has):
+    "The comparison of numbers takes each format and precision for right, as they are here, however much rounding is amplified."
+    if name.startswith('timm/') and not timm.is_model(name.split('/')[1]): pytest.skip(f'timm {timm.__version__} does not have it')
+    has('bf16')
+    model, x = fitting(name)
+    if sum(p.numel() for p in model.parameters()) > LARGE/2: pytest.skip('too large for bf16 on a CPU that may emulate it')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        candidates = [c for c in checked(learner(model, x)).values() if not c.baseline]
+    refused = [f'{c.memory_format} {c.precision}: {c.note}' for c in candidates if not c.valid]
+    zoo_report(NUMBERS, name, *(brief(c.grad_diff) for c in candidates), '; '.join(refused) or 'equal')
+    assert refused == []
     gc.collect()
 
 
