@@ -10,7 +10,7 @@ from fastcore.meta import delegates
 
 from .devices import fit_device, model_device
 from .fold_batch_norm import FoldBatchNorm
-from .memory_format import align_optimizer, cast_module, cast_tree, castable, modules_of
+from .memory_format import align_optimizer, cast_module, cast_tree, kernel_dims, modules_of
 from .pickling import pickled_as
 from .precision import DeviceMixedPrecision, check_amp_mode, check_scaler, layer_names
 from .workarounds import is_padded, overruns, replace_forwards, safely
@@ -32,7 +32,7 @@ class ChannelsLast(_FastaiChannelsLast):
     def before_fit(self):
         if cast_module(self.model): align_optimizer(self.learn.opt)
         modules, device = modules_of(self.model), model_device(self.model).type
-        self.dims = {p.dim() for m in modules for p in m._parameters.values() if castable(p)}
+        self.dims = {*kernel_dims(modules).values()}
         self._made, self._layers = {}, [m for m in modules if device == 'cpu' and (overruns(m) or is_padded(m))]
         cudnn = torch.backends.cudnn
         if not self._told and device == 'cuda' and cudnn.deterministic and not cudnn.benchmark:

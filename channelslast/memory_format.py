@@ -8,16 +8,17 @@ from torch import Tensor, nn
 
 from .containers import map_tensors
 
-__all__ = ['FORMATS', 'castable', 'strides_of', 'moves', 'cast', 'cast_tree', 'modules_of', 'cast_module', 'like',
-           'align_optimizer']
+__all__ = ['FORMATS', 'castable', 'strides_of', 'moves', 'cast', 'cast_tree', 'modules_of', 'kernel_dims', 'cast_module',
+           'like', 'align_optimizer']
 
 # the channels-last format of a tensor of so many dimensions
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+CONV = nn.modules.conv._ConvNd  # of any number of dimensions, transposed ones too
 
 
 def castable(t) -> bool:
     "True for what has a channels-last format: a dense, floating-point 4-D or 5-D tensor."
-    return (isinstance(t, Tensor) and not nn.parameter.is_lazy(t) and t.dim() in FORMATS and not t.is_nested
+    return (isinstance(t, Tensor) and t.ndim in FORMATS and not t.is_nested  # lazy ones: `ndim` is 1, `dim()` raises
             and t.layout is torch.strided and t.is_floating_point())
 
 
@@ -73,21 +74,42 @@ def modules_of(module: nn.Module) -> list:
     return found
 
 
+def kernel_dims(
+    modules: list, # All modules of a model
+) -> dict: # By module; those that are missing have what `None` has
+    """Number of dimensions of the kernels that each module holds, judged without running the model.
+
+    A convolution module, with its parametrizations, holds kernels of its own number of dimensions. Another module may
+    hold kernels for `F.conv2d`, or a bank of kernels, which has one dimension more and which the model's own `view`
+    takes apart. So there only the smallest number counts that the model's 2-D and 3-D convolutions have. In a model
+    without convolution modules the parameters tell, except those whose first dimension is 1: these are no kernels, they
+    are added to a batch."""
+    dims = {m: len(c.output_padding) + 2 for c in modules if isinstance(c, CONV) for m in modules_of(c)}
+    found = {*dims.values()} or {p.dim() for m in modules for p in m._parameters.values() if castable(p) and len(p) > 1}
+    return {**dims, None: min(found & FORMATS.keys(), default=None)}
+
+
 @torch.no_grad()
 def cast_module(
     module: nn.Module,
     channels_last: bool = True, # False: back to contiguous
-) -> bool: # Did anything have to move?
-    """Cast each floating-point parameter and buffer of 4 or 5 dimensions; give each gradient its parameter's strides.
+) -> bool: # True if any tensor was converted
+    """Convert the parameters and buffers that have the dimensions of a convolution's kernel (see `kernel_dims`) to
+    channels last, or all that are channels last to contiguous; give each gradient its parameter's strides.
 
     Parameters keep their identity, so optimizers, hooks and tied weights stay valid; two parameters on one memory stay
-    so. What already has its format is not touched."""
-    moved = {}  # two parameters may be one memory without being one object
-    for t in (t for m in modules_of(module) for t in (*m._parameters.values(), *m._buffers.values())):
-        if moves(t, channels_last):
-            key = t.data_ptr(), t.shape, t.stride(), t.dtype, t.device
-            if key not in moved or not key[0]: moved[key] = cast(t.data, channels_last)
-            t.data = moved[key]
+    so. Tensors that already have their format are not touched."""
+    modules, moved = modules_of(module), {}  # two parameters may be one memory without being one object
+    owned = [(m, t) for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
+    due = [(m, t) for m, t in owned if moves(t, channels_last)]
+    if due and channels_last:
+        dims = kernel_dims(modules)
+        due = [(m, t) for m, t in due if t.dim() == dims.get(m, dims[None])]
+    for _, t in due:
+        key = t.data_ptr(), t.shape, t.stride(), t.dtype, t.device
+        if key not in moved or not key[0]: moved[key] = cast(t.data, channels_last)
+        t.data = moved[key]
+    for _, t in owned:
         if (grad := getattr(t, 'grad', None)) is not None and (new := like(grad, t)) is not grad: grad.data = new
     return bool(moved)
 

@@ -67,6 +67,25 @@ def test_inputs_of_other_dimensions_than_the_weights_stay():
     learner(nn.Sequential(Flatten(), nn.Linear(192, 4)), cbs=ChannelsLast()).fit(1)
 
 
+class Bank(nn.Module):
+    "A 2-D network over the frames of a clip, with a bank of kernels; with `module`, one of its convolutions is a module."
+    def __init__(self, module):
+        super().__init__()
+        self.bank, self.kernel = nn.Parameter(torch.randn(2, 4, 3, 3, 3)), nn.Parameter(torch.randn(4, 3, 3, 3))
+        self.c = nn.Conv2d(4, 4, 1) if module else nn.Identity()
+    def forward(self, x):
+        w = self.bank.view(2, -1).mean(0).view_as(self.kernel)
+        self.out = nn.functional.conv2d(x.view(-1, *x.shape[2:]), self.kernel + w)
+        return self.c(self.out).mean((2, 3)).view(*x.shape[:2], -1).mean(1)
+
+
+@pytest.mark.parametrize('module', [False, True])
+def test_banks_of_kernels_are_no_3d_convolutions(module):
+    "✗ Converted as such, the bank fails in its `view`, and so do the clips."
+    (learn := learner(Bank(module), loaders((5, 3, 8, 8)), cbs=ChannelsLast())).fit(1)
+    assert learn.model.kernel.is_contiguous(memory_format=CL) and learn.model.out.is_contiguous(memory_format=CL)
+
+
 class Seen(Callback):
     "What the model gets and gives."
     order = 95

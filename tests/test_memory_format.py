@@ -9,6 +9,7 @@ from fastai.optimizer import SGD as FastaiSGD
 from fastai.vision.core import TensorImage
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from channelslast.memory_format import align_optimizer, cast, cast_module, cast_tree, castable
 from tests.conftest import Mixed, convnet
@@ -98,6 +99,97 @@ def test_unusual_parameters():
     m.lazy = nn.LazyConv2d(3, 3)
     cast_module(m)
     assert all(p.is_contiguous(memory_format=CL) for p in (m.h, m.m, m.m2, m.o)) and m.m is not m.m2
+
+
+def holder(**shapes):
+    "A module of no kind that PyTorch knows, with such parameters."
+    m = nn.Module()
+    for name, shape in shapes.items(): m.register_parameter(name, nn.Parameter(torch.randn(shape)))
+    return m
+
+
+def last(t): return t.stride() == torch.empty(t.shape, memory_format={4: CL, 5: CL3}[t.dim()]).stride()
+
+
+CONVS = {1: (nn.Conv1d, nn.ConvTranspose1d, nn.LazyConv1d), 2: (nn.Conv2d, nn.ConvTranspose2d, nn.LazyConv2d),
+         3: (nn.Conv3d, nn.ConvTranspose3d, nn.LazyConv3d)}
+
+
+@pytest.mark.parametrize('kind', [0, 1, 2], ids=['plain', 'transposed', 'lazy'])
+@pytest.mark.parametrize('dims,converted', [([1], ''), ([2], 'kernel'), ([3], 'bank'), ([1, 2], 'kernel'), ([1, 3], 'bank'),
+                                            ([3, 2], 'kernel'), ([3, 2, 1], 'kernel')], ids=str)
+def test_other_modules_hold_what_the_models_convolutions_use(kind, dims, converted):
+    "A bank of kernels has a dimension more than a kernel, so a 1-D net's bank is none of a 2-D net's kernels."
+    h, args = holder(kernel=(4, 3, 3, 3), bank=(5, 4, 3, 3, 3)), (3,) if kind == 2 else (3, 3)
+    convs = [CONVS[d][kind](*args, kernel_size=3) for d in dims]
+    m = nn.DataParallel(nn.Sequential(*convs, h))
+    cast_module(m)
+    assert [k for k, p in h.named_parameters() if last(p)] == [converted]*bool(converted)
+    if kind < 2: assert all(last(c.weight) for c in convs if c.weight.dim() in (4, 5))
+    cast_module(m, False)
+    assert all(p.is_contiguous() for p in m.parameters() if not nn.parameter.is_lazy(p))
+
+
+@pytest.mark.parametrize('shapes,converted', [
+    (dict(kernel=(4, 3, 3, 3)), {'kernel'}), (dict(kernel=(4, 3, 3, 3, 3)), {'kernel'}),
+    (dict(kernel=(4, 3, 3, 3), bank=(5, 4, 3, 3, 3)), {'kernel'}), (dict(kernel=(4, 3, 1, 1), table=(1, 4, 8, 8)), {'kernel', 'table'}),
+    (dict(linear=(4, 3), table=(1, 4, 8, 8)), set()), (dict(kernel=(4, 3, 3, 3, 3), table=(1, 4, 8, 8)), {'kernel'})],
+    ids=['2-D', '3-D', '2-D and a bank', '2-D and a table', 'linear and a table', '3-D and a table'])
+def test_models_without_convolution_modules(shapes, converted):
+    "Their kernels go to `F.conv2d` by hand; a table that is added to a batch is none."
+    m = nn.Sequential(holder(**shapes), nn.Linear(3, 4))
+    m.register_buffer('mean', torch.randn(1, 3, 1, 1))
+    cast_module(m)
+    assert {k for k, p in m[0].named_parameters() if p.dim() > 2 and last(p)} == converted
+
+
+def pruned(c): return prune.random_unstructured(c, 'weight', 0.5)
+
+
+@pytest.mark.parametrize('wrap', [weight_norm, parametrizations.weight_norm, spectral_norm, parametrizations.spectral_norm, pruned],
+                         ids=lambda f: f'{f.__module__}.{f.__name__}')
+def test_kernels_by_other_names(wrap):
+    "What the weight is computed from follows the convolution's own dimensions, even where others have fewer."
+    m = nn.Sequential(*(wrap(c(3, 4, 3)) for d in (1, 2, 3) for c in CONVS[d][:2]))
+    before = {k: t.stride() for k, t in (*m.named_parameters(), *m.named_buffers())}
+    cast_module(m)
+    found = [t for t in (*m.parameters(), *m.buffers()) if t.dim() in (4, 5)]
+    assert len(found) >= 4 and all(map(last, found))
+    cast_module(m, False)
+    assert before == {k: t.stride() for k, t in (*m.named_parameters(), *m.named_buffers())}
+
+
+class Dynamic(nn.Conv2d):
+    "A convolution whose kernel is mixed from a bank, which it looks at with `view`."
+    def __init__(self, i, o, k, n=3):
+        super().__init__(i, o, k)
+        self.bank, self.attend = nn.Parameter(torch.randn(n, o, i, k, k)), nn.Linear(i, n)
+        self.kernel_size = k  # its own forward needs no tuple
+    def forward(self, x):
+        w = self.attend(x.mean((0, 2, 3))).softmax(0) @ self.bank.view(len(self.bank), -1)
+        return nn.functional.conv2d(x, self.weight + w.view_as(self.weight), self.bias)
+
+
+class Clips(nn.Module):
+    "A 3-D convolution, then a dynamic 2-D one over its frames."
+    def __init__(self): super().__init__(); self.c3, self.c2 = nn.Conv3d(3, 4, 3, padding=1), Dynamic(4, 8, 3)
+    def forward(self, x): return self.c2(self.c3(x[:, :, None]).mean(2))
+
+
+@pytest.mark.parametrize('make', [lambda: Dynamic(3, 4, 3), Clips], ids=['2-D', '3-D and 2-D'])
+def test_banks_of_kernels_run(make):
+    "✗ Converted, the bank fails in its `view`."
+    m, x = make().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    want = m(x)
+    cast_module(m)
+    torch.testing.assert_close(m(x), want)
+    assert all(last(c.weight) for c in m.modules() if isinstance(c, (nn.Conv2d, nn.Conv3d)))
+
+
+def test_scripted_convolutions():
+    m = torch.jit.script(convnet())
+    cast_module(m)
+    assert all(last(p) for p in m.parameters() if p.dim() == 4)
 
 
 layers = st.deferred(lambda: st.one_of(
