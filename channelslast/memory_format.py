@@ -2,14 +2,15 @@
 
 What a memory format is: https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html"""
 from functools import lru_cache
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 
 from .containers import map_tensors
 
-__all__ = ['FORMATS', 'castable', 'strides_of', 'moves', 'cast', 'cast_tree', 'modules_of', 'kernel_dims', 'cast_module',
-           'like', 'align_optimizer']
+__all__ = ['FORMATS', 'castable', 'strides_of', 'moves', 'cast', 'cast_tree', 'modules_of', 'kernel_dims', 'by_memory',
+           'cast_module', 'like', 'align_optimizer']
 
 # the channels-last format of a tensor of so many dimensions
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -33,21 +34,29 @@ def strides_of(
 
 
 def moves(t, channels_last=True) -> bool:
-    "Has `t` to be copied, to be in its channels-last (or, if it is channels last, its contiguous) format?"
+    "True if `t` has other strides than in its channels-last (or, if it is channels last, its contiguous) format."
     if not castable(t): return False
     now, last = t.stride(), strides_of(t.shape)
     return now != last if channels_last else now == last != strides_of(t.shape, False)
+
+
+def same_order(t, stride) -> bool:
+    "True if `t` can take these strides on its own memory: they differ only where a dimension has size 1."
+    return t.data_ptr() != 0 and all(n == 1 or a == b for n, a, b in zip(t.shape, t.stride(), stride))
 
 
 def cast(
     t, # Anything; only what is `castable` changes
     channels_last: bool = True, # False: to contiguous, if it is channels last now
 ):
-    """`t` in its channels-last (or contiguous) format; `t` itself where nothing has to move.
+    """`t` in its channels-last (or contiguous) format: `t` itself if it has those strides, a view of its memory if the
+    order there is the same, otherwise a copy.
 
     The strides are compared, not `is_contiguous`: a 1×1 convolution's weight and a one-channel image are contiguous in
     both formats, yet PyTorch reads from their strides which one a convolution and its gradient shall take."""
     if not moves(t, channels_last): return t
+    stride = strides_of(t.shape, channels_last)
+    if same_order(t, stride): return t.as_strided(t.shape, stride)
     return t.to(memory_format=FORMATS[t.dim()] if channels_last else torch.contiguous_format, copy=True)
 
 
@@ -62,6 +71,7 @@ def cast_tree(
 def like(t: Tensor, ref: Tensor) -> Tensor:
     "`t` in the strides of `ref`, if both have one shape."
     if t.layout is not torch.strided or t.shape != ref.shape or t.stride() == ref.stride(): return t
+    if same_order(t, ref.stride()): return t.as_strided(t.shape, ref.stride())
     new = torch.empty_like(ref, dtype=t.dtype, device=t.device)
     return new.copy_(t) if new.stride() == ref.stride() else t  # `ref` may overlap itself: its strides can't be had
 
@@ -89,6 +99,28 @@ def kernel_dims(
     return {**dims, None: min(found & FORMATS.keys(), default=None)}
 
 
+def _span(t: Tensor) -> tuple: # Device, storage, first byte, the byte after the last
+    "Where the memory of `t` lies; a place of its own for a tensor without strides or memory."
+    if nn.parameter.is_lazy(t) or t.layout is not torch.strided or t.is_nested or not t.data_ptr():
+        return '', id(t), 0, 1
+    start, size = t.storage_offset(), t.element_size()
+    end = start + 1 + sum((n - 1)*s for n, s in zip(t.shape, t.stride()))
+    return str(t.device), t.untyped_storage().data_ptr(), start*size, end*size
+
+
+def by_memory(
+    tensors, # Any; each counts once
+) -> list: # Of lists of tensors
+    "The tensors in groups: those whose ranges of memory overlap are together."
+    spans, groups, before, reach = {id(t): (_span(t), t) for t in tensors}, [], None, 0
+    for span, t in sorted(spans.values(), key=itemgetter(0)):
+        *place, start, end = span
+        if place == before and start < reach: groups[-1].append(t)
+        else: groups.append([t])
+        before, reach = place, max(end, reach) if place == before else end
+    return groups
+
+
 @torch.no_grad()
 def cast_module(
     module: nn.Module,
@@ -97,21 +129,28 @@ def cast_module(
     """Convert the parameters and buffers that have the dimensions of a convolution's kernel (see `kernel_dims`) to
     channels last, or all that are channels last to contiguous; give each gradient its parameter's strides.
 
-    Parameters keep their identity, so optimizers, hooks and tied weights stay valid; two parameters on one memory stay
-    so. Tensors that already have their format are not touched."""
-    modules, moved = modules_of(module), {}  # two parameters may be one memory without being one object
-    owned = [(m, t) for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
+    Parameters keep their identity, so optimizers, hooks and tied weights stay valid. Two parameters on one memory stay
+    so. If their shapes or strides differ (a 1×1 convolution and a linear layer), that memory is not reordered: they are
+    converted only if new strides are enough. Tensors that already have their format are not touched."""
+    modules, converted = modules_of(module), False
+    owned = [(m, t) for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     due = [(m, t) for m, t in owned if moves(t, channels_last)]
     if due and channels_last:
         dims = kernel_dims(modules)
         due = [(m, t) for m, t in due if t.dim() == dims.get(m, dims[None])]
-    for _, t in due:
-        key = t.data_ptr(), t.shape, t.stride(), t.dtype, t.device
-        if key not in moved or not key[0]: moved[key] = cast(t.data, channels_last)
-        t.data = moved[key]
+    due = {t for _, t in due}
+    for group in by_memory(t for _, t in owned) if due else ():
+        found = due.intersection(group)
+        if found and len({(_span(t), t.shape, t.stride(), t.dtype) for t in group}) == 1:
+            new = cast(group[0].data, channels_last)
+            for t in group: t.data = new
+        else:
+            found = {t for t in found if same_order(t, strides_of(t.shape, channels_last))}
+            for t in found: t.data = cast(t.data, channels_last)
+        converted |= bool(found)
     for _, t in owned:
         if (grad := getattr(t, 'grad', None)) is not None and (new := like(grad, t)) is not grad: grad.data = new
-    return bool(moved)
+    return converted
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-from channelslast.memory_format import align_optimizer, cast, cast_module, cast_tree, castable
+from channelslast.memory_format import align_optimizer, by_memory, cast, cast_module, cast_tree, castable
 from tests.conftest import Mixed, convnet
 
 CL, CL3 = torch.channels_last, torch.channels_last_3d
@@ -25,6 +25,8 @@ def test_cast_gives_pytorchs_own_strides_and_back(shape):
     assert last.stride() == torch.empty(shape, memory_format=CL if len(shape) == 4 else CL3).stride()
     assert torch.equal(last, x) and cast(last) is last
     assert cast(last, False).stride() == x.stride() and cast(x, False) is x
+    one_order = shape[1] == 1 or set(shape[2:]) == {1}
+    assert not x.numel() or all((o.data_ptr() == x.data_ptr()) == one_order for o in (last, cast(cast(x), False)))
 
 
 def test_a_pointwise_weight_asks_for_channels_last():
@@ -87,6 +89,151 @@ def test_tied_weights_stay_tied(share):
     for last in True, False:
         cast_module(m, last)
         assert m[0].weight.data_ptr() == m[1].weight.data_ptr()
+
+
+class Tied(nn.Module):
+    "A convolution and another layer on one memory, as `tie` makes them; both are in use."
+    def __init__(self, tie, conv):
+        super().__init__()
+        self.conv, self.flat = conv, nn.Linear(1, 1)
+        self.first, self.bn = nn.Conv2d(3, self.conv.in_channels, 3, bias=False), nn.BatchNorm2d(self.conv.in_channels)
+        self.double()
+        self.flat.weight.data = tie(self.conv)
+        self.flat.bias.data = self.flat.weight.new_zeros(len(self.flat.weight))
+    def forward(self, x):
+        x = self.conv(self.bn(self.first(x)))
+        w = self.flat.weight.flatten(1)
+        return torch.cat([x.mean((2, 3)).flatten(), nn.functional.linear(x.flatten()[:w.shape[1]], w, self.flat.bias)])
+
+
+def from_matrix(conv, each=1):
+    "The other way round: the convolution gets some rows of a matrix."
+    w = torch.randn(4*conv.out_channels, conv.in_channels, dtype=conv.weight.dtype)/10
+    conv.weight.data = w[conv.out_channels::each, :, None, None][:conv.out_channels]
+    return w
+
+
+def tied(tie, *args, **kwargs): return lambda: Tied(tie, nn.Conv2d(*args, **kwargs))
+
+
+TIES = dict(
+    view=tied(lambda c: c.weight.data.view(6, 4), 4, 6, 1), transposed=tied(lambda c: c.weight.data.view(6, 4).t(), 4, 6, 1),
+    part=tied(lambda c: c.weight.data.view(6, 4)[1:3], 4, 6, 1), column=tied(lambda c: c.weight.data.view(6, 4)[:, 1:2], 4, 6, 1),
+    kernel=tied(lambda c: c.weight.data[2:], 4, 6, 1), rows=tied(from_matrix, 4, 6, 1),
+    cubic=tied(lambda c: c.weight.data[..., None], 4, 6, 1), depthwise=tied(lambda c: c.weight.data.view(4, 9), 4, 4, 3, groups=4))
+TORN = dict(
+    view=tied(lambda c: c.weight.data.view(6, 36), 4, 6, 3), kernel=tied(lambda c: c.weight.data[2:], 4, 6, 3),
+    transposed=tied(lambda c: c.weight.data.transpose(0, 1), 4, 4, 3), pointwise=tied(lambda c: c.weight.data[:, :, :1, :1], 4, 6, 3),
+    each_second_row=tied(partial(from_matrix, each=2), 4, 6, 1))
+TIES |= {f'torn {k}': v for k, v in TORN.items()}
+
+
+def overlap(m):
+    "True if a change of each weight is one of the other too, as it is in a copy of the pair."
+    a, b = m.conv.weight.data, m.flat.weight.data
+    change = lambda t, seen: [t.fill_(v).numel() and (seen == v).any().item() for v in (1., 2.)] == [True, True]
+    return change(a, b) and change(b, a)
+
+
+@pytest.mark.parametrize('name', TIES)
+def test_one_memory_of_two_shapes_stays_one(name):
+    "✗ Converted by a copy, the convolution's weight drifts from the other one. Reordered in place, the other one's numbers mix."
+    m, torn = TIES[name](), name.startswith('torn')
+    seen = lambda: [(t.data_ptr(), t.stride(), t.tolist()) for t in (m.conv.weight, m.flat.weight)]
+    before = seen()
+    assert cast_module(m) and last(m.first.weight) and last(m.conv.weight) != torn
+    assert [o[::2] for o in seen()] == [o[::2] for o in before]
+    assert not torn or seen() == before
+    assert cast_module(m, False) and seen() == before
+    cast_module(m)
+    assert overlap(m)
+
+
+@pytest.mark.parametrize('optimizer', [partial(torch.optim.SGD, momentum=0.9), torch.optim.Adam, partial(torch.optim.Adam, fused=True),
+                                       partial(torch.optim.Adam, foreach=True), partial(FastaiSGD, mom=0.9), Adam], ids=range(6))
+@pytest.mark.parametrize('name', TIES)
+def test_ties_train_as_if_never_switched(name, optimizer):
+    runs = []
+    for switch in False, True:
+        torch.manual_seed(0)
+        m, x = TIES[name](), torch.randn(4, 3, 6, 6, dtype=torch.float64)
+        opt = optimizer(list(m.parameters()), lr=1e-3)
+        for to_last in False, True, False:
+            if switch: cast_module(m, to_last); align_optimizer(opt)
+            for _ in range(2): step(m, opt, x)
+        runs.append([p.detach().clone() for p in m.parameters()])
+        assert overlap(m)
+    for a, b in zip(*runs): torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.int32, torch.int8])
+def test_a_buffer_of_any_type_on_a_weights_memory(dtype):
+    m = nn.Sequential(nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 3))
+    for c in m: c.register_buffer('raw', c.weight.data.view(-1).view(dtype))
+    ptrs = [c.weight.data_ptr() for c in m]
+    cast_module(m)
+    assert [last(c.weight) for c in m] == [True, False] and ptrs == [c.weight.data_ptr() for c in m]
+
+
+def test_a_kernel_that_two_modules_hold():
+    "Converted for the convolution, it is converted for the module too that would not have been: they stay one."
+    h = holder(kernel=(4, 3, 3, 3, 3))
+    m = nn.Sequential(h, nn.Conv3d(3, 4, 3), nn.Conv2d(3, 4, 3))
+    h.kernel.data = m[1].weight.data
+    cast_module(m)
+    assert last(h.kernel) and h.kernel.data_ptr() == m[1].weight.data_ptr()
+
+
+def test_slices_of_one_storage_are_no_ties():
+    "Flat optimizers keep all parameters so, and no two of them share memory."
+    m = convnet()
+    want = [p.detach().clone() for p in m.parameters()]
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(m.parameters()), m.parameters())
+    assert len({p.untyped_storage().data_ptr() for p in m.parameters()}) == 1
+    cast_module(m)
+    assert all(last(p) for p in m.parameters() if p.dim() == 4)
+    for a, b in zip(m.parameters(), want): assert torch.equal(a, b)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5)), max_size=7))
+def test_groups_share_no_memory(views):
+    "Two tensors come together only if a chain of overlapping ranges of memory links them."
+    base = [torch.zeros(64), torch.zeros(64)]
+    ts = [base[i % 2].as_strided((n, n), (s, s), start) for i, (start, n, s, _) in enumerate(views)]
+    span = lambda t: {*range(t.data_ptr(), t.data_ptr() + 4*(1 + sum((n - 1)*s for n, s in zip(t.shape, t.stride()))))}
+    want = []
+    for t in ts:
+        linked = [g for g in want if any(span(t) & span(o) for o in g)]
+        want = [g for g in want if not any(g is o for o in linked)] + [[t, *(o for g in linked for o in g)]]
+    ids = lambda groups: {frozenset(map(id, g)) for g in groups}
+    odd = [torch.empty(0, 3), torch.empty(0, 3), torch.empty(2, device='meta'), torch.eye(3).to_sparse(), nn.UninitializedParameter()]
+    assert ids(by_memory([*ts, *odd, *ts])) == ids(want + [[t] for t in odd])
+
+
+def test_gradients_of_pointwise_weights_keep_their_memory():
+    "It may be a part of a bucket, as in `DistributedDataParallel`."
+    conv = nn.Conv2d(4, 6, 1)
+    conv.weight.grad = torch.randn(30)[6:].view(6, 4, 1, 1)
+    ptr, value = conv.weight.grad.data_ptr(), conv.weight.grad.clone()
+    cast_module(conv)
+    assert conv.weight.grad.data_ptr() == ptr and last(conv.weight.grad) and torch.equal(conv.weight.grad, value)
+
+
+def test_sharded_weights_are_converted():
+    "✗ `as_strided` raises for them: they have no memory of their own."
+    dist = torch.distributed
+    if not dist.is_available(): pytest.skip('no torch.distributed')
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        m, mesh = nn.Sequential(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 3)), init_device_mesh('cpu', (1,))
+        for c in m: c.weight = nn.Parameter(distribute_tensor(c.weight.data, mesh, [Shard(0)]))
+        for to_last in True, False:
+            cast_module(m, to_last)
+            assert [last(c.weight) for c in m] == [to_last]*2
+    finally: dist.destroy_process_group()
 
 
 def test_unusual_parameters():
