@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .containers import tensors_of
 from .devices import fit_device, unwrapped
+from .memory_format import by_memory
 from .notes import add_note
 from .precision import keep_autocast
 from .reproducible import keep_random_states
@@ -77,18 +78,21 @@ def keep_dict(undo, d):
 
 
 def _run_on_copies(undo, tensors):
-    """Put a copy of its memory behind each tensor until `undo` puts the original back, which nothing can have changed;
-    returns the tensors with their originals."""
+    """Put a copy of its memory behind each tensor, one copy behind tied ones, until `undo` puts the original back,
+    which nothing can have changed; returns the tensors with their originals."""
     originals = []
-    for t in {id(t): t for t in tensors}.values():
-        def _restore(t=t, data=t.data, grad=t.grad if t.is_leaf else None, needs_grad=t.requires_grad):
+    for group in by_memory(tensors):
+        memory = group[0].untyped_storage().clone() if len(group) > 1 else None
+        for t in group:
+            def _restore(t=t, data=t.data, grad=t.grad if t.is_leaf else None, needs_grad=t.requires_grad):
+                t.grad = None
+                t.data = data
+                t.requires_grad_(needs_grad).grad = grad
+            undo.callback(_restore)
+            originals.append((t, t.data))
             t.grad = None
-            t.data = data
-            t.requires_grad_(needs_grad).grad = grad
-        undo.callback(_restore)
-        originals.append((t, t.data))
-        t.grad = None
-        t.data = t.data.clone()
+            if memory is None: t.data = t.data.clone()
+            else: t.data = t.data.new_empty(0).set_(memory, t.storage_offset(), t.shape, t.stride())
     return originals
 
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
-from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Flatten, ImageDataLoaders, Learner,
-                               MergeLayer, MSELossFlat, OptimWrapper, TensorImage, unet_learner)
+from fastai.vision.all import (Adam, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Flatten, ImageDataLoaders, Learner,
+                               MergeLayer, MSELossFlat, OptimWrapper, SGD, TensorImage, unet_learner)
 from torch import nn
 
-from channelslast import ChannelsLast, callback
+from channelslast import ChannelsLast, callback, less_random
 from channelslast.precision import DeviceMixedPrecision
+from channelslast.untouched import untouched
 from tests.conftest import Mixed, convnet, learner, loaders, strides
 
 CL, CL3 = torch.channels_last, torch.channels_last_3d
@@ -405,3 +406,68 @@ def test_star_import_shadows_one_name():
     import channelslast, fastai.vision.all
     assert set(channelslast.__all__) & set(dir(fastai.vision.all)) == {'ChannelsLast'}
     assert all(hasattr(channelslast, o) for o in channelslast.__all__)
+
+
+# weights on one memory
+
+class Shared(nn.Module):
+    "A 1×1 convolution and a linear layer on one memory, and a 3×3 one whose middle is a second 1×1 convolution."
+    def __init__(self):
+        super().__init__()
+        self.c3, self.c1, self.middle, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(3, 4, 1), nn.Linear(4, 4)
+        self.head.weight.data, self.middle.weight.data = self.c1.weight.data.view(4, 4).t(), self.c3.weight.data[..., 1:2, 1:2]
+    @property
+    def ptrs(self): return [o.weight.data_ptr() - 16*(o is self.middle) for o in (self.c3, self.middle, self.c1, self.head)]
+    def forward(self, x): return self.head(self.c1(self.c3(x) + self.middle(x)[..., 1:-1, 1:-1]).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize('opt', [partial(SGD, mom=0.9), Adam, partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True))], ids=['SGD', 'Adam', 'AdamW'])
+def test_shared_memory_stays_shared(tmp_path, opt):
+    "✗ Torn, the two weights of a pair drift apart. Everything that copies or converts weights is done to them here."
+    runs = []
+    for last in False, True:
+        with less_random():
+            learn = learner(Shared(), path=tmp_path/str(last), opt_func=opt, lr=1e-3)
+            before, ptrs = strides(learn)[0], learn.model.ptrs
+            assert ptrs[0] == ptrs[1] and ptrs[2] == ptrs[3]
+            if last: learn.to_channelslast(to_fp16=False)
+            learn.fit(1)
+            learn.save('a')
+            learn.fit(1)
+            learn.load('a')
+            learn.validate()
+            learn.fit(1)
+            if last:
+                assert learn.model.c1.weight.is_contiguous(memory_format=CL) and learn.model.c1.weight.stride(1) == 1
+                learn.format_find(num_it=1, show_plot=False)
+                learn.format_summary()
+                assert learn.model.ptrs == ptrs
+                learn.to_contiguous()
+            learn.fit(1)
+            assert learn.model.ptrs == ptrs and strides(learn)[0] == before
+            runs.append([p.detach() for p in learn.model.parameters()])
+    for a, b in zip(*runs): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_measuring_keeps_what_is_shared():
+    "Inside, as outside, a step of one weight is one of the other."
+    learn = learner(Shared())
+    m, ptrs, before, own = learn.model, learn.model.ptrs, [p.detach().clone() for p in learn.model.parameters()], strides(learn)
+    with untouched(learn):
+        inside = m.ptrs
+        assert inside[0] == inside[1] and inside[2] == inside[3] and not {*inside} & {*ptrs}
+        assert strides(learn) == own
+        for a, b in zip(m.parameters(), before): assert torch.equal(a, b)
+        with torch.no_grad():
+            for p in m.parameters(): p += 1
+        assert torch.equal(m.c3.weight[..., 1:2, 1:2], m.middle.weight) and torch.equal(m.c1.weight[..., 0, 0].t(), m.head.weight)
+    assert m.ptrs == ptrs
+    for a, b in zip(m.parameters(), before): assert torch.equal(a, b)
+
+
+def test_one_channel_images_are_not_copied():
+    "Both formats have one order in memory: the batch gets other strides."
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 4))
+    class Given(Seen): order = ChannelsLast.order - 1
+    learner(net, loaders((1, 8, 8)), cbs=[ChannelsLast(), given := Given(), seen := Seen()]).fit(1)
+    assert seen.batch[0].stride() == (64, 1, 8, 1) and seen.batch[0].data_ptr() == given.batch[0].data_ptr()
