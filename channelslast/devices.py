@@ -24,7 +24,7 @@ def unwrapped(model) -> nn.Module:
     "The user's own module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
-        elif isinstance(inner := vars(model).get('_modules', {}).get('_orig_mod'), nn.Module): model = inner
+        elif '_orig_mod' in vars(model).get('_modules', ()): model = model._orig_mod
         else: return model
 
 

@@ -4,6 +4,7 @@ import operator
 import warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
+from itertools import accumulate
 
 import torch
 from fastai.callback.fp16 import AMPMode, MixedPrecision
@@ -66,7 +67,7 @@ def layer_names(
     model: nn.Module,
     layers, # Names as in `named_modules`, modules, classes of modules, or functions of a module; one or several
 ) -> list: # Names, in the model's order
-    "The names of the modules meant; `ValueError` for a name that the model does not have."
+    "The names of the modules meant; `ValueError` for one that the model does not have or that can't run on its own."
     modules = dict(unwrapped(model).named_modules())
     asked = [layers] if isinstance(layers, str) or callable(layers) else list(layers)
     for o in asked:
@@ -76,7 +77,15 @@ def layer_names(
         hint = (f"did you mean {', '.join(map(repr, near))}?" if near else
                 "use names as in `model.named_modules()`, or a function of a module that returns True or False")
         raise ValueError(f"fp32_layers: the model has no module {o!r}; {hint}")
-    return [n for n, m in modules.items() if n and any(_means(o, n, m) for o in asked)]
+    names = [n for n, m in modules.items() if n and any(_means(o, n, m) for o in asked)]
+    for n in names:
+        above = ['', *accumulate(n.split('.'), '{}.{}'.format)][:-1]
+        script = next((o for o in above if isinstance(modules[o], torch.jit.ScriptModule)), None)
+        if script is None or not {*above}.isdisjoint(names): continue
+        where, use = (f'module {script!r}', f'fp32_layers={script!r}') if script else ('model', 'to_fp16=False')
+        raise ValueError(f"fp32_layers: {n!r} is inside the scripted {where}, whose layers run in C++ and can't be set "
+                         f"one by one; `{use}` keeps all of it in fp32")
+    return names
 
 
 def _cast_floats(x, to: torch.dtype, types: tuple):

@@ -66,6 +66,12 @@ def _name_left_out(e, cbs):
                  "takes part if it assigns `self.learn.xb`, `yb`, `pred`, `loss`, `loss_grad` or `loss_func`.")
 
 
+def _in_cpp(m) -> dict:
+    "Attributes of a scripted module that live in C++: mode, parameters, buffers, plain values."
+    if not isinstance(m, torch.jit.ScriptModule): return {}
+    return {k: m._c.getattr(k) for k in torch._C.ConcreteModuleType.from_jit_type(m._c._type()).get_attributes()}
+
+
 def keep_dict(undo, d):
     "Have `undo` restore a dictionary and, one level down, the dictionaries, lists and sets in it."
     saved, inner = dict(d), [(v, copy(v)) for v in d.values() if isinstance(v, (dict, list, set))]
@@ -136,9 +142,12 @@ def untouched(learn,
         owners = [*modules, learn.loss_func] if plain_loss else modules
         for o in (learn, *learn.cbs, *[loader]*hasattr(loader, '__dict__'), *owners): keep_dict(undo, vars(o))
         for o in _held([*modules, *users]): keep_dict(undo, vars(o))
+        for m in modules:
+            for k, v in _in_cpp(m).items(): undo.callback(m._c.setattr, k, v)
         for o in (loader, getattr(loader, 'sampler', None), *users): _keep_generators(undo, o)
         # parameters, buffers, and tensors that are plain attributes
-        originals = _run_on_copies(undo, tensors_of([list(vars(o).values()) for o in (*owners, *users)]))
+        held = [[*vars(o).values(), *_in_cpp(o).values()] for o in (*owners, *users)]
+        originals = _run_on_copies(undo, tensors_of(held))
         opt = learn.opt_func if learn.opt is None and isinstance(learn.opt_func, OptimWrapper) else learn.opt
         originals += _keep_optimizer(undo, opt)
         left_out, learn.cbs = [o for o in learn.cbs if o not in stay], L(stay)
