@@ -82,6 +82,12 @@ def _pairs(device_type, formats, precisions) -> list:
     return list(dict.fromkeys([('contiguous', 'fp32'), *asked]))
 
 
+def _frozen(opt) -> tuple:
+    "Numbers of frozen weights and of all in the optimizer's groups, which are those that `learn.unfreeze()` reaches."
+    ps = {p for group in opt.param_lists for p in group}
+    return sum(p.numel() for p in ps if not p.requires_grad), sum(p.numel() for p in ps)
+
+
 def _result(candidates, decision, **measured) -> FormatTimings:
     "What was measured, as users see it."
     base = fastest(candidates[0].ms)
@@ -144,6 +150,7 @@ def format_find(self:Learner,
         batches, loader_ms = _batches(self, loader, train)
         if train and self.opt is None: self.create_opt()
         if train: self.opt.set_hypers(lr=0.) # weights stay, so that every candidate steps on the same ones
+        frozen = _frozen(self.opt) if train else None
         self.n_iter = steps
         with torch.set_grad_enabled(train):
             trial = (Trial if train else PredictionTrial)(self, candidates, batches, originals, tick)
@@ -154,7 +161,7 @@ def format_find(self:Learner,
             else: trial.add_folded(kwargs)
             decision = trial.run(num_it, has if not train else (*has[:2], False))
     result = _result(candidates, decision, loader_ms=loader_ms, layers=layer_rows,
-                     optimizer_ms=trial.optimizer_ms, advice=advice, train=train)
+                     optimizer_ms=trial.optimizer_ms, advice=advice, train=train, frozen=frozen)
     result.__dict__.update(rank0s(vars(result)))
     if bar: bar.on_iter_end()
     if show_plot: result.plot()
@@ -184,5 +191,6 @@ def to_fastest(self:Learner, *,
     apply(self, timings.best, timings.layers, **scaler)
     self.format_timings = timings
     what = 'Training' if timings.train else 'Predictions'
-    print(f'{what} in {label(timings.best)}: {timings.best.speedup:.2f}× contiguous fp32')
+    said = f'{what} in {label(timings.best)}: {timings.best.speedup:.2f}× contiguous fp32'
+    print('. '.join(filter(None, [said, timings.frozen_hint])))
     return self

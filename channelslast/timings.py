@@ -41,12 +41,13 @@ class FormatTimings:
     `.margin`: by which fraction at the most (2 %, a tie, where the choice is sure); `.loader_ms`: median milliseconds
     the loader needs for a batch; `.input_bound`: does it need longer than the fastest step? `.optimizer_ms`: the
     optimizer's part of the suggested step; `.advice`: the argument of `Learner` that makes that shorter with the same
-    weights, where one is known; `.layers`: a `LayerTiming` for each distinct layer and half precision."""
+    weights, where one is known; `.layers`: a `LayerTiming` for each distinct layer and half precision; `.frozen`: how
+    many of how many weights in the optimizer's groups took no part in training (None for predictions)."""
     def __init__(self, rows, best, margin, loader_ms, layers=(), rival=None, optimizer_ms=None, advice=None,
-                 train=True):
+                 train=True, frozen=None):
         self.rows, self.best, self.margin, self.rival = list(rows), best, margin, rival
         self.loader_ms, self.layers, self.optimizer_ms, self.advice = loader_ms, list(layers), optimizer_ms, advice
-        self.train = train
+        self.train, self.frozen = train, frozen
 
     @property
     def fastest_ms(self) -> float: return min(r.ms for r in self.rows if r.valid)
@@ -66,7 +67,7 @@ class FormatTimings:
     @property
     def verdict(self) -> str:
         "The whole in a sentence or two."
-        return ' '.join(filter(None, [self._choice, self._loader, self._optimizer]))
+        return ' '.join(filter(None, [self._choice, self._loader, self._optimizer, self.frozen_hint]))
 
     @property
     def _choice(self) -> str:
@@ -89,6 +90,13 @@ class FormatTimings:
         if share <= MUCH: return ''
         said = f'The optimizer takes {self.optimizer_ms:.1f} ms of the step, {share:.0%}'
         return f'{said}; a fused one gives the same weights: `{self.advice}`.' if self.advice else said + '.'
+
+    @property
+    def frozen_hint(self) -> str:
+        "A sentence or two on frozen weights; empty where none is frozen."
+        if not self.frozen or not self.frozen[0]: return ''
+        return (f'{self.frozen[0]:,} of {self.frozen[1]:,} parameters are frozen. If they will train later, call '
+                '`learn.unfreeze()` and measure again.')
 
     def __repr__(self): return f'{_table(self).to_string(index=False)}\n{self.verdict}'
     def _repr_html_(self): return f'{_table(self).to_html(index=False)}<p>{html.escape(self.verdict)}</p>'

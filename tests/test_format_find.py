@@ -440,3 +440,49 @@ def test_a_busy_machine_is_said(margin, said):
     r = row()
     verdict = FormatTimings([r], r, margin, 1., rival=row('channels_last', ms=90.)).verdict
     assert ('less busy' in verdict) == said and f'channels last, fp32 may be faster by up to {margin:.0%}.' in verdict
+
+
+# frozen layers
+
+def split(m): return [[*m[:4].parameters()], [*m[4:].parameters()]]  # as `vision_learner` splits body and head
+def frozen(learn): learn.freeze(); return learn
+def by_hand(learn): learn.model[0].requires_grad_(False); return learn
+def late(learn): learn.create_opt(); return by_hand(learn)
+def thawed(learn): learn.freeze(); learn.unfreeze(); return learn
+
+
+# convnet() has 216 weights in its first layer, 16 in its batch norm, 144, 160 and 68 in the others; fastai trains frozen batch norms
+ADAMW = partial(OptimWrapper, opt=torch.optim.AdamW)
+FROZEN = dict(frozen=(frozen, dict(splitter=split), (360, 604)), torch=(frozen, dict(splitter=split, opt_func=ADAMW), (360, 604)),
+              lookahead=(frozen, dict(splitter=split, opt_func=ranger), (360, 604)), bn=(frozen, dict(splitter=split, train_bn=False), (376, 604)),
+              by_hand=(by_hand, dict(splitter=split), (216, 604)), late=(late, {}, (216, 604)), not_reached=(by_hand, {}, (0, 388)),
+              one_group=(frozen, {}, (0, 604)), thawed=(thawed, dict(splitter=split), (0, 604)), plain=(lambda o: o, {}, (0, 604)))
+
+
+@pytest.mark.parametrize('freeze, kwargs, counts', FROZEN.values(), ids=FROZEN)
+def test_frozen_layers_are_said(fake, capsys, freeze, kwargs, counts):
+    "What `learn.unfreeze()` would train; other steps than most of `fine_tune` takes."
+    fake({})
+    learn = freeze(learner(**kwargs))
+    t = find(learn)
+    said = f'{counts[0]} of 604 parameters are frozen. If they will train later, call `learn.unfreeze()` and measure again.'
+    assert t.frozen == counts and t.verdict.endswith(said) == (said in repr(t)) == (counts[0] > 0) and ('frozen' in t._repr_html_()) == (counts[0] > 0)
+    learn.to_fastest(num_it=3)
+    printed = capsys.readouterr().out
+    assert printed.count('\n') == 1 and (f'1.00× contiguous fp32. {said}' in printed) == ('frozen' in printed) == (counts[0] > 0)
+    assert pickle.loads(pickle.dumps(t))['frozen'] == counts
+    assert all(p.requires_grad for p in learn.model.parameters()) == (counts == (0, 604))  # as it was
+    learn.unfreeze()
+    assert find(learn).frozen == (0, counts[1])
+
+
+def test_predictions_have_no_frozen_layers(fake, capsys):
+    learn = frozen(learner(splitter=split))
+    t = find(learn, train=False)
+    learn.to_fastest(num_it=1, train=False)
+    assert t.frozen is None and 'frozen' not in repr(t) + capsys.readouterr().out
+
+
+def test_many_frozen_parameters_read_well():
+    r = row()
+    assert '11,166,912 of 11,703,872 parameters' in FormatTimings([r], r, 0.02, 1., frozen=(11166912, 11703872)).verdict
