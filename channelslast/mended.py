@@ -1,10 +1,11 @@
-"""Four of fastai's own Learner methods, done again. Importing this library mends them for every Learner of the process.
+"""fastai's own Learner methods, done again. Importing this library mends them for every Learner of the process.
 
 | method | what fastai's does | here |
 |---|---|---|
 | `one_batch` | when the model or the loss raises, leaves autocast on for the whole session | it ends with the batch |
 | `to_fp16`, `to_bf16` | add a second mixed precision to the one that is there: the loss is scaled twice | replace it |
-| `load` | gives the optimizer the strides of the Learner that saved | those of the parameters it is loaded for |"""
+| `load` | gives the optimizer the strides of the Learner that saved | those of the parameters it is loaded for |
+| `NOTED` | raise `view` errors that don't say that channels last is why | a note says where, why, and what to do |"""
 from weakref import WeakKeyDictionary
 
 from fastai.callback.fp16 import AMPMode, MixedPrecision
@@ -18,11 +19,14 @@ from .devices import fit_device
 from .fold_batch_norm import FoldBatchNorm
 from .memory_format import align_optimizer, modules_of
 from .precision import DeviceMixedPrecision, check_amp_mode, check_scaler, keep_autocast
+from .view_note import with_view_note
 from .workarounds import is_padded, replace_forwards, safely
 
 __all__ = []
 
 CONVS_3D = nn.Conv3d, nn.ConvTranspose3d
+# all that runs a model, loss function, metric, callback or optimizer; the rest of fastai's methods call these
+NOTED = 'fit', 'validate', 'get_preds', 'predict', 'tta', 'show_results', 'one_batch', 'create_opt'
 _one_batch, _to_fp16, _load = Learner.one_batch, Learner.to_fp16, Learner.load
 
 
@@ -83,3 +87,6 @@ def load(self:Learner,
     _load(self, file, device=device, **kwargs)
     align_optimizer(self.opt)  # a checkpoint brings the strides of the Learner that saved it
     return self
+
+
+for o in NOTED: setattr(Learner, o, with_view_note(getattr(Learner, o)))
