@@ -22,10 +22,10 @@ __all__ = ['ChannelsLast']
 class ChannelsLast(_FastaiChannelsLast):
     """Train and predict in PyTorch's channels-last memory format.
 
-    Before each fit, validation and prediction it casts the model's 4-D (`torch.channels_last`) and 5-D
+    Before each fit, validation and prediction it converts the model's 4-D (`torch.channels_last`) and 5-D
     (`torch.channels_last_3d`) parameters, buffers and gradients, and gives the optimizer's state the strides of its
-    parameters; before each batch it casts the inputs of as many dimensions as the model has weights of (clips for a 2-D
-    network over frames stay as they are). What already has its format is not touched."""
+    parameters. Before each batch it converts the inputs of as many dimensions as the kernels of the model's
+    convolutions (clips for a 2-D network over frames stay as they are). Tensors in their format are not touched."""
     order, dims = -1, ()  # before any callback that wraps or copies the model
     _told, _layers, _made, _undo = False, (), None, None
 

@@ -94,6 +94,7 @@ def kernel_dims(
     takes apart. So there only the smallest number counts that the model's 2-D and 3-D convolutions have. In a model
     without convolution modules the parameters tell, except those whose first dimension is 1: these are no kernels, they
     are added to a batch."""
+    # subclasses with a forward of their own may set `kernel_size` to a number, hardly `output_padding`
     dims = {m: len(c.output_padding) + 2 for c in modules if isinstance(c, CONV) for m in modules_of(c)}
     found = {*dims.values()} or {p.dim() for m in modules for p in m._parameters.values() if castable(p) and len(p) > 1}
     return {**dims, None: min(found & FORMATS.keys(), default=None)}

@@ -17,7 +17,7 @@ def overruns(m: nn.Module) -> bool:
     oneDNN's gradient of a 1×1 convolution's weights does, with a stride, without padding and with fewer input channels
     than a block: wrong gradients, a crash or a hang (https://github.com/uxlfoundation/oneDNN/issues/6035). The first
     layers of RepVGG-like networks, MobileOne among them, are such."""
-    return (isinstance(m, nn.Conv2d) and m.in_channels < BLOCK and m.groups == 1 and set(m.kernel_size) == {1}
+    return (isinstance(m, nn.Conv2d) and _has_tuples(m) and m.in_channels < BLOCK and m.groups == 1 and set(m.kernel_size) == {1}
             and max(m.stride) > 1 and m.padding in ('valid', (0, 0)))
 
 
@@ -33,8 +33,13 @@ def unstrided(m: nn.Conv2d, forward):
 
 def is_padded(m: nn.Module) -> bool:
     "True if this layer pads its input (or crops its output, if transposed) in a kernel for CPUs with AVX-512."
-    return (isinstance(m, nn.modules.conv._ConvNd) and m.padding_mode == 'zeros' and any(_sides(m))
+    return (isinstance(m, nn.modules.conv._ConvNd) and _has_tuples(m) and m.padding_mode == 'zeros' and any(_sides(m))
             and torch.cpu._is_avx512_supported())
+
+
+def _has_tuples(m) -> bool:
+    "False for subclasses that keep plain numbers, and so have a forward of their own."
+    return all(isinstance(o, tuple) for o in (m.kernel_size, m.stride)) and isinstance(m.padding, (tuple, str))
 
 
 def _sides(m) -> list:

@@ -256,6 +256,16 @@ def test_padding_is_back_after_an_error(always, error):
 def test_not_padded(avx512, m): assert not is_padded(m)
 
 
+class Numbers(nn.Conv2d):
+    "A subclass with a forward of its own, which keeps plain numbers."
+    def __init__(self):
+        super().__init__(3, 8, 1, stride=2, padding=0)
+        self.kernel_size, self.stride, self.padding = 1, 2, 1
+
+
+def test_subclasses_with_plain_numbers_are_left_alone(avx512): assert not is_padded(Numbers()) and not overruns(Numbers())
+
+
 def test_on_other_cpus_nothing_is_replaced(monkeypatch):
     monkeypatch.setattr(torch.cpu, '_is_avx512_supported', lambda: False)
     assert not is_padded(nn.Conv2d(3, 4, 3, padding=1))
