@@ -17,8 +17,8 @@ def overruns(m: nn.Module) -> bool:
     oneDNN's gradient of a 1×1 convolution's weights does, with a stride, without padding and with fewer input channels
     than a block: wrong gradients, a crash or a hang (https://github.com/uxlfoundation/oneDNN/issues/6035). The first
     layers of RepVGG-like networks, MobileOne among them, are such."""
-    return (isinstance(m, nn.Conv2d) and _has_tuples(m) and m.in_channels < BLOCK and m.groups == 1 and set(m.kernel_size) == {1}
-            and max(m.stride) > 1 and m.padding in ('valid', (0, 0)))
+    return (isinstance(m, nn.Conv2d) and _has_tuples(m) and m.in_channels < BLOCK and m.groups == 1
+            and set(m.kernel_size) == {1} and max(m.stride) > 1 and m.padding in ('valid', (0, 0)))
 
 
 def unstrided(m: nn.Conv2d, forward):
