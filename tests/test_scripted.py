@@ -102,7 +102,8 @@ def test_measuring_leaves_all_as_it_was(learn, start, call):
     before, cpp = state(learn), in_cpp(learn.model)
     result = call(learn)
     assert same(before, state(learn)) and same(cpp, in_cpp(learn.model)) and cpp
-    assert all(r.valid for r in result.rows) if hasattr(result, 'best') else len(learn._grab_cbs(ChannelsLast)) == result.holds
+    if hasattr(result, 'best'): assert len(result.rows) >= 4 and not any('Error' in r.note or 'numbers' in r.note for r in result.rows)
+    else: assert len(learn._grab_cbs(ChannelsLast)) == result.holds
     learn.fit(1)
 
 

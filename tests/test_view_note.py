@@ -331,7 +331,8 @@ def test_without_notes_it_is_in_the_message(make):
 # what measures
 
 @pytest.mark.parametrize('error', [None, Without(ERROR)], ids=['notes', 'Python 3.10'])
-def test_the_search_goes_on(error):
+def test_the_search_goes_on(has, error):
+    has()
     class Picky(nn.Module):
         def forward(self, x):
             if error and not x.is_contiguous(): raise error
