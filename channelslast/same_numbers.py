@@ -18,11 +18,12 @@ from .untouched import keep_dict
 
 __all__ = ['TOLERANCE', 'PREDICTIONS', 'stop_before_step', 'not_finite', 'check_numbers', 'check_predictions']
 
-# Relative differences from fp32 that rounding explains: of the loss, of an operation's result, of a gradient. The worst
-# gradient of 40 architectures in bf16 differed by 0.2 from a replay in fp32, where cancellation does not explain more.
-TOLERANCE = dict(fp32=(1e-3, 1e-2, 5e-2), fp16=(2e-2, 2e-2, 5e-2), bf16=(5e-2, 5e-2, 0.3))
+# Relative differences from fp32 that rounding explains: of the loss, of an operation's result, of a weight's gradient,
+# of a vector's (biases, norms). In bf16 few differ by over 0.05 from a replay in fp32; but
+# vectors' gradients are sums over all pixels, and one in Swin3D differed by 0.6.
+TOLERANCE = dict(fp32=(1e-3, 1e-2, 5e-2, 5e-2), fp16=(2e-2, 1e-2, 5e-2, 0.2), bf16=(5e-2, 2e-2, 0.12, 0.8))
 ROUNDING = dict(fp32=2**-18, fp16=2**-11, bf16=2**-8)  # a sum's in fp32
-EXPLAINED = 2  # times the difference that such rounding errors make
+EXPLAINED = 3  # times the difference that such rounding errors make
 
 PREDICTIONS = dict(fp32=1e-3, fp16=2e-2, bf16=1e-1)  # relative differences of all outputs
 
@@ -43,8 +44,9 @@ def stop_before_step(learn):
 
 
 def not_finite(named) -> str: # `''` where all are finite
-    "The first name whose tensor holds NaN or infinity, of pairs `(name, tensor)`."
-    named = [(n, t) for n, t in named if t is not None]
+    "The first name whose tensor holds NaN or infinity, of pairs `(name, tensor)`. Tensors without numbers pass."
+    named = [(n, t._values() if t.layout is torch.sparse_coo else t) for n, t in named if t is not None]
+    named = [(n, t) for n, t in named if t.layout is torch.strided and (t.is_floating_point() or t.is_complex())]
     if not named: return ''
     finite = torch.stack([t.isfinite().all().to(named[0][1].device) for _, t in named])  # one wait for all
     return '' if finite.all() else named[finite.int().argmin().item()][0]
@@ -61,6 +63,11 @@ def _norm(tensors) -> float:
 def _wide(t, dtype): return torch.promote_types(t.dtype, dtype)  # complex numbers stay complex
 
 
+def _wide_copy(g):
+    g = g.detach().to_dense() if g.layout is not torch.strided else g.detach()  # of embeddings with `sparse=True`
+    return g.to(_wide(g, torch.float32), copy=True)
+
+
 def _pairs(grads, truth):
     "Gradients side by side; none is as good as zeros."
     for a, b in zip(grads, truth):
@@ -70,15 +77,13 @@ def _pairs(grads, truth):
 
 
 def _error(a, b) -> float:
-    """The largest relative difference of any slice along the first dimension: the weights of one output channel. Slices
-    below 0.3 of the average count as one of that size."""
-    if a is None: return 0.
-    off = a - b
-    if off.dim() > 1: off, b = off.flatten(1), b.flatten(1)
-    else: off, b = off.view(1, -1), b.view(1, -1)
-    offs, norms = (torch.linalg.vector_norm(t, dim=1) for t in (off, b))
-    norms = torch.maximum(norms, 0.3*torch.linalg.vector_norm(norms)/math.sqrt(len(norms)))
-    return torch.where(offs == 0, offs, offs/norms).max().item() if len(offs) else 0.
+    """The relative difference of the whole, or an eighth of the largest one of a slice along the first dimension: the
+    weights of one output channel, relative to an average one."""
+    if a is None or not a.numel(): return 0.
+    off, b = (t.flatten(1) if t.dim() > 1 else t.view(1, -1) for t in (a - b, b))
+    offs, norm = torch.linalg.vector_norm(off, dim=1), torch.linalg.vector_norm(b)
+    most = torch.maximum(torch.linalg.vector_norm(offs), offs.max()*math.sqrt(len(offs))/8)
+    return (most/norm if most else most).item()
 
 
 def _errors(grads, truth) -> list: return [_error(a, b) for a, b in _pairs(grads, truth)]
@@ -93,8 +98,7 @@ def _loss_and_grads(learn, batch, stop, make_mode) -> tuple: # Loss, gradients, 
         learn.model.zero_grad(set_to_none=True)
         stop.mode = mode = make_mode(learn.model)
         with _no_graphs_kept(learn.model), mode: learn.one_batch(0, batch)
-        grads = [p.grad if p.grad is None else p.grad.detach().to(_wide(p.grad, torch.float32), copy=True)/scale
-                 for p in learn.model.parameters()]
+        grads = [p.grad if p.grad is None else _wide_copy(p.grad)/scale for p in learn.model.parameters()]
         if scale <= 1 or all(g is None or g.isfinite().all() for g in grads):
             return learn.loss.detach().float().mean().item(), grads, mode
         scale /= 16  # too large for fp16: training finds that out, too
@@ -137,7 +141,8 @@ def _fault(learn, baseline, c, found, counts, cbs, batch, stop) -> str: # `''` w
     The baseline's step is replayed with the candidate's values: gradients of two steps of a deep network are far apart
     by rounding alone. Where the replay does not explain a gradient, it is repeated with rounding errors."""
     names = [n for n, _ in learn.model.named_parameters()]
-    most_loss, most_result, most_grad = TOLERANCE[c.half]
+    most_loss, most_result, *most_grad = TOLERANCE[c.half]
+    most = [most_grad[p.dim() < 2] for p in learn.model.parameters()]
     def _replayed(rounded=False):
         baseline.switch(learn, cbs)
         generator = torch.Generator(fit_device(learn))  # the step's own random numbers stay
@@ -148,9 +153,9 @@ def _fault(learn, baseline, c, found, counts, cbs, batch, stop) -> str: # `''` w
     grads, wrong = _replayed()
     errors = _errors(found[1], grads)
     fault = 'loss' if not c.loss_diff <= most_loss else f'result of {wrong[0]}' if wrong else ''
-    if rank0s(bool(fault) or max(errors) <= most_grad): return rank0s(fault)
+    if rank0s(bool(fault) or all(e <= m for e, m in zip(errors, most))): return rank0s(fault)
     explained = _errors(_replayed(rounded=True)[0], grads)
-    wrong = [n for n, e, by in zip(names, errors, explained) if not e <= max(most_grad, EXPLAINED*by)]
+    wrong = [n for n, e, m, by in zip(names, errors, most, explained) if not e <= max(m, EXPLAINED*by)]
     return rank0s(f'gradient of {wrong[0]}' if wrong else '')
 
 

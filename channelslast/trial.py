@@ -90,7 +90,7 @@ class Trial:
         self.steps, self.sound, self.stepped = 0, True, bool(tensors_of(state))
         self.optimizer_ms = self.first_ms = None
         names = {id(t): n for n, t in (*learn.model.named_parameters(), *learn.model.named_buffers())}
-        finite = [t for t, data in originals if data.isfinite().all()]  # an attention mask may hold infinity
+        finite = [t for t, data in originals if not not_finite([('it', data)])]  # an attention mask may hold infinity
         self.finite = [(names.get(id(t), 'optimizer state'), t) for t in finite]
         self.look = LookAtGradients()
         self.look.learn = learn
