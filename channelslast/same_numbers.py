@@ -19,8 +19,7 @@ from .untouched import keep_dict
 __all__ = ['TOLERANCE', 'PREDICTIONS', 'stop_before_step', 'not_finite', 'check_numbers', 'check_predictions']
 
 # Relative differences from fp32 that rounding explains: of the loss, of an operation's result, of a weight's gradient,
-# of a vector's (biases, norms). In bf16 few differ by over 0.05 from a replay in fp32; but
-# vectors' gradients are sums over all pixels, and one in Swin3D differed by 0.6.
+# of a vector's (biases, norms). Vectors' gradients are sums over all pixels: in bf16 one in Swin3D differed by 0.6.
 TOLERANCE = dict(fp32=(1e-3, 1e-2, 5e-2, 5e-2), fp16=(2e-2, 1e-2, 5e-2, 0.2), bf16=(5e-2, 2e-2, 0.12, 0.8))
 ROUNDING = dict(fp32=2**-18, fp16=2**-11, bf16=2**-8)  # a sum's in fp32
 EXPLAINED = 3  # times the difference that such rounding errors make

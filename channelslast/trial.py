@@ -146,6 +146,7 @@ class Trial:
             if _emulated(c, ms) and _emulated(c, ms := self.take(c)):
                 c.out(f'a step takes {ms/self.first_ms:.0f} times as long as in contiguous fp32')
         self.cbs.remove(self.look)
+        self.look.found = ''  # of the last candidate, which the steps that follow have no part in
         self.learn.cbs = L(self.cbs)
 
     def tune(self, scaler) -> list: # `LayerTiming`s

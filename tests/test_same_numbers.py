@@ -219,7 +219,18 @@ def test_one_candidates_infinity_is_healed_before_the_next(has, bad, note, fitte
     by = {(r.memory_format, r.precision): r for r in t.rows}
     assert note in by['contiguous', 'bf16'].note and note in by['channels_last', 'bf16'].note
     assert by['channels_last', 'fp32'].valid and not by['channels_last', 'fp32'].note  # it comes after contiguous bf16
+    assert by['contiguous', 'fp32'].valid and by['contiguous', 'fp32'].ms and not t.rows[0].note
     assert not by['contiguous', 'bf16'].valid and all(p.isfinite().all() for p in learn.model.parameters())
+
+
+def test_what_the_last_warm_up_found_ends_with_it(has, monkeypatch):
+    "Nothing is healed in the rounds that follow."
+    has('bf16')
+    healed, real = [], Trial.heal
+    monkeypatch.setattr(Trial, 'heal', lambda self: (healed.append(1), real(self)))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), InfiniteGradient(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    learner(net).format_find(num_it=4, show_plot=False, layers=False)
+    assert len(healed) == 2  # the two candidates in bf16, once each
 
 
 def test_a_failing_optimizer_is_healed(has):
