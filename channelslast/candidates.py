@@ -1,21 +1,32 @@
 "What can be measured, and what a Learner has: a memory format, a precision, and the callbacks that make them."
-import torch
 from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastcore.foundation import L
 
 from . import devices, race
 from .callback import ChannelsLast
-from .devices import fit_device
+from .devices import fit_device, free_memory, is_out_of_memory
 from .fold_batch_norm import FoldBatchNorm
 from .layers import fp32_names
 from .memory_format import align_optimizer, cast_module
 from .precision import DeviceMixedPrecision
+from .ranks import everyones
 from .timings import Timing
 
-__all__ = ['FORMATS', 'PRECISIONS', 'Candidate', 'current', 'apply']
+__all__ = ['FORMATS', 'PRECISIONS', 'Out', 'Candidate', 'current', 'apply']
 
 FORMATS, PRECISIONS = ('contiguous', 'channels_last'), ('fp32', 'fp16', 'bf16')
+
+
+class Out(Exception):
+    "Raised inside `Candidate.attempt`: the reason why a candidate is out."
+
+
+def _said(e) -> str:
+    "An error as a note."
+    if isinstance(e, Out): return str(e)
+    said = (str(e).strip() or 'no message').splitlines()[-1].strip()
+    return 'out of memory' if is_out_of_memory(e) else f'{type(e).__name__}: {said[:100]}'
 
 
 class Candidate:
@@ -32,6 +43,7 @@ class Candidate:
         self.key = memory_format, self.precision, folded
         self.baseline = self.key == ('contiguous', 'fp32', False)
         self.cbs = [ChannelsLast()]*self.last
+        for cb in self.cbs: cb.measured = True
         if precision != 'fp32':
             self.cbs.append(DeviceMixedPrecision(precision, fp32_layers, **(scaler if precision == 'fp16' else {})))
         self.fold = FoldBatchNorm() if folded else None
@@ -55,15 +67,23 @@ class Candidate:
         learn.scaler = self.scaler
 
     def attempt(self, learn, f):
-        "`f()`; an error is the user's own for contiguous fp32, the end of any other candidate."
-        try: return f()
-        except Exception as e:
-            if self.baseline: raise
-            oom = isinstance(e, torch.OutOfMemoryError) or 'out of memory' in str(e)
-            said = (str(e).strip() or 'no message').splitlines()[-1].strip()
-            self.out('out of memory' if oom else f'{type(e).__name__}: {said[:100]}')
-        learn.model.zero_grad(set_to_none=True)  # outside the handler: its traceback holds the step's tensors
-        if torch.cuda.is_available(): torch.cuda.empty_cache()
+        """`f()`, or None where it fails, in this process or in another one of a distributed run. Then the candidate is
+        out; an error of contiguous fp32 is the user's own.
+
+        All processes have to call this in the same order, and `f` must not communicate: a process in which `f` fails
+        would leave the others waiting."""
+        found = error = None
+        try: found = f()
+        except Exception as e: error = e
+        notes = everyones(error and _said(error))
+        if not any(notes): return found
+        found = learn.pred = learn.loss = learn.loss_grad = None  # which hold the activations of the step
+        rank, note = next((i, note) for i, note in enumerate(notes) if note)
+        if self.baseline: raise error or RuntimeError(f'Process {rank} of {len(notes)}: {note}')
+        error = None  # its traceback holds the step's tensors
+        learn.model.zero_grad(set_to_none=True)
+        free_memory(fit_device(learn))
+        self.out(note)
 
     def timing(self, base) -> Timing:
         "What was measured, beside the milliseconds of contiguous fp32."
@@ -75,8 +95,8 @@ class Candidate:
 def current(learn) -> tuple:
     "Memory format and precision that the Learner runs in now, and whether with batch norms folded."
     mp = next(iter(learn._grab_cbs(MixedPrecision)), None)
-    device = fit_device(learn).type
-    works = isinstance(mp, DeviceMixedPrecision) or device == 'cuda'  # fastai's own serves CUDA alone
+    device = fit_device(learn)
+    works = isinstance(mp, DeviceMixedPrecision) or device.type == 'cuda'  # fastai's own serves CUDA alone
     fast = mp and works and devices.accelerates(device, mp.amp_mode)
     tuned = '+fp32'*bool(getattr(mp, 'fp32_layers', ()))
     precision = mp.amp_mode.value + tuned if fast else 'fp32'
@@ -96,4 +116,6 @@ def apply(learn, row:Timing, layers=(), **scaler):
         if not row.folded: learn.remove_cb(FoldBatchNorm)
         elif not learn._grab_cbs(FoldBatchNorm): learn.add_cb(FoldBatchNorm(measured=True))
     else: learn.remove_cbs([o for o in learn._grab_cbs(FoldBatchNorm) if o.measured])
-    return learn if row.memory_format == 'channels_last' else learn.to_contiguous()
+    if row.memory_format != 'channels_last': return learn.to_contiguous()
+    learn.channels_last.measured = True
+    return learn

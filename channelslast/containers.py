@@ -9,7 +9,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-__all__ = ['leaves', 'tensors_of', 'map_tensors']
+__all__ = ['leaves', 'tensors_of', 'map_tensors', 'half_of']
 
 SEQUENCES = tuple, list, deque
 OPAQUE = Tensor, str, bytes, type, ModuleType
@@ -85,3 +85,15 @@ def _tuple(x, items):
     except TypeError: return type(x)(items)  # `torch.return_types`
     if hasattr(x, '__dict__'): vars(new).update(vars(x))
     return new
+
+
+def half_of(
+    batch, # Tensors, nested as you like; or a tuple of lists, as detectors take them
+    bs, # Number of its items
+):
+    """The first half of the items: of each tensor whose first dimension has that size, or, where there is none, of each
+    list of that length. The batch itself, where neither is found."""
+    half = map_tensors(lambda t: t[:bs//2] if t.dim() and len(t) == bs else t, batch)
+    if half is not batch or not isinstance(batch, SEQUENCES): return half
+    if not any(isinstance(o, SEQUENCES) and len(o) == bs for o in batch): return batch
+    return tuple(o[:bs//2] if isinstance(o, SEQUENCES) and len(o) == bs else o for o in batch)

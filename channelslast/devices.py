@@ -1,12 +1,16 @@
-"Where a model is, what that device is fast at, waiting for it, and timing on it."
+"Where a model is, what that device is fast at, its memory, waiting for it, and timing on it."
+import os
+import subprocess
 import time
+from functools import cache
 from itertools import chain
 
 import torch
 from fastai.callback.fp16 import AMPMode
 from torch import nn
 
-__all__ = ['model_device', 'fit_device', 'unwrapped', 'accelerates', 'synchronize', 'elapsed_ms', 'rank0s']
+__all__ = ['model_device', 'fit_device', 'unwrapped', 'accelerates', 'weakness', 'fp32_precision',
+           'is_out_of_memory', 'free_memory', 'synchronize', 'elapsed_ms']
 
 
 def model_device(model) -> torch.device:
@@ -16,7 +20,10 @@ def model_device(model) -> torch.device:
 
 
 def fit_device(learn) -> torch.device:
-    "The device that the Learner will train on: fastai moves the model there when a fit begins."
+    """The device that the Learner will train on: fastai moves the model there when a fit begins. In a distributed run
+    `DistributedTrainer` moves it on to the process's own, while loaders made earlier stay on the first GPU."""
+    accelerator = next((vars(cb)['accelerator'] for cb in learn.cbs if 'accelerator' in vars(cb)), None)
+    if accelerator: return accelerator.device
     return torch.device(getattr(learn.dls, 'device', None) or model_device(learn.model))
 
 
@@ -29,7 +36,7 @@ def unwrapped(model) -> nn.Module:
 
 
 def accelerates(
-    device_type: str, # `'cpu'`, `'cuda'`, `'mps'`, …
+    device, # A `torch.device` or its name: `'cpu'`, `'cuda:1'`, `'mps'`, …
     amp_mode: AMPMode,
 ) -> bool:
     """True where autocast to this type makes a device compute faster, not only differently.
@@ -38,15 +45,33 @@ def accelerates(
     things supported that are slow: bf16 on CPUs with AVX512 and without AVX512-BF16, which takes 4 times as long as
     fp32; and fp16 on CPUs with AVX512-FP16 (Xeons since 2023), where a convolution's two passes take 8 to 139 times
     as long. Its list of kernels (`src/cpu/cpu_convolution_list.cpp`) has one for the weights' gradient in fp16 with
-    AMX-FP16 alone, and CPUs with that have bf16, too: so fp16 is for other devices."""
-    if not torch.amp.is_autocast_available(device_type): return False
-    if device_type == 'cpu':
+    AMX-FP16 alone, and CPUs with that have bf16, too: so fp16 is for other devices. CUDA GPUs without tensor cores
+    gain nothing from fp16, and the GTX 16 series gives NaN (https://github.com/pytorch/pytorch/issues/77955). Apple's
+    M1 and M2 have no instructions for bf16 (https://github.com/huggingface/transformers/issues/40458); fp16 needs a
+    gradient scaler, which raises on MPS before PyTorch 2.8 (https://github.com/pytorch/pytorch/issues/142397)."""
+    device = torch.device(device)
+    if not torch.amp.is_autocast_available(device.type): return False
+    if device.type == 'cpu':
         if amp_mode is AMPMode.FP16: return False
         test = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', None)  # no such op: no oneDNN here
         return bool(test and test()) and not _emulates_bf16()
-    if device_type == 'cuda' and amp_mode is AMPMode.BF16:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return True
+    if device.type == 'cuda':
+        with torch.cuda.device(device):
+            if amp_mode is AMPMode.BF16: return torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.cuda.get_device_capability() >= (7, 0) and 'GTX 16' not in torch.cuda.get_device_name()
+    if device.type != 'mps': return True
+    if amp_mode is AMPMode.FP16: return torch_version() >= (2, 8)
+    return not _apple_chip().startswith(('Apple M1', 'Apple M2'))
+
+
+def torch_version() -> tuple: # `(2, 14)`
+    return tuple(map(int, torch.__version__.split('.')[:2]))
+
+
+@cache
+def _apple_chip() -> str: # `'Apple M2 Pro'`; `''` if it can't be told
+    try: return subprocess.check_output(['sysctl', '-n', 'machdep.cpu.brand_string'], text=True, timeout=10).strip()
+    except (OSError, subprocess.SubprocessError): return ''
 
 
 def _emulates_bf16() -> bool:
@@ -55,9 +80,55 @@ def _emulates_bf16() -> bool:
     return _has('avx512') and not _has('avx512_bf16') and not _has('amx_tile')
 
 
+def weakness(device: torch.device) -> str: # `''` where there is none
+    """A sentence on why channels last is wrong or slow on this device with the installed PyTorch, and on the remedy.
+
+    MPS: PyTorch issues 175189 (batch norm; the fix is in 2.14's wheels) and 193349 (convolutions; in 2.15's)."""
+    if device.type == 'mps' and torch_version() < (2, 15):
+        has = ("gives wrong gradients, or fails, behind batch norms" if torch_version() < (2, 14) else
+               "takes up to 30 times as long in the backward pass of convolutions")
+        return f"On MPS, channels last {has} before PyTorch 2.15: update PyTorch, or let `learn.to_fastest()` decide."
+    if device.type == 'cuda' and torch.version.hip and not _miopen_takes_nhwc():
+        return ("MIOpen converts the tensors of each convolution from channels last and back: set the environment "
+                "variable PYTORCH_MIOPEN_SUGGEST_NHWC=1 before Python starts, or let `learn.to_fastest()` decide.")
+    return ''
+
+
+def _miopen_takes_nhwc() -> bool:
+    "PyTorch's `aten/src/ATen/native/ConvUtils.h`: 2.9 and 2.10 do so from MIOpen 3.5 on, others only if they are told."
+    told = os.environ.get('PYTORCH_MIOPEN_SUGGEST_NHWC')
+    if told in ('0', '1'): return told == '1'
+    return (2, 9) <= torch_version() < (2, 11) and torch.backends.cudnn.version() >= 30500
+
+
+def fp32_precision(device: torch.device) -> str: # `'fp32'`, `'fp16'` or `'bf16'`
+    """The precision to which the device computes convolutions and matrix products of fp32 tensors: TF32 keeps as many
+    bits as fp16. cuDNN uses it by default, since Ampere (https://docs.pytorch.org/docs/stable/notes/cuda.html)."""
+    backends = torch.backends
+    if device.type == 'cuda':
+        if torch.cuda.get_device_capability(device) < (8, 0): return 'fp32'
+        own = [backends.cuda.matmul, *[getattr(backends.cudnn, 'conv', backends.cudnn)]*(not torch.version.hip)]
+    elif device.type == 'cpu': own = [getattr(backends.mkldnn, k, None) for k in ('conv', 'matmul')]
+    else: return 'fp32'
+    # each operation's own setting: reading the one above it raises where they differ (PyTorch issue 179445)
+    used = {getattr(o, 'fp32_precision', None) or getattr(o, 'allow_tf32', False) and 'tf32' for o in own}
+    return 'bf16' if 'bf16' in used else 'fp16' if 'tf32' in used else 'fp32'
+
+
+def is_out_of_memory(e: Exception) -> bool:
+    "True for any device's error of too little memory. Only CUDA's, XPU's and some of MPS's have a class of their own."
+    return isinstance(e, torch.OutOfMemoryError) or 'out of memory' in str(e) or "can't allocate memory" in str(e)
+
+
+def free_memory(device: torch.device):
+    "Give the memory that PyTorch keeps for new tensors back to the device."
+    if free := getattr(getattr(torch, device.type, None), 'empty_cache', None): free()
+
+
 def synchronize(device: torch.device):
-    "Wait until the device has done all that it was given."
-    getattr(torch, device.type).synchronize()
+    "Wait until this device has done all that it was given; `torch.cuda.synchronize()` waits for the current one."
+    wait = getattr(torch, device.type).synchronize
+    wait() if device.type == 'mps' else wait(device)  # there is one MPS device
 
 
 def elapsed_ms(device: torch.device, f) -> float:
@@ -67,10 +138,3 @@ def elapsed_ms(device: torch.device, f) -> float:
     f()
     synchronize(device)
     return (time.perf_counter() - start)*1e3
-
-
-def rank0s(x):
-    "Rank 0's `x` in a distributed run, that all processes do the same; elsewhere `x`. Whatever pickles."
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return x
-    torch.distributed.broadcast_object_list(shared := [x], src=0)
-    return shared[0]

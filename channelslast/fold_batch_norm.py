@@ -6,6 +6,7 @@ import torch
 from fastai.callback.core import Callback
 from torch import nn
 
+from .devices import fp32_precision
 from .fold_plan import ForwardTrace, Pair, is_complete
 from .folding import Prepared, difference, hooked_globally, is_eager, nudge, numbers_of, signature_of, structure_of
 from .pickling import pickled_as
@@ -16,7 +17,9 @@ from .workarounds import replace_forwards
 __all__ = ['FoldBatchNorm']
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative, of each tensor of the output
-HALF, TF32 = 5e-2, 1e-2  # where something is computed in half precision, or as CUDA's convolutions in fp32 are
+HALF = 5e-2  # where something is computed in half precision
+# where fp32 is computed in TF32 or in bf16: the tolerance, and the rounding error of a number
+ROUNDED = dict(fp16=(1e-2, 2**-10), bf16=(HALF, 2**-7))
 # Deep models amplify rounding errors: one of the input alone changes a ResNet-152's output by 4e-4 where its batch
 # norms have a batch's statistics. Folding changes it by 0.9 to 2.8 times as much in ten architectures of torchvision.
 AMPLIFIED = 10
@@ -98,9 +101,10 @@ class Folds:
         sources = [t for t in self.prepared.sources if t is not None]
         dtypes = {t.dtype for t in sources if t.is_floating_point()} | {o.dtype for o in plan}
         dtypes |= {o[1] for o in kind if isinstance(o, tuple) and isinstance(o[0], str)}  # autocast's
-        tf32 = torch.backends.cudnn.allow_tf32 and any(t.is_cuda for t in sources)
-        return (max(TF32*tf32, *(TOLERANCE.get(t, HALF) for t in dtypes)),
-                max(2**-10*tf32, *(torch.finfo(t).eps for t in dtypes)))
+        precisions = {fp32_precision(d) for d in {t.device for t in sources}}
+        limits = [ROUNDED[p] for p in precisions if p in ROUNDED and torch.float32 in dtypes]
+        limits += [(TOLERANCE.get(t, HALF), torch.finfo(t).eps) for t in dtypes]
+        return tuple(map(max, zip(*limits)))
 
     def _stay(self, why):
         self.stays, self.folded, self.prepared, self.plans = True, 0, None, {}

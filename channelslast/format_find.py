@@ -3,6 +3,7 @@ import torch
 from fastai.callback.fp16 import AMPMode, NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip
+from fastai.distributed import DistributedTrainer, ParallelTrainer
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from fastcore.basics import noop, patch
@@ -11,17 +12,21 @@ from fastprogress.fastprogress import progress_bar
 
 from . import devices
 from .candidates import FORMATS, PRECISIONS, Candidate, apply, current
-from .devices import fit_device, rank0s
+from .devices import fit_device, free_memory
 from .optimizers import fused_line
 from .precision import DTYPES, check_scaler
 from .race import TIE, fastest
 from .prediction_trial import LOOK, PredictionTrial
+from .ranks import rank0s
 from .timings import FormatTimings, label
 from .trial import Trial, load_batches
 from .untouched import check_model, untouched
 
 __all__ = []
 
+ROUNDS, MORE = 15, 45  # of steps; more only where these take less than one slow phase of the machine
+
+SEVERAL = ParallelTrainer, DistributedTrainer  # which are left out
 # callbacks whose work is part of each step, beside those that change its numbers
 STEP_CALLBACKS = GradientAccumulation, GradientClip, MixHandler, BnFreeze
 
@@ -74,9 +79,9 @@ def _asked(name, asked, possible) -> list:
     return asked
 
 
-def _pairs(device_type, formats, precisions) -> list:
+def _pairs(device, formats, precisions) -> list:
     "The formats and precisions to measure: contiguous fp32, the baseline, always and first."
-    fast = [p for p in PRECISIONS if p == 'fp32' or devices.accelerates(device_type, AMPMode(p))]
+    fast = [p for p in PRECISIONS if p == 'fp32' or devices.accelerates(device, AMPMode(p))]
     precisions, formats = _asked('precisions', precisions, fast), _asked('formats', formats, FORMATS)
     asked = [(f, p) for f in FORMATS for p in PRECISIONS if f in formats and p in precisions]
     return list(dict.fromkeys([('contiguous', 'fp32'), *asked]))
@@ -86,6 +91,19 @@ def _frozen(opt) -> tuple:
     "Numbers of frozen weights and of all in the optimizer's groups, which are those that `learn.unfreeze()` reaches."
     ps = {p for group in opt.param_lists for p in group}
     return sum(p.numel() for p in ps if not p.requires_grad), sum(p.numel() for p in ps)
+
+
+def _notes(learn, bs, used) -> list:
+    "Sentences on how the measured step differs from the Learner's own, or may differ."
+    notes, cudnn = [], torch.backends.cudnn
+    if used != bs:
+        notes.append(f'Measured on {used} of the {bs} items of each batch: contiguous fp32 has no memory for more.')
+    if several := [type(o).__name__ for o in learn.cbs if isinstance(o, SEVERAL)]:
+        notes.append(f'Measured in one process on one device, without `{several[0]}` and its communication.')
+    if fit_device(learn).type == 'cuda' and not cudnn.benchmark:
+        notes.append('Measured with `torch.backends.cudnn.benchmark = False`: measure again if you set it to True, '
+                     'since cuDNN then chooses other kernels.')
+    return notes
 
 
 def _result(candidates, decision, **measured) -> FormatTimings:
@@ -101,7 +119,7 @@ def _result(candidates, decision, **measured) -> FormatTimings:
 def format_find(self:Learner,
     precisions=None, # Some of `'fp32'`, `'fp16'`, `'bf16'`; None: fp32 and what the device accelerates
     formats=None, # Some of `'contiguous'`, `'channels_last'`; None: both
-    num_it:int=15, # Timed steps a candidate, at the most
+    num_it:int=None, # Maximum timed steps per candidate; None: 15, or up to 60 where all steps are very short
     show_plot:bool=True, # Draw the chart?
     layers:bool=True, # Measure single layers too, and try to keep in fp32 those that half precision slows down?
     train:bool=True, # Measure training steps? Else predictions, as `get_preds` makes them
@@ -134,34 +152,38 @@ def format_find(self:Learner,
     empty loader, or a loader without labels; an error in contiguous fp32 is raised as it is, in any other candidate it
     is its `note`."""
     check_scaler(**kwargs)
-    if not isinstance(num_it, int) or isinstance(num_it, bool) or num_it < 1:
+    rounds, more = (ROUNDS, MORE) if num_it is None else (num_it, 0)
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         raise ValueError(f'num_it={num_it!r}: use a whole number from 1')
     _check(self, train)
     loader = _loader(self, train, dl)
-    pairs, has = _pairs(fit_device(self).type, formats, precisions), current(self)
+    pairs, has = _pairs(fit_device(self), formats, precisions), current(self)
     candidates, advice = [Candidate(f, p, kwargs) for f, p in pairs], fused_line(self) if train else None
     tuned = [p for f, p in pairs if layers and f == 'channels_last' and p != 'fp32']
     n = len(pairs) + len(tuned)
-    steps = n*(1 + num_it) if train else n*(2*(1 + num_it) + LOOK)  # as they are, and folded
+    steps = n*(1 + rounds) if train else n*(2*(1 + rounds) + LOOK)  # as they are, and folded
     bar = progress_bar(range(steps), leave=False) if hasattr(self, 'progress') else None  # `no_bar` takes it away
-    tick = bar.update if bar else noop
+    tick = (lambda i: bar.update(min(i, steps))) if bar else noop
     tick(0)
+    bs = getattr(loader, 'bs', None) or getattr(loader, 'batch_size', None)
     with untouched(self, STEP_CALLBACKS if train else (), eager=False, loader=loader) as originals:
-        batches, loader_ms = _batches(self, loader, train)
+        batches, loader_ms = candidates[0].attempt(self, lambda: _batches(self, loader, train))
         if train and self.opt is None: self.create_opt()
         if train: self.opt.set_hypers(lr=0.) # weights stay, so that every candidate steps on the same ones
         frozen = _frozen(self.opt) if train else None
         self.n_iter = steps
         with torch.set_grad_enabled(train):
-            trial = (Trial if train else PredictionTrial)(self, candidates, batches, originals, tick)
+            trial = (Trial if train else PredictionTrial)(self, candidates, batches, originals, tick, bs)
             trial.warm_up(candidates)
             layer_rows = trial.tune(kwargs) if layers else []
             trial.check_numbers()
             if train: trial.time_optimizer()
             else: trial.add_folded(kwargs)
-            decision = trial.run(num_it, has if not train else (*has[:2], False))
+            decision = trial.run(rounds, has if not train else (*has[:2], False), more)
     result = _result(candidates, decision, loader_ms=loader_ms, layers=layer_rows,
-                     optimizer_ms=trial.optimizer_ms, advice=advice, train=train, frozen=frozen)
+                     optimizer_ms=trial.optimizer_ms, advice=advice, train=train, frozen=frozen,
+                     notes=_notes(self, bs, trial.bs))
+    free_memory(fit_device(self))
     result.__dict__.update(rank0s(vars(result)))
     if bar: bar.on_iter_end()
     if show_plot: result.plot()

@@ -125,9 +125,9 @@ class DeviceMixedPrecision(MixedPrecision):
 
     def before_fit(self):
         self.leave()  # of a fit that this one interrupts
-        device = model_device(self.model).type
-        fast = devices.accelerates(device, self.amp_mode)
-        if not fast: self._tell(device)
+        where = model_device(self.model)
+        device, fast = where.type, devices.accelerates(where, self.amp_mode)
+        if not fast: self._tell(where)
         self.autocast = torch.autocast(device, DTYPES[self.amp_mode], enabled=fast)
         names = layer_names(self.model, self.fp32_layers) if fast else ()
         kept = [unwrapped(self.model).get_submodule(n) for n in names]
@@ -146,7 +146,7 @@ class DeviceMixedPrecision(MixedPrecision):
         other = next((o for o in AMPMode if o is not self.amp_mode and devices.accelerates(device, o)), None)
         use = f"use `amp_mode='{other.value}'`, which it has, or `to_fp16=False`" if other else (
               "use `to_fp16=False` to say so yourself (`amp_mode='bf16'` needs a CPU with AVX512-BF16 or AMX)")
-        warnings.warn(f"This {device} has no fast {self.amp_mode.value}: training stays in fp32. "
+        warnings.warn(f"This {device.type} has no fast {self.amp_mode.value}: training stays in fp32. "
                       f"To silence this, {use}.", stacklevel=2)
 
     def before_batch(self):

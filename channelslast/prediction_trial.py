@@ -3,7 +3,7 @@ import torch
 
 from . import race
 from .candidates import Candidate
-from .devices import rank0s
+from .ranks import rank0s
 from .same_numbers import check_predictions
 from .trial import Trial, step_ms
 
@@ -26,7 +26,7 @@ class PredictionTrial(Trial):
 
     def check_numbers(self):
         with torch.compiler.set_stance('force_eager'):
-            self.truth = check_predictions(self.learn, self.candidates, self.cbs, self.batches[0])
+            self.truth = check_predictions(self.learn, self.candidates, self.cbs, self.one_batch)
 
     def add_folded(self, scaler):
         "For each format and precision that is not far behind, the same with batch norms folded, where there are any."
@@ -37,10 +37,10 @@ class PredictionTrial(Trial):
             folded = Candidate(c.memory_format, c.half, scaler, c.fp32_layers, folded=True)
             folded.note = c.note
             self.warm_up([folded])
-            if not folded.running or not folded.fold.works: continue  # nothing to fold: no row
+            if not rank0s(folded.running and folded.fold.works): continue  # nothing to fold: no row
             self.candidates.append(folded)
         with torch.compiler.set_stance('force_eager'):
             added = [c for c in self.running if c.folded]
-            check_predictions(self.learn, added, self.cbs, self.batches[0], self.truth)
+            check_predictions(self.learn, added, self.cbs, self.one_batch, self.truth)
         if added:  # the race is among steps of the same rounds: a machine may have been faster, or slower, before
             for c in self.running: c.ms.clear()

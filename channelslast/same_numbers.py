@@ -7,10 +7,13 @@ from functools import partial
 import torch
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.torch_core import set_seed
+from torch import nn
 
+from .candidates import Out
 from .containers import map_tensors, tensors_of
-from .devices import fit_device, rank0s
+from .devices import fit_device, fp32_precision
 from .folding import difference, nudge, numbers_of
+from .ranks import everyones
 from .replay import Record, Replay
 from .reproducible import keep_random_states
 from .step_callbacks import takes_part
@@ -54,8 +57,8 @@ def not_finite(named) -> str: # `''` where all are finite
 # gradients
 
 def _norm(tensors) -> float:
-    "Of all together; in float64, where there is one: a CPU's float32 norm of a hundred million numbers is 1% off."
-    def _one(t): return torch.linalg.vector_norm(t, dtype=None if t.is_mps else _wide(t, torch.float64))
+    "Of all together; in float64, which not all GPUs have: a CPU's float32 norm of a hundred million numbers is 1% off."
+    def _one(t): return torch.linalg.vector_norm(t, dtype=_wide(t, torch.float64) if t.is_cpu or t.is_cuda else None)
     return math.hypot(*map(_one, tensors))
 
 
@@ -115,47 +118,80 @@ def _no_graphs_kept(model):
 
 
 def _set_mode(model, training):
-    "Eval mode, or training mode without dropout (of any kind: `DropPath`, `StochasticDepth`)."
+    """Eval mode, or training mode without dropout (of any kind: `DropPath`, `StochasticDepth`). Recurrent layers are in
+    training mode always, and without dropout: cuDNN's have no backward pass in eval mode (PyTorch issue 5878)."""
     model.train(training)
     for m in model.modules():
-        if 'drop' in type(m).__name__.lower(): m.eval()
+        if isinstance(m, nn.RNNBase): m.train().dropout = 0.
+        elif 'drop' in type(m).__name__.lower() or isinstance(m, nn.MultiheadAttention): m.eval()
 
 
-def _reference(learn, baseline, cbs, batch, stop) -> tuple:
-    """Loss, gradients and counted operations in contiguous fp32, and whether in training mode: detectors have no loss
-    in eval mode, and cuDNN's recurrent layers no gradients."""
-    for training in False, True:
-        _set_mode(learn.model, training)
-        baseline.switch(learn, cbs)
-        try: loss, grads, counts = _loss_and_grads(learn, batch, stop, partial(Record, keep=False))
-        except Exception:
-            if training: raise
-        else:
-            if training or any(g is not None for g in grads): return loss, grads, counts, training
+class Comparison:
+    "One step of contiguous fp32, and candidates' steps on the same batch. Nothing here communicates with other ranks."
+    def __init__(self, learn, baseline, cbs, batch):
+        self.learn, self.baseline, self.batch, self.stop = learn, baseline, batch, stop_before_step(learn)
+        self.cbs = [self.stop, *filter(takes_part, cbs)]
+        self.params = dict(learn.model.named_parameters())
+        self.computed = fp32_precision(fit_device(learn))
 
+    def step(self, c, make_mode) -> tuple: # Loss, gradients, the mode
+        c.switch(self.learn, self.cbs)
+        return _loss_and_grads(self.learn, self.batch, self.stop, make_mode)
 
-def _fault(learn, baseline, c, found, counts, cbs, batch, stop) -> str: # `''` where there is none
-    """The first that differs from contiguous fp32 by more than rounding explains.
+    def set_up(self) -> bool: # In training mode?
+        """Take the step of contiguous fp32: in eval mode, or in training mode for detectors, which have no loss in eval
+        mode."""
+        for training in False, True:
+            _set_mode(self.learn.model, training)
+            try: self.loss, grads, self.counts = self.step(self.baseline, partial(Record, keep=False))
+            except Exception:
+                if training: raise
+            else:
+                if training or any(g is not None for g in grads): break
+        self.reference = [g if g is None else g.cpu() for g in grads]  # device memory is for the steps
+        self.known, self.norm = failing_metrics(self.learn), _norm(g for g in self.reference if g is not None)
+        return training
 
-    The baseline's step is replayed with the candidate's values: gradients of two steps of a deep network are far apart
-    by rounding alone. Where the replay does not explain a gradient, it is repeated with rounding errors."""
-    names = [n for n, _ in learn.model.named_parameters()]
-    most_loss, most_result, *most_grad = TOLERANCE[c.half]
-    most = [most_grad[p.dim() < 2] for p in learn.model.parameters()]
-    def _replayed(rounded=False):
-        baseline.switch(learn, cbs)
-        generator = torch.Generator(fit_device(learn))  # the step's own random numbers stay
-        _round = partial(nudge, eps=ROUNDING[c.half], generator=generator.manual_seed(0))
-        def _mode(model): return Replay(model, found[2], counts, _round, most_result, EXPLAINED, rounded)
-        _, grads, mode = _loss_and_grads(learn, batch, stop, _mode)
+    def look(self, c) -> tuple: # What `explain` needs
+        """Fill `loss_diff` and `grad_diff`. A candidate that makes infinity or NaN, or with which a metric fails, is
+        out; so is one whose loss or products differ from contiguous fp32's by more than rounding explains.
+
+        The baseline's step is replayed with the candidate's values: gradients of two steps of a deep network are far
+        apart by rounding alone."""
+        loss, grads, record = self.step(c, Record)
+        c.loss_diff = abs(loss - self.loss)/(abs(self.loss) or 1)
+        pairs = ((a, b) for a, b in _pairs(grads, self.reference) if a is not None)
+        c.grad_diff = _norm(a - b.to(a.device) for a, b in pairs)/(self.norm or 1)
+        name = '' if math.isfinite(loss) else 'loss'
+        if name := name or (f'gradient of {n}' if (n := not_finite(zip(self.params, grads))) else ''):
+            raise Out(f'{name} is not finite')
+        if note := failing_metric(self.learn, self.known): raise Out(note)
+        replayed, wrong = self.replay(c, record)
+        if not c.loss_diff <= TOLERANCE[self.precision(c)][0]: raise Out('numbers differ from contiguous fp32 (loss)')
+        if wrong: raise Out(f'numbers differ from contiguous fp32 (result of {wrong[0]})')
+        return record, replayed, _errors(grads, replayed)
+
+    def unexplained(self, c, errors) -> list:
+        "The parameters whose gradients the replay alone does not explain, with the difference of each."
+        most = TOLERANCE[self.precision(c)][2:]
+        return [(n, e) for (n, p), e in zip(self.params.items(), errors) if not e <= most[p.dim() < 2]]
+
+    def explain(self, c, record, replayed, errors):
+        "Repeat the replay with rounding errors. A candidate is out if these do not explain its gradients either."
+        by = dict(zip(self.params, _errors(self.replay(c, record, rounded=True)[0], replayed)))
+        for n, e in self.unexplained(c, errors):
+            if not e <= EXPLAINED*by[n]: raise Out(f'numbers differ from contiguous fp32 (gradient of {n})')
+
+    def replay(self, c, record, rounded=False) -> tuple: # Gradients of contiguous fp32; products that differ
+        precision = self.precision(c)
+        generator = torch.Generator(fit_device(self.learn)).manual_seed(0)  # the step's own random numbers stay
+        _round = partial(nudge, eps=ROUNDING[precision], generator=generator)
+        def _mode(model):
+            return Replay(model, record, self.counts, _round, TOLERANCE[precision][1], EXPLAINED, rounded)
+        _, grads, mode = self.step(self.baseline, _mode)
         return grads, mode.wrong
-    grads, wrong = _replayed()
-    errors = _errors(found[1], grads)
-    fault = 'loss' if not c.loss_diff <= most_loss else f'result of {wrong[0]}' if wrong else ''
-    if rank0s(bool(fault) or all(e <= m for e, m in zip(errors, most))): return rank0s(fault)
-    explained = _errors(_replayed(rounded=True)[0], grads)
-    wrong = [n for n, e, m, by in zip(names, errors, most, explained) if not e <= max(m, EXPLAINED*by)]
-    return rank0s(f'gradient of {wrong[0]}' if wrong else '')
+
+    def precision(self, c) -> str: return self.computed if c.half == 'fp32' else c.half
 
 
 def check_numbers(
@@ -167,27 +203,19 @@ def check_numbers(
 ):
     """Fill `loss_diff` and `grad_diff`, and drop candidates whose numbers differ from contiguous fp32's by more than
     rounding explains, or with which a metric fails."""
-    stop, modes = stop_before_step(learn), [(m, m.training) for m in learn.model.modules()]
-    cbs, baseline = [stop, *filter(takes_part, cbs)], candidates[0]
-    loss, reference, counts, training = _reference(learn, baseline, cbs, batch, stop)
+    modes = [(m, m.training, m.dropout if isinstance(m, nn.RNNBase) else None) for m in learn.model.modules()]
+    baseline, beside = candidates[0], Comparison(learn, candidates[0], cbs, batch)
+    training = baseline.attempt(learn, beside.set_up)
     baseline.loss_diff = baseline.grad_diff = 0.
-    known, norm = failing_metrics(learn), _norm(g for g in reference if g is not None)
-    names = [n for n, _ in learn.model.named_parameters()]
     for c in candidates[1:]:
-        if not c.running: continue
-        c.switch(learn, cbs)
-        found = c.attempt(learn, lambda: _loss_and_grads(learn, batch, stop, Record))
-        if found is None: continue
-        c.loss_diff = abs(found[0] - loss)/(abs(loss) or 1)
-        c.grad_diff = _norm(a - b for a, b in _pairs(found[1], reference) if a is not None)/(norm or 1)
-        name = '' if math.isfinite(found[0]) else 'loss'
-        name = name or (f'gradient of {n}' if (n := not_finite(zip(names, found[1]))) else '')
-        if note := rank0s(f'{name} is not finite' if name else failing_metric(learn, known)): c.out(note)
-        elif fault := c.attempt(learn, lambda: _fault(learn, baseline, c, found, counts, cbs, batch, stop)):
-            c.out(f'numbers differ from contiguous fp32 ({fault})')
+        if not c.running or (found := c.attempt(learn, partial(beside.look, c))) is None: continue
+        # all ranks take as many passes: a model may communicate in them
+        if any(everyones(bool(beside.unexplained(c, found[-1])))): c.attempt(learn, partial(beside.explain, c, *found))
     learn.model.zero_grad(set_to_none=True)
     if training: heal()
-    for m, was in modes: m.training = was
+    for m, was, dropout in modes:
+        m.training = was
+        if dropout is not None: m.dropout = dropout
 
 
 # metrics
@@ -230,17 +258,19 @@ def check_predictions(
     truth=None, # Outputs and failing metrics of contiguous fp32; None: the first candidate is that one
 ): # The same
     "Fill `pred_diff`, and drop candidates whose outputs differ by more than rounding explains, or can't be compared."
-    cbs = [*filter(takes_part, cbs)]
+    cbs, computed = [*filter(takes_part, cbs)], fp32_precision(fit_device(learn))
+    def _look(c):
+        c.switch(learn, cbs)
+        if c.folded: learn.one_batch(0, batch)
+        found = _outputs(learn, batch)
+        if c.baseline: return found, failing_metrics(learn)
+        c.pred_diff = difference(found, truth[0])
+        if not numbers_of(truth[0]): raise Out("outputs hold no numbers: they can't be compared with contiguous fp32")
+        if not c.pred_diff <= PREDICTIONS[computed if c.half == 'fp32' else c.half]:
+            raise Out('numbers differ from contiguous fp32')
+        if note := failing_metric(learn, truth[1]): raise Out(note)
     for c in candidates:
         if not c.running: continue
-        c.switch(learn, cbs)
-        found = c.attempt(learn, lambda: (learn.one_batch(0, batch), _outputs(learn, batch))[1] if c.folded else
-                          _outputs(learn, batch))
-        if found is None: continue
-        if truth is None: truth = found, failing_metrics(learn)
-        c.pred_diff = 0. if c.baseline else difference(found, truth[0])
-        if c.baseline: continue
-        if not numbers_of(truth[0]): c.out("outputs hold no numbers: they can't be compared with contiguous fp32")
-        elif not c.pred_diff <= PREDICTIONS[c.half]: c.out('numbers differ from contiguous fp32')
-        elif note := failing_metric(learn, truth[1]): c.out(note)
+        if c.baseline: c.pred_diff, truth = 0., c.attempt(learn, partial(_look, c))
+        else: c.attempt(learn, partial(_look, c))
     return truth

@@ -31,6 +31,9 @@ class Timing:
     pred_diff: float = None # Relative difference of all outputs from contiguous fp32; of predictions only
 
 
+def _plain(o): return asdict(o) if is_dataclass(o) else o
+
+
 def label(row: Timing) -> str: return f'{LABELS[row.memory_format]}, {row.precision}' + ', folded'*row.folded
 
 
@@ -42,12 +45,13 @@ class FormatTimings:
     the loader needs for a batch; `.input_bound`: does it need longer than the fastest step? `.optimizer_ms`: the
     optimizer's part of the suggested step; `.advice`: the argument of `Learner` that makes that shorter with the same
     weights, where one is known; `.layers`: a `LayerTiming` for each distinct layer and half precision; `.frozen`: how
-    many of how many weights in the optimizer's groups took no part in training (None for predictions)."""
+    many of how many weights in the optimizer's groups took no part in training (None for predictions); `.notes`:
+    sentences on the conditions of the measurement."""
     def __init__(self, rows, best, margin, loader_ms, layers=(), rival=None, optimizer_ms=None, advice=None,
-                 train=True, frozen=None):
+                 train=True, frozen=None, notes=()):
         self.rows, self.best, self.margin, self.rival = list(rows), best, margin, rival
         self.loader_ms, self.layers, self.optimizer_ms, self.advice = loader_ms, list(layers), optimizer_ms, advice
-        self.train, self.frozen = train, frozen
+        self.train, self.frozen, self.notes = train, frozen, list(notes)
 
     @property
     def fastest_ms(self) -> float: return min(r.ms for r in self.rows if r.valid)
@@ -55,8 +59,7 @@ class FormatTimings:
     def input_bound(self) -> bool: return self.loader_ms > self.fastest_ms
 
     def __reduce__(self): # an exported Learner that holds this loads where this library is not installed
-        return dict, ({k: [asdict(r) for r in v] if isinstance(v, list) else asdict(v) if is_dataclass(v) else v
-                       for k, v in vars(self).items()},)
+        return dict, ({k: list(map(_plain, v)) if isinstance(v, list) else _plain(v) for k, v in vars(self).items()},)
     def __copy__(self): return self
     def __deepcopy__(self, memo): return self
 
@@ -67,7 +70,7 @@ class FormatTimings:
     @property
     def verdict(self) -> str:
         "The whole in a sentence or two."
-        return ' '.join(filter(None, [self._choice, self._loader, self._optimizer, self.frozen_hint]))
+        return ' '.join(filter(None, [self._choice, self._loader, self._optimizer, self.frozen_hint, *self.notes]))
 
     @property
     def _choice(self) -> str:

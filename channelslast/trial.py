@@ -2,6 +2,7 @@
 import statistics
 import time
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 
 import torch
@@ -11,16 +12,19 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastcore.foundation import L
 
 from . import race
-from .candidates import Candidate
-from .containers import leaves, tensors_of
-from .devices import elapsed_ms, fit_device, rank0s, synchronize, unwrapped
+from .candidates import Candidate, Out
+from .containers import half_of, leaves, tensors_of
+from .devices import elapsed_ms, fit_device, free_memory, is_out_of_memory, synchronize, unwrapped
 from .layers import fp32_names, record_inputs, time_layers
 from .precision import DTYPES
+from .ranks import everyones, rank0s
 from .same_numbers import check_numbers, not_finite, stop_before_step
 
-__all__ = ['BATCHES', 'LOADER_BATCHES', 'step_ms', 'load_batches', 'Trial']
+__all__ = ['BATCHES', 'LOADER_BATCHES', 'SKIPS', 'step_ms', 'skipped', 'load_batches', 'Trial']
 
 BATCHES, LOADER_BATCHES = 4, 8
+LOADER_MS = 20_000  # at most, for slow loaders
+SKIPS = 40  # of steps in a row by the gradient scaler; its default scale is down to 2**-24 then
 EMULATED = 20  # times contiguous fp32's first step; emulated convolutions took 35 to 139 times (depthwise ones 8)
 KNOWN = 0.05  # contiguous fp32 goes on until its time is as sure as this: every speed-up is told in it
 OPTIMIZER_STEPS = 3
@@ -55,20 +59,40 @@ def step_ms(learn, batch) -> float:
     return ms + sum(cb.pay() for cb in learn._grab_cbs(OptimizerApart))
 
 
+def skipped(learn) -> bool:
+    """True if the gradient scaler skipped the Learner's last step, in any process: no optimizer ran, so that its time
+    is no step's."""
+    return any(everyones(any(getattr(cb, 'skipped', False) for cb in learn._grab_cbs(MixedPrecision))))
+
+
 def load_batches(learn, loader) -> tuple:
-    """A few batches on the device, and the median milliseconds that the loader takes for one.
+    """A few batches on the device, and the milliseconds that the loader takes for one.
 
     All are of one shape: the fastest step of each candidate counts, which a smaller last batch would be."""
-    device, batches, ms = fit_device(learn), [], []
+    device, batches, came = fit_device(learn), [], []
+    workers = getattr(loader, 'num_workers', 0)
+    wave = 2*workers  # the batches that worker processes make before the first one is taken
+    n = wave*(1 + -(-LOADER_BATCHES//wave)) if wave else LOADER_BATCHES
     def _shapes(b): return [getattr(t, 'shape', None) for t in leaves(b)]
     start = time.perf_counter()
-    for b in islice(loader, LOADER_BATCHES):
+    for b in islice(loader, n):
         synchronize(device)
-        ms.append((time.perf_counter() - start)*1e3)
+        came.append((time.perf_counter() - start)*1e3)
         if len(batches) < BATCHES and (not batches or _shapes(b) == _shapes(batches[0])):
             batches.append(learn._set_device(b))
-        start = time.perf_counter()
-    return batches, statistics.median(ms[1:] or ms or [0])  # the first one starts the workers
+        if came[-1] > LOADER_MS: break
+    return batches, _per_batch(came, workers, len(came) == n)
+
+
+def _per_batch(came, workers, complete) -> float:
+    """Milliseconds for a batch, given when each came. Worker processes make several at once, and the first ones before
+    anything is timed: there the mean after these counts, or of all, if the loader or the time ended early."""
+    if not came: return 0.
+    if not workers:
+        ms = [b - a for a, b in zip([0., *came], came)]
+        return statistics.median(ms[1:] or ms)  # the first one sets up
+    if complete: return (came[-1] - came[2*workers - 1])/(len(came) - 2*workers)
+    return came[-1]/max(len(came), workers*(came[-1] > LOADER_MS))
 
 
 class Trial:
@@ -81,11 +105,15 @@ class Trial:
         batches,
         originals, # Of `untouched`: the tensors' own values
         tick, # Called with the number of steps taken
+        bs=None, # Items in a batch, where known
     ):
         self.learn, self.candidates, self.batches = learn, candidates, batches
-        self.originals, self.tick = originals, tick
+        self.originals, self.tick, self.bs = originals, tick, bs
         self.cbs = [o for o in learn.cbs if not isinstance(o, (FastaiChannelsLast, MixedPrecision))]
         self.device = fit_device(learn)
+        copied = {data.untyped_storage()._cdata: data.untyped_storage().nbytes() for _, data in originals
+                  if data.device.type == self.device.type and data.layout is torch.strided}
+        self.copied = sum(copied.values())  # by `untouched`
         state = list(getattr(getattr(learn.opt, 'opt', learn.opt), 'state', {}).values())
         self.steps, self.sound, self.stepped = 0, True, bool(tensors_of(state))
         self.optimizer_ms = self.first_ms = None
@@ -105,17 +133,17 @@ class Trial:
         with self.peak_memory(c): ms = step_ms(self.learn, self.batches[i % len(self.batches)])
         self.count()
         fault = not_finite([('loss', self.learn.loss)]) or self.look.found or not_finite(self.finite)
-        if fault: self.heal()
         if c.baseline: self.sound = not fault # otherwise the user's own numbers are such
-        elif self.sound and fault: c.out(f'{fault} is not finite')
+        elif self.sound and fault: raise Out(f'{fault} is not finite')
+        if fault: self.heal()
         return ms
 
     @contextmanager
     def peak_memory(self, c):
-        "Note how much memory the block takes, where the device can tell."
+        "Note how much memory the block takes, beside the search's own copies, where the device can tell."
         if cuda := self.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(self.device)
         yield
-        if cuda: c.memory = max(c.memory or 0, torch.cuda.max_memory_allocated(self.device)/2**20)
+        if cuda: c.memory = max(c.memory or 0, (torch.cuda.max_memory_allocated(self.device) - self.copied)/2**20)
 
     def count(self):
         self.steps += 1
@@ -129,22 +157,43 @@ class Trial:
         self.learn.model.zero_grad(set_to_none=True)
 
     def take(self, c, i=0) -> float:
-        "Milliseconds of one step in a candidate's format and precision; None if it fails."
-        ms = c.attempt(self.learn, lambda: (c.switch(self.learn, self.cbs), self.step(c, i))[1])
+        "Milliseconds of one step in a candidate's format and precision; None if it fails. A skipped step is none."
+        for _ in range(SKIPS):
+            ms = c.attempt(self.learn, lambda: (c.switch(self.learn, self.cbs), self.step(c, i))[1])
+            if ms is None or not skipped(self.learn): break
+        else: ms = c.out(f'the gradient scaler skipped {SKIPS} steps in a row')
         if ms is None: self.heal()
         return ms
 
+    def take_first(self, c) -> float:
+        """Milliseconds of the first step of contiguous fp32. Where memory is too little for it, all candidates go on
+        with half of each batch, and half of that: a batch may be as large as fp16 allows."""
+        while True:
+            try: return self.take(c)
+            except Exception as e:
+                if not (is_out_of_memory(e) and self.halve()): raise
+            self.heal()  # outside the handler: its traceback holds the step's tensors
+            free_memory(self.device)
+
+    def halve(self) -> bool:
+        "Cut each batch in half; False where that is not possible."
+        halves = [half_of(b, self.bs) for b in self.batches] if self.bs and self.bs > 1 else self.batches
+        if any(a is b for a, b in zip(halves, self.batches)): return False
+        self.batches, self.bs = halves, self.bs//2
+        return True
+
     def warm_up(self, candidates):
         """The first step of each, which allocates, compiles and chooses kernels; what else warms up makes early rounds
-        slower, which the fastest forgives. Who takes very much longer than contiguous fp32, a second time too, is out:
-        the device emulates that precision, and several such steps would follow."""
-        def _emulated(c, ms): return rank0s(c.running and ms > EMULATED*self.first_ms)
+        slower, which the fastest forgives. A candidate is out if its steps take very much longer than contiguous fp32's
+        again and again: the device emulates that precision, and several such steps would follow."""
+        tries = 2 if self.device.type in APART else 3  # elsewhere a second step may still choose kernels
         self.cbs.append(self.look)
         for c in candidates:
-            ms = self.take(c)
-            if c.baseline: self.first_ms = ms
-            if _emulated(c, ms) and _emulated(c, ms := self.take(c)):
-                c.out(f'a step takes {ms/self.first_ms:.0f} times as long as in contiguous fp32')
+            ms = [self.take_first(c) if c.baseline else self.take(c)]
+            if c.baseline: self.first_ms, = ms
+            while rank0s(c.running and ms[-1] > EMULATED*self.first_ms) and len(ms) < tries: ms.append(self.take(c))
+            if rank0s(c.running and len(ms) == tries and ms[-1] > EMULATED*self.first_ms):
+                c.out(f'a step takes {ms[-1]/self.first_ms:.0f} times as long as in contiguous fp32')
         self.cbs.remove(self.look)
         self.look.found = ''  # of the last candidate, which the steps that follow have no part in
         self.learn.cbs = L(self.cbs)
@@ -158,7 +207,7 @@ class Trial:
             inputs = c.attempt(self.learn, lambda: record_inputs(model, one_batch)) or {}
             rows = time_layers(model, inputs, DTYPES[AMPMode(c.half)], c.half)
             layers += rows
-            if not (names := fp32_names(rows, c.half)): continue
+            if not (names := rank0s(fp32_names(rows, c.half))): continue
             mixed = Candidate('channels_last', c.half, scaler, names)
             mixed.note = f'{len(names)} of {sum(len(r.names) for r in rows)} layers in fp32'
             self.candidates.append(mixed)
@@ -169,29 +218,45 @@ class Trial:
         "Drop whose numbers are wrong."
         # uncompiled: each eval-mode variant would be one more recompilation, and those are limited
         with torch.compiler.set_stance('force_eager'):
-            check_numbers(self.learn, self.candidates, self.cbs, self.batches[0], self.heal)
+            check_numbers(self.learn, self.candidates, self.cbs, self.one_batch, self.heal)
+
+    @property
+    def one_batch(self):
+        "A batch to compare numbers on. On GPUs it is half of one, since the comparison takes more memory than a step."
+        return self.batches[0] if self.device.type == 'cpu' or (self.bs or 0) < 4 else half_of(self.batches[0], self.bs)
 
     def time_optimizer(self):
         """Fill `optimizer_ms`: its part of a step, the fastest of a few; None where it can't run alone.
 
         It does the same in each format and precision, and is up to half of a step and much of its noise: on a CPU the
-        steps that follow leave it out, and add this time."""
+        steps that follow leave it out, and add this time. Elsewhere its launches overlap the backward pass, so that its
+        part is the difference of steps with and without it."""
+        alone, apart = self.device.type in APART, OptimizerApart(0.)
+        apart.learn = self.learn
+        def _fastest(step): return race.fastest([elapsed_ms(self.device, step) for _ in range(OPTIMIZER_STEPS)])
         try:
-            self.candidates[0].switch(self.learn, [stop_before_step(self.learn), *self.cbs])
+            self.candidates[0].switch(self.learn, [*[stop_before_step(self.learn)]*alone, *self.cbs])
             self.learn.one_batch(0, self.batches[0])
-            ms = race.fastest([elapsed_ms(self.device, self.learn.opt.step) for _ in range(OPTIMIZER_STEPS)])
+            step = self.learn.opt.step if alone else partial(self.learn.one_batch, 0, self.batches[0])
+            ms = _fastest(step)
+            if not alone:
+                self.learn.cbs = L(*self.learn.cbs, apart)
+                ms = max(ms - _fastest(step), 0.)
         except Exception: return
         self.optimizer_ms = ms
-        if self.device.type not in APART: return
-        self.cbs.append(apart := OptimizerApart(ms))
-        apart.learn = self.learn
+        if not alone: return
+        apart.ms = ms
+        self.cbs.append(apart)
 
     def run(self,
-        num_it, # Rounds at the most
+        rounds, # At most
         has, # `(memory_format, precision, folded)` of the Learner
+        more=0, # Rounds that may follow while all steps together fit into one slow phase, after which nothing is sure
     ) -> race.Decision: # Its keys are `Candidate`s
         "Rounds of timed steps, interleaved, until it is decided; who cannot win any more stops."
-        for i in range(num_it):
+        for c in self.running: c.memory = None  # warming up takes more: kernels are tried
+        for i in range(rounds + more):
+            if i >= rounds and not rank0s(race.early({c: c.ms for c in self.running})): break
             # there and back, so that drift hits all alike and the format changes once a round
             for c in sorted(self.candidates, key=lambda c: c.last)[::(-1)**i]:
                 if not c.running: continue

@@ -59,3 +59,34 @@ def test_to_fastest_before_the_processes_know_each_other_is_refused(two):
 
 def test_layers_in_fp32_inside_ddp(two):
     for facts in two[1]: assert facts['dtypes']['0.0'][0] == 'torch.float32' and facts['dtypes']['1.0'][0] == 'torch.bfloat16'
+
+
+FINE = ['fp32', '', True]
+DIFFER = 'numbers differ from contiguous fp32'
+
+
+@pytest.mark.parametrize('name, rows', [
+    ('memory', [FINE, ['fp32', 'out of memory', False]]), ('predictions', [FINE, ['fp32', 'out of memory', False]]),
+    ('infinite', [FINE, ['fp32', 'loss is not finite', False]]), ('numbers', [FINE, ['fp32', f'{DIFFER} (loss)', False]]),
+    ('other_predictions', [FINE, ['fp32', DIFFER, False]]), ('halves', [FINE, FINE])])
+def test_what_goes_wrong_in_one_process_is_known_to_both(two, name, rows):
+    "✗ A process that ran out of memory alone dropped the candidate alone; the other one waited."
+    first, second = (facts['alone'][name] for facts in two[1])
+    assert first == second and first[0][:2] == rows
+    assert ('Measured on 2 of the 4 items' in first[1][0]) == (name == 'halves')
+
+
+def test_one_choice_of_layers_in_fp32(two):
+    "✗ TypeError, or a hang: each process chose by its own times."
+    first, second = (facts['alone']['layers'][0] for facts in two[1])
+    assert first == second and [r[0] for r in first].count('bf16+fp32') == 1
+
+
+def test_an_error_of_one_process_ends_both(two):
+    first, second = (facts['alone']['error'] for facts in two[1])
+    assert first == "RuntimeError: Process 1 of 2: KeyError: 'mine'" and second == "KeyError: 'mine'"
+
+
+def test_a_step_skipped_in_one_process_is_taken_again_in_both(two):
+    first, second = (facts['alone']['skips'] for facts in two[1])
+    assert first == second and [r[::2] for r in first[0]] == [['fp32', True], ['fp16', True]]

@@ -34,6 +34,14 @@ def make(seed=0):
                    opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
 
 
+class Steep(torch.autograd.Function):
+    "The identity, whose gradient overflows in fp16 while the scale is large."
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, g): return g*1e6
+
+
 def train(switch, inside):
     with less_random():
         learn = make() if inside else switch(make())
@@ -82,8 +90,40 @@ with warnings.catch_warnings():
         learn.fit(1)
         predictions = learn.format_find(train=False, num_it=2, show_plot=False).best
     best = learn.format_timings.best
+
+    # what goes wrong in the second process alone is known to both
+    trial.step_ms = prediction_trial.step_ms = real
+    class Second(nn.Module):
+        def __init__(self, f): super().__init__(); self.f = f
+        def forward(self, x): return self.f(x) if rank else x
+    def fails(error, when):
+        def _f(x):
+            if when(x): raise error
+            return x
+        return _f
+    def is_last(x): return x.is_contiguous(memory_format=torch.channels_last)
+    def is_large(x): return len(x) > 2
+    oom = torch.OutOfMemoryError('out of memory')
+    def found(f=noop, names=None, accelerated='', **kwargs):
+        devices.accelerates = lambda device, amp_mode: amp_mode.value == accelerated
+        learn = make()
+        learn.model.insert(1, Second(f))
+        known = trial.fp32_names
+        if names: trial.fp32_names = lambda rows, half: names[rank]
+        try:
+            with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
+                t = learn.format_find(num_it=2, show_plot=False, **kwargs)
+            return [[r.precision, r.note, r.valid] for r in t.rows], t.notes
+        except Exception as e: return f'{type(e).__name__}: {e}'
+        finally: trial.fp32_names = known
+    alone = dict(
+        layers=found(names=[['0.0'], []], accelerated='bf16'), memory=found(fails(oom, is_last)),
+        predictions=found(fails(oom, is_last), train=False), halves=found(fails(oom, is_large)),
+        infinite=found(lambda x: x/0 if is_last(x) else x), numbers=found(lambda x: x.flip(1) if is_last(x) else x),
+        other_predictions=found(lambda x: x.flip(1) if is_last(x) else x, train=False),
+        error=found(fails(KeyError('mine'), lambda x: True)), skips=found(Steep.apply if rank else noop, accelerated='fp16', formats='contiguous'))
     (folder/f'{rank}.json').write_text(json.dumps(dict(last=last, dtypes=dtypes, world=num_distrib(), best=[best.memory_format, best.ms], refused=refused, tried=tried,
-        predictions=predictions.memory_format, cbs=sorted(type(o).__name__ for o in learn.cbs), loss=learn.recorder.losses[-1].item())))
+        predictions=predictions.memory_format, alone=alone, cbs=sorted(type(o).__name__ for o in learn.cbs), loss=learn.recorder.losses[-1].item())))
 # now and then a C++ thread aborts the exit when all is done and written: leave without destructors
 sys.stdout.flush(), sys.stderr.flush()
 os._exit(0)
