@@ -12,6 +12,7 @@ from ..candidates import apply
 from ..devices import synchronize
 from ..race import TIE, fastest
 from ..timings import BEST, LABELS, OTHER, bars, label
+from ..trial import skipped
 from .classifiers import Mistake, build, check, digits, folder, pick_device, unreadable
 
 # the line that gives a format and precision; what is not here, `to_fastest` finds
@@ -30,7 +31,9 @@ class StepTimer(Callback):
         synchronize(self.dls.device)
         return time.perf_counter()
     def before_batch(self): self.start = self._now()
-    def after_batch(self): self.ms.append((self._now() - self.start)*1e3)
+    def after_batch(self):
+        ms = (self._now() - self.start)*1e3
+        if not skipped(self.learn): self.ms.append(ms)
 
 
 def plain(learn) -> Learner:
@@ -52,7 +55,7 @@ def train(learn, epochs, lr):
 
 def precisions(device, amp_mode):
     "What `format_find` shall measure: all, or the one asked for."
-    fast = ['fp32', *(o.value for o in AMPMode if devices.accelerates(device.type, o))]
+    fast = ['fp32', *(o.value for o in AMPMode if devices.accelerates(device, o))]
     if amp_mode is None: return fast
     if amp_mode not in ('fp16', 'bf16', 'fp32'):
         raise Mistake(f"--amp-mode {amp_mode}: not known; use fp16, bf16 or fp32")

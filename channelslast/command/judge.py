@@ -24,7 +24,7 @@ from ..memory_format import FORMATS
 from ..precision import fp32_forward
 from ..race import fastest
 from ..timings import label
-from ..trial import step_ms
+from ..trial import SKIPS, skipped, step_ms
 from ..workarounds import replace_forwards
 from .panel import make_learner
 
@@ -38,7 +38,15 @@ def stepper(learn, batch):
     learn.opt.set_hypers(lr=0.)
     learn('before_fit'); learn('before_epoch'); learn('before_train')
     learn.n_iter = 10**6
-    return partial(step_ms, learn, batch)
+    return partial(unskipped, partial(step_ms, learn, batch), partial(skipped, learn))
+
+
+def unskipped(step, was_skipped) -> float:
+    "Milliseconds of a step that the gradient scaler does not skip: its scale starts too high for most models."
+    for _ in range(SKIPS):
+        ms = step()
+        if not was_skipped(): return ms
+    raise RuntimeError(f'the gradient scaler skipped {SKIPS} steps in a row')
 
 
 def bare(learn, batch, row, layers=()):
@@ -60,7 +68,13 @@ def bare(learn, batch, row, layers=()):
         if scaler.is_enabled(): scaler.step(opt); scaler.update()
         else: opt.step()
         opt.zero_grad()
-    return partial(elapsed_ms, device, _step)
+    scale = scaler.get_scale
+    def _ms():
+        nonlocal scaled
+        scaled = scale()
+        return elapsed_ms(device, _step)
+    scaled = None
+    return partial(unskipped, _ms, lambda: scale() < scaled)
 
 
 def interleaved(steps, n) -> dict:
