@@ -8,7 +8,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from .devices import fit_device, model_device
+from .devices import fit_device, model_device, weakness
 from .fold_batch_norm import FoldBatchNorm
 from .memory_format import align_optimizer, cast_module, cast_tree, kernel_dims, modules_of
 from .pickling import pickled_as
@@ -27,16 +27,19 @@ class ChannelsLast(_FastaiChannelsLast):
     parameters. Before each batch it converts the inputs of as many dimensions as the kernels of the model's
     convolutions (clips for a 2-D network over frames stay as they are). Tensors in their format are not touched."""
     order, dims = -1, ()  # before any callback that wraps or copies the model
+    measured = False  # True if `format_find` has compared its numbers and speed, so that no warning is due
     _told, _layers, _made, _undo = False, (), None, None
 
     def before_fit(self):
         if cast_module(self.model): align_optimizer(self.learn.opt)
-        modules, device = modules_of(self.model), model_device(self.model).type
+        modules, where = modules_of(self.model), model_device(self.model)
+        device = where.type
         self.dims = {*kernel_dims(modules).values()}
         self._made, self._layers = {}, [m for m in modules if device == 'cpu' and (overruns(m) or is_padded(m))]
-        cudnn = torch.backends.cudnn
-        if not self._told and device == 'cuda' and cudnn.deterministic and not cudnn.benchmark:
-            self._told = True
+        if self._told or self.measured: return
+        self._told, cudnn = True, torch.backends.cudnn
+        if fault := weakness(where): warnings.warn(fault, stacklevel=2)
+        if device == 'cuda' and cudnn.deterministic and not cudnn.benchmark:
             warnings.warn("cuDNN is deterministic and may not benchmark (fastai's `no_random` sets it so): convolutions"
                           " in channels last can fail. `channelslast.less_random` makes runs repeatable without that.",
                           stacklevel=2)
