@@ -22,8 +22,11 @@ def _kept(ps, states, name):
 
 
 def _adam(kernel, ps, grads, states, lr, wd, mom, sqr_mom, eps):
-    # fastai counts in plain numbers, the kernel, which adds 1, in tensors
-    steps = torch.tensor([float(s.get('step', 0)) for s in states], device=ps[0].device).unbind()
+    # fastai counts in plain numbers, the kernel, which adds 1, in tensors. A GPU waits for the copy of a list.
+    counts = [float(s.get('step', 0)) for s in states]
+    same = len({*counts}) == 1
+    steps = (torch.full((len(ps),), counts[0], device=ps[0].device) if same else
+             torch.tensor(counts, device=ps[0].device)).unbind()
     kernel(ps, grads, _kept(ps, states, 'grad_avg'), _kept(ps, states, 'sqr_avg'), [], [*steps], fused=True, lr=lr,
            weight_decay=wd, beta1=mom, beta2=sqr_mom, eps=eps, amsgrad=False, maximize=False)
     for s in states: s['step'] = s.get('step', 0) + 1

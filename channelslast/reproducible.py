@@ -12,17 +12,22 @@ __all__ = ['keep_random_states', 'less_random']
 @contextmanager
 def keep_random_states():
     """Restore the states of `random`, NumPy and PyTorch (all devices) and cuDNN's flags on leaving, however that
-    happens."""
+    happens.
+
+    No device is started for this: a process that forks later could not use it. A device that nothing has used yet gets
+    the CPU's seed, as `torch.manual_seed` gave it."""
     cudnn = torch.backends.cudnn
     states = random.getstate(), np.random.get_state(), torch.get_rng_state(), cudnn.deterministic, cudnn.benchmark
     devices = [m for m in (torch.cuda, torch.xpu) if m.is_available()]
-    device_states = [m.get_rng_state_all() for m in devices]
+    device_states = [m.get_rng_state_all() if m.is_initialized() else None for m in devices]
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try: yield
     finally:
         random.setstate(states[0]); np.random.set_state(states[1]); torch.set_rng_state(states[2])
         cudnn.deterministic, cudnn.benchmark = states[3:]
-        for m, s in zip(devices, device_states): m.set_rng_state_all(s)
+        for m, s in zip(devices, device_states):
+            if s is None: m.manual_seed_all(torch.initial_seed())
+            else: m.set_rng_state_all(s)
         if mps is not None: torch.mps.set_rng_state(mps)
 
 

@@ -133,10 +133,13 @@ class FormatTrace(TorchDispatchMode):
         self._handles = [hooks.register_module_forward_pre_hook(self._enter_module),
                          hooks.register_module_forward_hook(self._leave_module, always_call=True)]
         self._note_owner()
+        # else CUDA's backward pass has a thread, and with it sequence numbers, of its own
+        self._threads = torch.autograd.set_multithreading_enabled(False)
         return super().__enter__()
 
     def __exit__(self, *exc):
         for h in self._handles: h.remove()
+        self._threads.__exit__(*exc)
         return super().__exit__(*exc)
 
     # who is running
