@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 
 from .containers import tensors_of
+from .devices import fit_device
 from .trace import Conversion, FormatTrace
 from .untouched import check_model, untouched
 
@@ -24,6 +25,7 @@ _group_norm = ('`nn.GroupNorm(C, C, affine=False)` computes the same and keeps t
 HINTS = dict(InstanceNorm2d=_group_norm.format('0.9–1.2×'), InstanceNorm3d=_group_norm.format('0.9–1.1×'),
              Softmax2d='`x.movedim(1, -1).softmax(-1).movedim(-1, 1)` keeps it; 1.0–1.5× on a CPU',
              GLU='`a, b = x.chunk(2, 1); a * b.sigmoid()` keeps it; 1.0–1.4× on a CPU, where contiguous is as fast')
+CPU_HINTS = 'InstanceNorm2d', 'InstanceNorm3d'  # on other devices PyTorch's group norm gives contiguous results
 
 
 class FormatSummary:
@@ -33,8 +35,8 @@ class FormatSummary:
     of all rows; `.holds`: there are channels-last activations, none is lost, and none has to be regained;
     `.counts[backward]`: `(kept, had)`, the operations that took a channels-last activation and made a new one, and
     those whose result was channels last too."""
-    def __init__(self, rows, counts, note='', max_rows=20):
-        self.rows, self.counts, self.note, self.max_rows = list(rows), counts, note, max_rows
+    def __init__(self, rows, counts, note='', max_rows=20, device='cpu'):
+        self.rows, self.counts, self.note, self.max_rows, self.device = list(rows), counts, note, max_rows, device
 
     @property
     def lost(self): return [r for r in self.rows if r.kind == 'lost']
@@ -92,14 +94,19 @@ def _common(names) -> str:
     return '.'.join(p[0] if len(set(p)) == 1 else re.sub(r'\d+', '*', p[0]) for p in parts)
 
 
-def _row(events) -> dict:
+def _hint(r, device) -> str: # `''` where none is known
+    "A remedy for a loss on this type of device."
+    return HINTS.get(r.cls, '') if r.kind == 'lost' and (device == 'cpu' or r.cls not in CPU_HINTS) else ''
+
+
+def _row(events, device) -> dict:
     "Like events as one row of the table."
     first, name = events[0], _common(dict.fromkeys(r.module for r in events)) or '(model)'
     return {'module': name + (f' ×{len(events)}' if len(events) > 1 else ''), 'class': first.cls, 'op': first.op,
             'pass': 'backward' if first.backward else 'forward', 'kind': first.kind,
             'shape': '×'.join(map(str, max(events, key=lambda r: r.bytes).shape)),
             'moved': _mb(sum(r.bytes for r in events)),
-            'hint': HINTS.get(first.cls, '') if first.kind == 'lost' else ''}
+            'hint': _hint(first, device)}
 
 
 def _folded(summary) -> tuple:
@@ -108,7 +115,7 @@ def _folded(summary) -> tuple:
     for r in summary.rows: groups[re.sub(r'\d+', '*', r.module), r.cls, r.op, r.backward, r.kind].append(r)
     groups = sorted(groups.values(), key=lambda g: -sum(r.bytes for r in g))
     shown = groups[:summary.max_rows]
-    table = pd.DataFrame(map(_row, shown))
+    table = pd.DataFrame(_row(g, summary.device) for g in shown)
     if len(table) and not table['hint'].any(): table = table.drop(columns='hint')
     more = len(groups) - len(shown)
     return table, [f"… and {more} more row{'s'*(more != 1)}: `max_rows={len(groups)}` shows all."] if more else []
@@ -187,4 +194,4 @@ def format_summary(self:Learner,
         frozen = not any(p.requires_grad for p in model.parameters())
         notes += [" Traced forward only: no parameter requires a gradient."]*frozen
         notes += [" Traced the module that was compiled, uncompiled."]*(model is not self.model)
-        return FormatSummary(trace.rows, trace.counts, ''.join(notes), max_rows)
+        return FormatSummary(trace.rows, trace.counts, ''.join(notes), max_rows, fit_device(self).type)

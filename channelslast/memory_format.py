@@ -1,6 +1,7 @@
 """Memory formats of tensors, modules and optimizers in plain PyTorch. Nothing here knows fastai.
 
 What a memory format is: https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html"""
+import warnings
 from functools import lru_cache
 from operator import itemgetter
 
@@ -161,7 +162,8 @@ def align_optimizer(
     """Give each state tensor of its parameter's shape (momenta, averages, slow weights) its parameter's strides.
 
     Fused kernels walk parameter, gradient and state through memory side by side: with other strides on the state they
-    pair the wrong elements (https://github.com/pytorch/pytorch/issues/106951)."""
+    pair the wrong elements (https://github.com/pytorch/pytorch/issues/106951). State in 8 bits (bitsandbytes) has one
+    scale per block of memory, so that its elements can't move: it is dropped with a warning, and starts again."""
     while opt is not None:
         for p, state in getattr(opt, 'state', {}).items():
             if isinstance(p, Tensor): _align_state(state, p)
@@ -173,10 +175,20 @@ def align_optimizer(
         opt = inner if hasattr(inner, 'state') else None
 
 
+def _is_in_blocks(state, p) -> bool:
+    "True for state in 8 bits, with the scales of its blocks beside it, in another order than the parameter's."
+    def _is(s): return s.shape == p.shape and s.dtype is torch.uint8 and not same_order(s, p.stride())
+    return any('absmax' in str(k) for k in state) and any(_is(s) for s in state.values() if isinstance(s, Tensor))
+
+
 def _align_state(state, p):
-    if isinstance(state, Tensor):
+    if type(state) is Tensor:  # not its subclasses, which know themselves in which order their elements lie
         if (new := like(state, p)) is not state: state.data = new
     elif isinstance(state, dict):
+        if _is_in_blocks(state, p):
+            state.clear()
+            warnings.warn("Optimizer state in 8 bits can't change its memory format: momentum and averages start "
+                          "again. Switch the format before training.", stacklevel=2)
         for s in state.values(): _align_state(s, p)
     elif isinstance(state, (list, tuple)):
         for s in state: _align_state(s, p)

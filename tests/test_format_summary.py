@@ -314,6 +314,15 @@ def test_what_is_lost_in_other_dimensions(f, seen):
 
 # what the user sees
 
+def test_hints_of_cpus_are_for_cpus():
+    "PyTorch's group norm gives contiguous results on CUDA (`aten/src/ATen/native/group_norm.cpp`)."
+    s = learner(nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.Conv2d(8, 8, 1), nn.Softmax2d(), nn.Conv2d(8, 4, 1),
+                              nn.AdaptiveAvgPool2d(1), nn.Flatten())).to_channelslast(to_fp16=False).format_summary()
+    assert s.device == 'cpu' and 'nn.GroupNorm' in repr(s) and 'movedim' in repr(s)
+    s.device = 'cuda'
+    assert 'nn.GroupNorm' not in repr(s) and 'movedim' in repr(s)
+
+
 def test_hints_hold():
     "Each remedy that the table names removes the loss and computes the same."
     class Softmax(nn.Module):

@@ -429,3 +429,29 @@ def test_align_keeps_what_it_should():
     align_optimizer(None)
     opt.opt = 'a name'
     align_optimizer(opt)
+
+
+def test_state_in_8_bits_starts_again():
+    "As bitsandbytes keeps it: one scale per block of memory. Elements that move would meet the scales of other blocks."
+    convs = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 8)
+    opt = torch.optim.SGD([p for m in convs for p in m.parameters()], lr=0.1)
+    for p in opt.param_groups[0]['params']:
+        opt.state[p] = dict(step=3, state1=torch.zeros_like(p, dtype=torch.uint8), absmax1=torch.ones(1), qmap1=torch.ones(256))
+    model = nn.ModuleList(convs)
+    cast_module(model)
+    with pytest.warns(UserWarning, match='8 bits') as said: align_optimizer(opt)
+    assert len(said) == 1 and not opt.state[convs[0].weight] and all(len(opt.state[p]) == 4 for p in list(model.parameters())[1:])
+    opt.state[convs[0].weight] = dict(mask=torch.arange(8*8*9).remainder(7).to(torch.uint8).view(8, 8, 3, 3))
+    was = opt.state[convs[0].weight]['mask'].clone()
+    align_optimizer(opt)  # a mask has no blocks
+    mask = opt.state[convs[0].weight]['mask']
+    assert mask.stride() == convs[0].weight.stride() and torch.equal(mask, was)
+
+
+def test_state_of_other_tensor_types_keeps_its_order():
+    class Blocks(torch.Tensor): pass
+    conv = nn.Conv2d(8, 8, 3)
+    opt = torch.optim.SGD(conv.parameters(), lr=0.1)
+    opt.state[conv.weight] = dict(momentum=torch.zeros(8, 8, 3, 3).as_subclass(Blocks))
+    cast_module(conv); align_optimizer(opt)
+    assert opt.state[conv.weight]['momentum'].is_contiguous()
