@@ -140,6 +140,9 @@ def format_find(self:Learner,
     a metric that fails. Callbacks that change batch, predictions or loss take part; those that log, save, stop or draw
     are left out. Takes at most `(1 + num_it) × candidates` steps and two or three forward and backward passes each, and
     the memory of one more copy of the model and the optimizer's state, and in main memory of one pass's activations.
+    A step that the gradient scaler skips is taken again. Where contiguous fp32 runs out of memory, all candidates are
+    measured on half of each batch, or less, and `.notes` of the result says so. One process computes on one device: the
+    communication of several GPUs is not part of a step.
     With `layers`, each distinct convolution and linear layer is timed alone in half and in fp32, and one candidate more
     per half precision keeps in fp32 those that are clearly faster there: its precision reads `'bf16+fp32'`.
 
@@ -147,7 +150,8 @@ def format_find(self:Learner,
     their size. They are measured with batch norms folded too (`FoldBatchNorm`), where two rounds more show that a
     format is not far behind, and all outputs are compared with contiguous fp32.
 
-    Other arguments are those of `torch.amp.GradScaler`, for fp16. In a distributed run, rank 0's result holds for all.
+    Other arguments are those of `torch.amp.GradScaler`, for fp16. In a distributed run, rank 0's result holds for all,
+    and a candidate that fails in one process is out in all.
     Raises `ValueError` for arguments that can't be, a model that can't train or whose weights are in half precision, an
     empty loader, or a loader without labels; an error in contiguous fp32 is raised as it is, in any other candidate it
     is its `note`."""

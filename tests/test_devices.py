@@ -528,3 +528,93 @@ def test_fp16_on_mps_needs_a_scaler_that_works(monkeypatch, version, fast):
     monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda d: True)
     monkeypatch.setattr(torch, '__version__', version)
     assert accelerates('mps', AMPMode.FP16) == fast
+
+
+def test_the_reference_leaves_the_device(has, monkeypatch):
+    "Its gradients would be one more copy of the model beside each candidate's."
+    has()
+    moved, real = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, 'cpu', lambda t: (moved.append(t.shape), real(t))[1])
+    learn = learner()
+    find(learn)
+    assert {p.shape for p in learn.model.parameters()} <= {*moved}
+
+
+# on a GPU itself
+
+GPU = torch.device('cuda', 0)
+
+
+def on_gpu(model, n=64, bs=16, **kwargs): return learner(model, loaders((3, 32, 32), n=n, bs=bs).to(GPU), **kwargs)
+
+
+@pytest.mark.cuda
+def test_cuda_measures_everything():
+    "Training with an LSTM (cuDNN's), and predictions; all candidates are right, and memory is told."
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.rnn, self.head = convnet()[:6], nn.LSTM(16, 8, 2, batch_first=True, dropout=0.5), nn.Linear(8, 4)
+        def forward(self, x): return self.head(self.rnn(self.body(x).flatten(2).transpose(1, 2))[0][:, -1])
+    for train in True, False:
+        t = on_gpu(Rows()).format_find(show_plot=False, train=train)
+        assert all(r.valid and r.memory > 0 for r in t.rows if r.ms) and len(t.rows) >= 4, t
+    learn = on_gpu(Rows()).to_fastest()
+    with learn.no_logging(): learn.fit(1)
+
+
+@pytest.mark.cuda
+def test_cuda_tf32_is_no_wrong_number():
+    "In a network deep enough, with TF32 on."
+    from torchvision.models import resnet50
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setattr(torch.backends.cudnn, 'allow_tf32', True)
+        t = on_gpu(resnet50(num_classes=4)).format_find(show_plot=False, precisions='fp32')
+    assert all(r.valid for r in t.rows), t
+
+
+@pytest.mark.cuda
+def test_cuda_skips_no_step():
+    t = on_gpu(steep()).format_find(precisions='fp16', show_plot=False, growth_interval=1)
+    assert all(r.valid for r in t.rows), t
+
+
+@pytest.mark.cuda
+def test_cuda_without_memory_halves_the_batches():
+    "With so much of the GPU's memory that one image in fp32 fits, and 64 do not."
+    class Wide(nn.Module):
+        def __init__(self): super().__init__(); self.conv, self.head = nn.Conv2d(3, 256, 3, padding=1), nn.Linear(256, 4)
+        def forward(self, x): return self.head(self.conv(nn.functional.interpolate(x, size=256)).relu().mean((2, 3)))
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(GPU).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(GPU) + 6e9)/total, GPU)
+    try: t = on_gpu(Wide(), bs=64).format_find(show_plot=False, precisions='fp32', layers=False)
+    finally: torch.cuda.set_per_process_memory_fraction(1., GPU)
+    assert all(r.valid for r in t.rows) and 'of the 64 items' in t.verdict
+
+
+@pytest.mark.cuda
+def test_cuda_fused_steps_wait_for_nothing():
+    learn = on_gpu(convnet(), opt_func=fused(Adam))
+    with learn.no_logging(): learn.fit(1)
+    x, y = learn.dls.one_batch()
+    learn.loss_func(learn.model(x), y).backward()
+    torch.cuda.set_sync_debug_mode('error')
+    try: learn.opt.step()
+    finally: torch.cuda.set_sync_debug_mode('default')
+
+
+@pytest.mark.cuda
+def test_cuda_backward_conversions_have_their_modules():
+    "The same modules as on the CPU."
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    def _names(learn): return {(r.module, r.backward) for r in learn.to_channelslast(to_fp16=False).format_summary().lost}
+    assert _names(on_gpu(net)) == _names(learner(net.cpu(), loaders((3, 32, 32))))
+
+
+@pytest.mark.cuda
+def test_cuda_random_states_come_back():
+    torch.rand(1, device=GPU)
+    before = torch.cuda.get_rng_state(GPU)
+    with less_random(): torch.rand(9, device=GPU)
+    assert torch.equal(before, torch.cuda.get_rng_state(GPU))
