@@ -1,4 +1,5 @@
 "Where a model is, what that device is fast at, its memory, waiting for it, and timing on it."
+import gc
 import os
 import subprocess
 import time
@@ -7,6 +8,7 @@ from itertools import chain
 
 import torch
 from fastai.callback.fp16 import AMPMode
+from fastcore.basics import noop
 from torch import nn
 
 __all__ = ['model_device', 'fit_device', 'unwrapped', 'accelerates', 'weakness', 'fp32_precision',
@@ -115,14 +117,17 @@ def fp32_precision(device: torch.device) -> str: # `'fp32'`, `'fp16'` or `'bf16'
     return 'bf16' if 'bf16' in used else 'fp16' if 'tf32' in used else 'fp32'
 
 
-def is_out_of_memory(e: Exception) -> bool:
-    "True for any device's error of too little memory. Only CUDA's, XPU's and some of MPS's have a class of their own."
-    return isinstance(e, torch.OutOfMemoryError) or 'out of memory' in str(e) or "can't allocate memory" in str(e)
+def is_out_of_memory(e: BaseException) -> bool:
+    "True if the error means that the device, or main memory, has no room left."
+    said = 'out of memory', 'DefaultCPUAllocator', 'STATUS_ALLOC_FAILED'  # MPS; CPUs; cuDNN and cuBLAS
+    return (isinstance(e, (torch.OutOfMemoryError, MemoryError))
+            or isinstance(e, RuntimeError) and any(o in str(e) for o in said))
 
 
 def free_memory(device: torch.device):
-    "Give the memory that PyTorch keeps for new tensors back to the device."
-    if free := getattr(getattr(torch, device.type, None), 'empty_cache', None): free()
+    "Collect unreachable objects (a Learner is a cycle), and give the device's unused memory back."
+    gc.collect()
+    getattr(getattr(torch, device.type), 'empty_cache', noop)()
 
 
 def synchronize(device: torch.device):

@@ -1,5 +1,6 @@
 """`channelslast bench`: does `format_find` pick well, and what is the pick worth? Judged by an independent, longer
 measurement."""
+import sys
 from functools import partial
 
 import pandas as pd
@@ -12,7 +13,8 @@ from ..memory_format import cast_tree
 from ..race import fastest
 from .classifiers import Mistake, build, pick_device
 from .judge import interleaved, judge, judge_predictions
-from .panel import PANEL, make_learner, measured, versions
+from .panel import PANEL, make_learner, versions
+from .rows import columns, measure_row, plan, summary
 
 
 def overhead(device, n=20) -> str:
@@ -30,18 +32,10 @@ def overhead(device, n=20) -> str:
             f"casting a batch of 64×3×224×224: {ms['batch']:.1f} ms")
 
 
-def summary(rows) -> str:
-    "All rows in a line."
-    def _numbers(column): return [float(r[column].rstrip('× s')) for r in rows]
-    off, over, took = map(_numbers, ('pick/best', 'over contiguous fp32', 'find took'))
-    return (f'{sum(o <= 1.05 for o in off)} of {len(off)} picks within 5 % of the best; over contiguous fp32 at least '
-            f'{min(over):.2f}×; format_find took {sum(took):.0f} s')
-
-
 def main(
     models: str = '', # Names of the panel or of any classifier, with commas; without them, the whole panel
-    size: int = 0, # Pixels; 0: the panel's own on a CPU, 224 on a GPU
-    bs: int = 0, # Images a batch; 0: the panel's own on a CPU, 128 on a GPU; of predictions 16 (128) and 1
+    size: int = 0, # Height and width of images; 0: the panel's own on a CPU or an Apple GPU, 224 on other GPUs
+    bs: int = 0, # Images per batch; 0: the panel's own, 128 on a GPU; of predictions 16 (128) and 1
     device: str = None, # cpu, cuda, cuda:1, mps…; without it, the fastest there is
     num_it: int = 20, # Timed steps, or predictions, of each candidate by the judge, on up to six sets of copies
     busy: store_true = False, # Pick beside a second process that computes in bursts; judge without it
@@ -52,16 +46,19 @@ def main(
     device = pick_device(device)
     names = [o.strip() for o in models.split(',') if o.strip()] or list(PANEL)
     for n in names:
-        if n not in PANEL: build(n, 10, size or 64)  # a wrong name shows before anything is measured
-    print(versions(device) + ', `keep_memory()`'*keep_memory(False), flush=True)  # named where it works
+        if n in PANEL: continue
+        try: build(n, 10, size or 64)  # a wrong name shows before anything is measured
+        except Mistake: raise
+        except Exception: pass  # its row will show that
+    machine = versions(device) + (', `keep_memory()`' if keep_memory(False) else '')  # named where it works
+    print(machine, flush=True)
     rows, judged = [], judge_predictions if predict else judge
-    todo = [(n, size or px, bs or images) for n, px, images in measured(names, device.type == 'cpu', predict)]
-    for name, px, images in dict.fromkeys(todo):
-        rows.append(judged(name, px, images, device, num_it, busy))
-        header = predict or len(rows) == 1  # which candidates are predicted with differs from model to model
+    for _, name, px, images in plan(['predictions' if predict else 'training'], names, size, bs, device):
+        rows.append(measure_row(judged, name, px, images, device, num_it, busy))
+        header = len(rows) == 1 or list(rows[-1]) != list(rows[-2])  # candidates differ from model to model
         print(pd.DataFrame(rows[-1:]).to_string(index=False, header=header), flush=True)
     print()
-    columns = dict.fromkeys(k for row in sorted(rows, key=len, reverse=True) for k in row)  # candidates side by side
-    print(pd.DataFrame(rows, columns=columns).fillna('–').to_string(index=False))
+    print(pd.DataFrame(rows, columns=columns(rows)).fillna('–').to_string(index=False))
     print(summary(rows))
+    if all('error' in r for r in rows): sys.exit('channelslast: all rows failed')
     if not predict: print(overhead(device))

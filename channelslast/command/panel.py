@@ -13,10 +13,13 @@ PANEL = dict(resnet18=(128, 16), resnet50=(96, 16), densenet121=(64, 16), mobile
              mobilenet_v3_small=(128, 16), efficientnet_b0=(96, 16), shufflenet_v2_x1_0=(128, 16),
              convnext_tiny=(64, 16), vgg11_bn=(64, 16), regnet_y_400mf=(96, 16), vit_b_16=(96, 8), unet=(64, 8),
              r3d_18=(56, 4), xresnet18=(128, 16))
+SMALL = 'cpu', 'mps'  # devices that get these sizes; an Apple GPU shares the main memory
 
 
-def measured(names, small, predict) -> list: # Of names, pixels, images a batch
-    "What is measured: trained on a small machine at a small size; on a GPU, and to predict, at 224 px (clips at 112)."
+def measured(names, device, predict) -> list: # Of names, pixels, images a batch
+    """What is measured: training on a CPU or an Apple GPU at the panel's sizes; predictions and other GPUs at 224 px
+    (clips at 112)."""
+    small = device.type in SMALL
     if small and not predict: return [(n, *PANEL.get(n, (64, 16))) for n in names]
     sizes = (16 if small else 128, 1) if predict else (128,)
     return [(n, 112 if n == 'r3d_18' else 224, images) for n in names for images in sizes]
@@ -38,9 +41,21 @@ def make_learner(name, size, bs, device) -> Learner:
     return learn.remove_cbs(learn._grab_cbs(type(learn.progress)) if hasattr(learn, 'progress') else [])
 
 
+def cuda_settings() -> str:
+    "CUDA's and cuDNN's versions, and the settings that decide which kernels run."
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    def _fp32(new, old):  # `allow_tf32` raises once `fp32_precision` was set; PyTorch before 2.9 has it alone
+        return new.fp32_precision if hasattr(new, 'fp32_precision') else 'tf32' if old.allow_tf32 else 'ieee'
+    return (f'CUDA {torch.version.cuda or torch.version.hip}, cuDNN {cudnn.version()}, cudnn.benchmark '
+            f"{cudnn.benchmark}, fp32_precision {_fp32(getattr(cudnn, 'conv', None), cudnn)} (convolutions) "
+            f'{_fp32(matmul, matmul)} (matmul)')
+
+
 def versions(device) -> str:
-    "Machine and versions, for the line above the table."
-    if device.type == 'cuda': machine = torch.cuda.get_device_name(device)
+    "Machine, versions and settings, for the line above the table."
+    if device.type == 'cuda':
+        memory = torch.cuda.get_device_properties(device).total_memory
+        machine = f'{torch.cuda.get_device_name(device)}, {memory/2**30:.0f} GiB, {cuda_settings()}'
     else:
         try: machine = next(o.split(':')[1].strip() for o in open('/proc/cpuinfo') if o.startswith('model name'))
         except (OSError, StopIteration): machine = platform.processor() or platform.machine()
