@@ -14,6 +14,7 @@ from ..race import fastest
 from .classifiers import Mistake, build, pick_device
 from .judge import interleaved, judge, judge_predictions
 from .panel import PANEL, make_learner, versions
+from .report import print_report
 from .rows import columns, measure_row, plan, summary
 
 
@@ -40,6 +41,7 @@ def main(
     num_it: int = 20, # Timed steps, or predictions, of each candidate by the judge, on up to six sets of copies
     busy: store_true = False, # Pick beside a second process that computes in bursts; judge without it
     predict: store_true = False, # Predictions in place of training steps: 224 px, in batches and one by one
+    report: store_true = False, # Training, predictions and format_summary, as Markdown to paste; can be resumed
 ):
     "Measure what format_find picks for a panel of models against an independent, longer measurement."
     if num_it < 1: raise Mistake(f'--num-it {num_it}: must be above 0')
@@ -51,10 +53,13 @@ def main(
         except Mistake: raise
         except Exception: pass  # its row will show that
     machine = versions(device) + (', `keep_memory()`' if keep_memory(False) else '')  # named where it works
+    kinds = ['predictions'] if predict else ['training', 'predictions', 'format_summary']
+    if report: return print_report(names, size, bs, device, num_it, busy, kinds, machine)
     print(machine, flush=True)
     rows, judged = [], judge_predictions if predict else judge
-    for _, name, px, images in plan(['predictions' if predict else 'training'], names, size, bs, device):
+    for _, name, px, images in plan(kinds[:1], names, size, bs, device):
         rows.append(measure_row(judged, name, px, images, device, num_it, busy))
+        rows[-1].pop('candidates', None)  # they are the report's
         header = len(rows) == 1 or list(rows[-1]) != list(rows[-2])  # candidates differ from model to model
         print(pd.DataFrame(rows[-1:]).to_string(index=False, header=header), flush=True)
     print()

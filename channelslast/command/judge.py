@@ -127,13 +127,20 @@ def fastais(learn) -> Learner:
     return deepcopy(learn).add_cbs([FastaiChannelsLast(), MixedPrecision()])
 
 
+def candidates(timings, ms) -> list: # One dictionary per candidate
+    "What `format_find` and the judge measured of each."
+    return [{'candidate': label(r), 'ms': r.ms, '±': r.doubt, 'judged ms': ms.get(label(r)), 'MiB': r.memory,
+             'note': r.note} for r in timings.rows]
+
+
 def verdict(timings, ms, times, took, base) -> dict:
-    "Columns of the table that both kinds of measurement have."
+    "Columns of the table that both kinds of measurement have, and what was measured of each candidate."
     pick = label(timings.best)
     return {'pick': pick, 'pick/best': f"{ms[pick]/min(ms[label(r)] for r in timings.rows if r.valid):.2f}",
             'over contiguous fp32': f'{ms[base]/ms[pick]:.2f}×',
             "over fastai's own": f"{ms['fastai']/ms[pick]:.2f}×" if 'fastai' in ms else 'fails',
-            'find took': f'{took:.0f} s', 'judged': 'disturbed' if disturbed(times) else 'in quiet'}
+            'find took': f'{took:.0f} s', 'judged': 'disturbed' if disturbed(times) else 'in quiet',
+            'candidates': candidates(timings, ms)}
 
 
 def judge(name, size, bs, device, num_it, busy=False) -> dict:

@@ -1,0 +1,184 @@
+"""`channelslast bench --report`: what a maintainer needs from a machine that they don't have, as Markdown to paste.
+
+Finished rows are kept in a file, so that a report can be stopped and resumed."""
+import html
+import json
+import sys
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torchvision
+from fastai.callback.fp16 import AMPMode
+
+from .. import devices, less_random
+from ..devices import elapsed_ms, free_memory
+from .classifiers import Mistake
+from .judge import judge, judge_predictions
+from .panel import make_learner
+from .rows import columns, measure_row, plan, summary
+
+FILE = Path('channelslast-report.jsonl')  # in the current folder
+TITLES = dict(training='Training steps', predictions='Predictions',
+              format_summary='`format_summary` of a training step in channels last')
+
+
+def say(said):
+    "Progress, apart from the report."
+    print(said, file=sys.stderr, flush=True)
+
+
+def judge_format(name, size, bs, device, num_it, busy=False) -> dict:
+    "The verdict of `format_summary` on one model in channels last, in fp16 where the device is fast in it."
+    fp16 = devices.accelerates(device.type, AMPMode.FP16)
+    with less_random(): found = make_learner(name, size, bs, device).to_channelslast(to_fp16=fp16).format_summary()
+    return {'model': name, 'px': size, 'batch': bs, 'verdict': found.verdict}
+
+
+def forward_ms(name, size, bs, device) -> float: # None if it fails, which the model's row will show
+    "Milliseconds of a forward pass in contiguous fp32, after one to warm up: a measure of what a row takes."
+    try:
+        free_memory(device)
+        learn = make_learner(name, size, bs, device)
+        model, x = learn.model.to(device).eval(), learn.dls.one_batch()[0]
+        with torch.no_grad(): return [elapsed_ms(device, partial(model, x)) for _ in range(2)][1]
+    except Exception: return None
+
+
+def row_name(row) -> str:
+    "A row as progress names it."
+    return '{1}, {0}, {2} px, batch {3}'.format(*row)
+
+
+def duration(seconds) -> str:
+    "Seconds, or minutes where they are many."
+    return f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} minutes'
+
+
+def seconds_left(todo, done, forward) -> float: # None until each kind of row was measured once
+    """Estimated seconds for the rows of `todo` on an idle machine.
+
+    Models differ by more than 10 times, so a row's time is taken as proportional to its model's `forward` pass. The
+    finished rows of the same kind give the factor."""
+    total = 0
+    for kind in {row[0] for row in todo}:
+        known = [(o['seconds'], o['forward_ms']) for row, o in done.items()
+                 if row[0] == kind and o['forward_ms'] and 'error' not in o['row']]
+        if not known: return None
+        seconds, ms = map(sum, zip(*known))
+        total += seconds/ms*sum(forward[row[1:]] or ms/len(known) for row in todo if row[0] == kind)
+    return total
+
+
+def load_records(path) -> dict: # Record of each key
+    "The rows that earlier runs finished. A line that was cut off is skipped."
+    records = {}
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+        try:
+            record = json.loads(line)
+            records[tuple(record['key'])] = record
+        except (ValueError, TypeError, KeyError): pass
+    return records
+
+
+def save_record(path, record):
+    "Append a record. Its line break comes first, since the line before may have been cut off."
+    with path.open('a', encoding='utf-8') as f: f.write('\n' + json.dumps(record))
+
+
+def table(rows) -> str:
+    "A Markdown table of dictionaries."
+    def _line(cells): return f"| {' | '.join(map(_cell, cells))} |"
+    def _cell(v):
+        if isinstance(v, float): v = f'{v:.0f}' if v >= 100 else f'{v:.3g}'
+        said = '–' if v is None else ' '.join(str(v).split())
+        return html.escape(said, quote=False).replace('|', r'\|')
+    names = columns(rows)
+    return '\n'.join([_line(names), _line(['---']*len(names)), *(_line([r.get(c) for c in names]) for r in rows)])
+
+
+def markdown(
+    machine: str, # Versions and device
+    run: str, # How it was measured
+    records: dict, # `(kind, name, px, bs)` to record
+) -> str:
+    "The report."
+    parts, candidates = [f'- {machine}\n- {run}'], []
+    for kind, title in TITLES.items():
+        rows = [dict(o['row']) for row, o in records.items() if row[0] == kind]
+        if not rows: continue
+        for r in rows:
+            about = {'model': r['model'], 'batch': r['batch'], 'of': kind}
+            candidates += [about | c for c in r.pop('candidates', ())]
+        parts += [f'### {title}', table(rows)] + ([summary(rows)] if kind != 'format_summary' else [])
+    if candidates:
+        parts.append('<details><summary>Each candidate: ms by format_find, ms by the judge (predictions: of two '
+                     f'batches), peak memory</summary>\n\n{table(candidates)}\n\n</details>')
+    return '\n\n'.join(parts)
+
+
+def answers(device) -> bool:
+    "True unless the device is lost to this process, as a GPU is after an error in a CUDA kernel."
+    try: return torch.ones(1, device=device).item() == 1
+    except Exception: return False
+
+
+def measure_rows(
+    todo: list, # `(kind, name, px, bs)` of each row
+    records: dict, # Record of each row measured before; those of `todo` are added
+    save, # Called with each row and its record
+    device: torch.device,
+    num_it: int, # Timed steps of each candidate
+    busy: bool, # True: `format_find` runs next to a busy process
+) -> str: # Why it ended early; empty if all of `todo` were measured
+    "Measure rows, and say after each how long the others will take."
+    forward = {model: forward_ms(*model, device) for model in dict.fromkeys(row[1:] for row in todo)}
+    measures = dict(training=judge, predictions=judge_predictions, format_summary=judge_format)
+    for i, row in enumerate(todo, 1):
+        start = time.perf_counter()
+        result = measure_row(measures[row[0]], *row[1:], device, num_it, busy)
+        seconds = time.perf_counter() - start
+        records[row] = dict(row=result, seconds=seconds, forward_ms=forward[row[1:]])
+        save(row, records[row])
+        left = seconds_left(todo[i:], records, forward)
+        said = '' if left is None or i == len(todo) else f'; about {duration(left)} more on an idle machine'
+        say(f"{i} of {len(todo)}: {row_name(row)}: {result.get('error') or duration(seconds)}{said}")
+        if 'error' in result and not answers(device): return f'The last error made {device} useless to this process'
+    return ''
+
+
+def print_report(
+    names: list, size: int, bs: int, # Models, height and width of images, images per batch; 0: the panel's own
+    device: torch.device,
+    num_it: int, # Timed steps of each candidate
+    busy: bool, # True: `format_find` runs next to a busy process
+    kinds, # Names in `TITLES`
+    machine: str, # Versions and device
+    path: Path = FILE, # Where finished rows are kept
+):
+    "Measure all rows that `path` does not hold. The report goes to standard output, progress to standard error."
+    try: path.open('a').close()
+    except OSError as e: raise Mistake(f"--report: {path} can't be written ({e.strerror}); run it in another folder")
+    machine = f"channelslast {version('channelslast')}, torchvision {torchvision.__version__}; {machine}"
+    def _key(row): return machine, str(device), num_it, busy, *row
+    rows, saved = plan(kinds, names, size, bs, device), load_records(path)
+    records = {row: saved[_key(row)] for row in rows if _key(row) in saved}
+    failed = [row for row in records if 'error' in records[row]['row']]
+    todo = sorted((row for row in rows if row not in records or row in failed), key=failed.__contains__)
+    say(f'{machine}\n{len(rows)} rows; finished rows are kept in {path.resolve()}')
+    for row in rows:
+        if row not in todo: say(f'measured before: {row_name(row)}')
+    if todo: say('One forward pass of each model, and the first rows, will say how long it takes.')
+    def _save(row, record): save_record(path, {'key': _key(row), **record})
+    try: stopped = measure_rows(todo, records, _save, device, num_it, busy)
+    except KeyboardInterrupt: stopped = 'Stopped'
+    good = sum('error' not in o['row'] for o in records.values())
+    run = f"{good} of {len(rows)} rows in {duration(sum(o['seconds'] for o in records.values()))}, `--num-it {num_it}`"
+    if busy: run += ', `--busy`'
+    print('\n' + markdown(machine, run, {row: records[row] for row in rows if row in records}))
+    again = 'run the same command in the same folder'
+    if stopped: sys.exit(f'\nchannelslast: {stopped}. To go on, {again}.')
+    if good < len(rows): say(f'\n{len(rows) - good} rows failed. To try them once more, {again}.')
+    if not good: sys.exit('channelslast: all rows failed')
