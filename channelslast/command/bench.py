@@ -36,7 +36,7 @@ def overhead(device, n=20) -> str:
 def main(
     models: str = '', # Names of the panel or of any classifier, with commas; without them, the whole panel
     size: int = 0, # Height and width of images; 0: the panel's own on a CPU or an Apple GPU, 224 on other GPUs
-    bs: int = 0, # Images per batch; 0: the panel's own, 128 on a GPU; of predictions 16 (128) and 1
+    bs: int = 0, # Images per batch; 0: the panel's own (128 on other GPUs); of predictions 16 (128) and 1
     device: str = None, # cpu, cuda, cuda:1, mps…; without it, the fastest there is
     num_it: int = 20, # Timed steps, or predictions, of each candidate by the judge, on up to six sets of copies
     busy: store_true = False, # Pick beside a second process that computes in bursts; judge without it
