@@ -235,14 +235,15 @@ def test_the_file_must_be_writable(measured, run):
 
 
 def test_how_long_it_takes():
-    "By each model's forward pass and the finished rows of the same kind, without those that failed."
+    "By each model's forward pass, and a CPU's rows or the finished ones of the same kind, without those that failed."
     def _record(seconds, ms, **row): return dict(seconds=seconds, forward_ms=ms, row=row)
     todo = [('training', 'b', 8, 4), ('predictions', 'b', 8, 4), ('training', 'c', 8, 4)]
     forward = {('b', 8, 4): 20., ('c', 8, 4): None}
     done = {('training', 'a', 8, 4): _record(30., 10.), ('training', 'd', 8, 4): _record(1., 10., error='it')}
-    assert report.seconds_left(todo, done, forward) is None  # no predictions yet
+    rate = report.SECONDS['predictions']
+    assert [report.seconds_left(todo, done, forward, halves) for halves in (0, 2)] == [60 + 20*rate, 60 + 4*20*rate]  # none yet
     done['predictions', 'a', 8, 4] = _record(5., 10.)
-    assert report.seconds_left(todo, done, forward) == 60 + 10 + 30
+    assert report.seconds_left(todo, done, forward, 2) == 60 + 10
     assert [report.duration(s) for s in (9.6, 600.)] == ['10 s', '10 minutes']
 
 
