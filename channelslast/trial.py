@@ -141,9 +141,10 @@ class Trial:
     @contextmanager
     def peak_memory(self, c):
         "Note how much memory the block takes, beside the search's own copies, where the device can tell."
-        if cuda := self.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(self.device)
+        device = dict(cuda=torch.cuda, xpu=torch.xpu).get(self.device.type)
+        if device: device.reset_peak_memory_stats(self.device)
         yield
-        if cuda: c.memory = max(c.memory or 0, (torch.cuda.max_memory_allocated(self.device) - self.copied)/2**20)
+        if device: c.memory = max(c.memory or 0, (device.max_memory_allocated(self.device) - self.copied)/2**20)
 
     def count(self):
         self.steps += 1

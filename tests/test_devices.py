@@ -192,6 +192,28 @@ def test_fp32_in_tf32_has_the_limits_of_fp16(has, monkeypatch, train, computed):
     assert t.rows[1].valid == (computed == 'fp16')
 
 
+def tf32(t):
+    "Rounded to TF32's 10 bits."
+    return t + (((t.detach().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) - t.detach())
+
+
+class InTF32(nn.Conv2d):
+    "In channels last, as cuDNN may choose for one format alone."
+    def reset_parameters(self): nn.init.kaiming_normal_(self.weight)
+    def forward(self, x):
+        return self._conv_forward(tf32(x), tf32(self.weight), self.bias) if self.weight.stride(1) == 1 else super().forward(x)
+
+
+@pytest.mark.parametrize('train', [True, False])
+def test_convolutions_in_tf32(has, monkeypatch, train):
+    has()
+    monkeypatch.setattr(same_numbers, 'fp32_precision', lambda d: 'fp16')
+    deep = [m for _ in range(8) for m in (InTF32(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())]
+    t = find(learner(nn.Sequential(InTF32(3, 8, 3, bias=False), *deep, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))), train=train)
+    off = t.rows[1].grad_diff if train else t.rows[1].pred_diff
+    assert all(r.valid for r in t.rows) and off > 1e-5  # otherwise nothing was rounded
+
+
 # recurrent layers
 
 class Cudnn(nn.LSTM):
@@ -361,6 +383,14 @@ def test_each_device_is_waited_for(monkeypatch):
     monkeypatch.setattr(torch.mps, 'synchronize', lambda: waited.append('mps'))
     for d in map(torch.device, ('cuda:1', 'xpu:2', 'mps', 'cpu')): synchronize(d)
     assert waited == [CUDA, torch.device('xpu:2'), 'mps']
+
+
+def test_peak_memory_of_xpu(monkeypatch):
+    monkeypatch.setattr(torch.xpu, 'reset_peak_memory_stats', lambda d: None)
+    monkeypatch.setattr(torch.xpu, 'max_memory_allocated', lambda d: 50*2**20)
+    c, me = SimpleNamespace(memory=None), SimpleNamespace(device=torch.device('xpu'), copied=20*2**20)
+    with trial.Trial.peak_memory(me, c): pass
+    assert c.memory == 30.
 
 
 @pytest.mark.parametrize('name, capability, bf16, fast', [
