@@ -94,7 +94,7 @@ def _frozen(opt) -> tuple:
 
 
 def _notes(learn, bs, used) -> list:
-    "Sentences on how the measured step differs from the Learner's own, or may differ."
+    "Sentences on conditions in which the measured step differs, or may differ, from those of a later fit."
     notes, cudnn = [], torch.backends.cudnn
     if used != bs:
         notes.append(f'Measured on {used} of the {bs} items of each batch: contiguous fp32 has no memory for more.')

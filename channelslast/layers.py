@@ -49,7 +49,7 @@ def signature(m, x) -> tuple:
 
 def layer_ms(m, x, device, half, in_fp32) -> float:
     """Milliseconds of one forward and backward pass of a layer inside autocast, or outside it with the casts that this
-    needs. On a GPU the mean of several passes: it does one while the next is launched."""
+    needs. On a GPU the mean of several passes: one is computed while the next one is launched."""
     forward = safely(m, m.forward) if device.type == 'cpu' and (overruns(m) or is_padded(m)) else m.forward
     if in_fp32: forward = fp32_forward(forward, device.type, half)
     def _pass():

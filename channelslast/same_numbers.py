@@ -138,7 +138,7 @@ class Comparison:
         c.switch(self.learn, self.cbs)
         return _loss_and_grads(self.learn, self.batch, self.stop, make_mode)
 
-    def set_up(self) -> bool: # In training mode?
+    def set_up(self) -> bool: # True if the step had to be one in training mode
         """Take the step of contiguous fp32: in eval mode, or in training mode for detectors, which have no loss in eval
         mode."""
         for training in False, True:
@@ -209,7 +209,7 @@ def check_numbers(
     baseline.loss_diff = baseline.grad_diff = 0.
     for c in candidates[1:]:
         if not c.running or (found := c.attempt(learn, partial(beside.look, c))) is None: continue
-        # all ranks take as many passes: a model may communicate in them
+        # all ranks run the same number of passes, since a model may communicate in them
         if any(everyones(bool(beside.unexplained(c, found[-1])))): c.attempt(learn, partial(beside.explain, c, *found))
     learn.model.zero_grad(set_to_none=True)
     if training: heal()

@@ -133,7 +133,7 @@ class FormatTrace(TorchDispatchMode):
         self._handles = [hooks.register_module_forward_pre_hook(self._enter_module),
                          hooks.register_module_forward_hook(self._leave_module, always_call=True)]
         self._note_owner()
-        # else CUDA's backward pass has a thread, and with it sequence numbers, of its own
+        # otherwise CUDA's backward pass runs in a thread of its own, with its own sequence numbers
         self._threads = torch.autograd.set_multithreading_enabled(False)
         return super().__enter__()
 

@@ -60,8 +60,7 @@ def step_ms(learn, batch) -> float:
 
 
 def skipped(learn) -> bool:
-    """True if the gradient scaler skipped the Learner's last step, in any process: no optimizer ran, so that its time
-    is no step's."""
+    "True if the gradient scaler skipped the Learner's last step, in any process. Its time lacks the optimizer's part."
     return any(everyones(any(getattr(cb, 'skipped', False) for cb in learn._grab_cbs(MixedPrecision))))
 
 
@@ -71,7 +70,7 @@ def load_batches(learn, loader) -> tuple:
     All are of one shape: the fastest step of each candidate counts, which a smaller last batch would be."""
     device, batches, came = fit_device(learn), [], []
     workers = getattr(loader, 'num_workers', 0)
-    wave = 2*workers  # the batches that worker processes make before the first one is taken
+    wave = 2*workers  # the batches that worker processes prepare before the first one is taken
     n = wave*(1 + -(-LOADER_BATCHES//wave)) if wave else LOADER_BATCHES
     def _shapes(b): return [getattr(t, 'shape', None) for t in leaves(b)]
     start = time.perf_counter()
@@ -85,8 +84,10 @@ def load_batches(learn, loader) -> tuple:
 
 
 def _per_batch(came, workers, complete) -> float:
-    """Milliseconds for a batch, given when each came. Worker processes make several at once, and the first ones before
-    anything is timed: there the mean after these counts, or of all, if the loader or the time ended early."""
+    """Milliseconds per batch, given the milliseconds after which each batch came.
+
+    Worker processes prepare several batches at once, the first ones in advance. With workers it is the mean of the
+    batches after those; or of all batches, if the loader or the time ended early."""
     if not came: return 0.
     if not workers:
         ms = [b - a for a, b in zip([0., *came], came)]
@@ -158,7 +159,7 @@ class Trial:
         self.learn.model.zero_grad(set_to_none=True)
 
     def take(self, c, i=0) -> float:
-        "Milliseconds of one step in a candidate's format and precision; None if it fails. A skipped step is none."
+        "Milliseconds of one step in a candidate's format and precision; None if it fails. Skipped steps don't count."
         for _ in range(SKIPS):
             ms = c.attempt(self.learn, lambda: (c.switch(self.learn, self.cbs), self.step(c, i))[1])
             if ms is None or not skipped(self.learn): break
@@ -167,8 +168,8 @@ class Trial:
         return ms
 
     def take_first(self, c) -> float:
-        """Milliseconds of the first step of contiguous fp32. Where memory is too little for it, all candidates go on
-        with half of each batch, and half of that: a batch may be as large as fp16 allows."""
+        """Milliseconds of the first step of contiguous fp32. While it runs out of memory, the batches are halved for
+        all candidates: a batch may be as large as fp16 allows."""
         while True:
             try: return self.take(c)
             except Exception as e:
