@@ -28,23 +28,27 @@ class ChannelsLast(_FastaiChannelsLast):
     convolutions (clips for a 2-D network over frames stay as they are). Tensors in their format are not touched."""
     order, dims = -1, ()  # before any callback that wraps or copies the model
     measured = False  # True if `format_find` has compared its numbers and speed, so that no warning is due
-    _told, _layers, _made, _undo = False, (), None, None
+    _told, _layers, _made, _undo = (), (), None, None
 
     def before_fit(self):
         if cast_module(self.model): align_optimizer(self.learn.opt)
-        modules, where = modules_of(self.model), model_device(self.model)
-        device = where.type
+        modules, device = modules_of(self.model), model_device(self.model).type
         self.dims = {*kernel_dims(modules).values()}
         self._made, self._layers = {}, [m for m in modules if device == 'cpu' and (overruns(m) or is_padded(m))]
-        if self._told or self.measured: return
-        self._told, cudnn = True, torch.backends.cudnn
-        if fault := weakness(where): warnings.warn(fault, stacklevel=2)
+        cudnn = torch.backends.cudnn
         if device == 'cuda' and cudnn.deterministic and not cudnn.benchmark:
-            warnings.warn("cuDNN is deterministic and may not benchmark (fastai's `no_random` sets it so): convolutions"
-                          " in channels last can fail. `channelslast.less_random` makes runs repeatable without that.",
-                          stacklevel=2)
+            self._warn("cuDNN is deterministic and may not benchmark (fastai's `no_random` sets it so): convolutions "
+                       "in channels last can fail. `channelslast.less_random` makes runs repeatable without that.")
 
-    def before_train(self): align_optimizer(self.learn.opt)  # predictions need not look at its state
+    def before_train(self):
+        align_optimizer(self.learn.opt)  # predictions need not look at its state
+        if fault := weakness(model_device(self.model)): self._warn(fault)
+
+    def _warn(self, message):
+        "Say this once, unless the format was chosen by measuring."
+        if message in self._told or self.measured: return
+        self._told = *self._told, message
+        warnings.warn(message, stacklevel=3)
 
     def before_batch(self):
         self.leave()

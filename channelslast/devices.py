@@ -1,6 +1,7 @@
 "Where a model is, what that device is fast at, its memory, waiting for it, and timing on it."
 import gc
 import os
+import re
 import subprocess
 import time
 from functools import cache
@@ -8,11 +9,16 @@ from itertools import chain
 
 import torch
 from fastai.callback.fp16 import AMPMode
+from fastai.torch_core import default_device
 from fastcore.basics import noop
 from torch import nn
 
 __all__ = ['model_device', 'fit_device', 'unwrapped', 'accelerates', 'weakness', 'fp32_precision',
            'is_out_of_memory', 'free_memory', 'synchronize', 'elapsed_ms']
+
+
+# Turing's small chips, of capability 7.5
+NO_TENSOR_CORES = re.compile(r'GTX 16|MX[45]50|\bT(400|500|550|600|1000|1200|2000)\b')
 
 
 def model_device(model) -> torch.device:
@@ -26,7 +32,8 @@ def fit_device(learn) -> torch.device:
     `DistributedTrainer` moves it on to the process's own, while loaders made earlier stay on the first GPU."""
     accelerator = next((vars(cb)['accelerator'] for cb in learn.cbs if 'accelerator' in vars(cb)), None)
     if accelerator: return accelerator.device
-    return torch.device(getattr(learn.dls, 'device', None) or model_device(learn.model))
+    device = getattr(learn.dls, 'device', default_device())  # PyTorch's own loaders have none
+    return model_device(learn.model) if device is None else torch.device(device)
 
 
 def unwrapped(model) -> nn.Module:
@@ -50,7 +57,8 @@ def accelerates(
     AMX-FP16 alone, and CPUs with that have bf16, too: so fp16 is for other devices. CUDA GPUs without tensor cores
     gain nothing from fp16, and the GTX 16 series gives NaN (https://github.com/pytorch/pytorch/issues/77955). Apple's
     M1 and M2 have no instructions for bf16 (https://github.com/huggingface/transformers/issues/40458); fp16 needs a
-    gradient scaler, which raises on MPS before PyTorch 2.8 (https://github.com/pytorch/pytorch/issues/142397)."""
+    gradient scaler, which computes in fp64 and so raises on Intel GPUs without it, and on MPS before PyTorch 2.8
+    (https://github.com/pytorch/pytorch/issues/142397)."""
     device = torch.device(device)
     if not torch.amp.is_autocast_available(device.type): return False
     if device.type == 'cpu':
@@ -60,7 +68,9 @@ def accelerates(
     if device.type == 'cuda':
         with torch.cuda.device(device):
             if amp_mode is AMPMode.BF16: return torch.cuda.is_bf16_supported(including_emulation=False)
-            return torch.cuda.get_device_capability() >= (7, 0) and 'GTX 16' not in torch.cuda.get_device_name()
+            name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+            return capability >= (7, 0) and not NO_TENSOR_CORES.search(name)
+    if device.type == 'xpu' and amp_mode is AMPMode.FP16: return torch.xpu.get_device_properties(device).has_fp64
     if device.type != 'mps': return True
     if amp_mode is AMPMode.FP16: return torch_version() >= (2, 8)
     return not _apple_chip().startswith(('Apple M1', 'Apple M2'))
@@ -87,9 +97,9 @@ def weakness(device: torch.device) -> str: # `''` where there is none
 
     MPS: PyTorch issues 175189 (batch norm; the fix is in 2.14's wheels) and 193349 (convolutions; in 2.15's)."""
     if device.type == 'mps' and torch_version() < (2, 15):
-        has = ("gives wrong gradients, or fails, behind batch norms" if torch_version() < (2, 14) else
-               "takes up to 30 times as long in the backward pass of convolutions")
-        return f"On MPS, channels last {has} before PyTorch 2.15: update PyTorch, or let `learn.to_fastest()` decide."
+        has = "takes up to 30 times as long in the backward pass of convolutions before PyTorch 2.15"
+        if torch_version() < (2, 14): has = "gives wrong gradients, or fails, behind batch norms before PyTorch 2.14"
+        return f"On MPS, channels last {has}: update PyTorch, or let `learn.to_fastest()` decide."
     if device.type == 'cuda' and torch.version.hip and not _miopen_takes_nhwc():
         return ("MIOpen converts the tensors of each convolution from channels last and back: set the environment "
                 "variable PYTORCH_MIOPEN_SUGGEST_NHWC=1 before Python starts, or let `learn.to_fastest()` decide.")
@@ -100,7 +110,8 @@ def _miopen_takes_nhwc() -> bool:
     "PyTorch's `aten/src/ATen/native/ConvUtils.h`: 2.9 and 2.10 do so from MIOpen 3.5 on, others only if they are told."
     told = os.environ.get('PYTORCH_MIOPEN_SUGGEST_NHWC')
     if told in ('0', '1'): return told == '1'
-    return (2, 9) <= torch_version() < (2, 11) and torch.backends.cudnn.version() >= 30500
+    try: return (2, 9) <= torch_version() < (2, 11) and torch.backends.cudnn.version() >= 3_005_000
+    except RuntimeError: return True  # of two versions, so that nothing is known
 
 
 def fp32_precision(device: torch.device) -> str: # `'fp32'`, `'fp16'` or `'bf16'`
@@ -119,7 +130,8 @@ def fp32_precision(device: torch.device) -> str: # `'fp32'`, `'fp16'` or `'bf16'
 
 def is_out_of_memory(e: BaseException) -> bool:
     "True if the error means that the device, or main memory, has no room left."
-    said = 'out of memory', 'DefaultCPUAllocator', 'STATUS_ALLOC_FAILED'  # MPS; CPUs; cuDNN and cuBLAS
+    said = ('out of memory', 'DefaultCPUAllocator', 'ALLOC_FAILED', 'ALLOCATION_FAILED',  # MPS; CPUs; cuBLAS; cuDNN
+            'unable to find an engine')  # cuDNN's convolutions, where none has enough memory for its workspace
     return (isinstance(e, (torch.OutOfMemoryError, MemoryError))
             or isinstance(e, RuntimeError) and any(o in str(e) for o in said))
 

@@ -161,7 +161,7 @@ def format_find(self:Learner,
         raise ValueError(f'num_it={num_it!r}: use a whole number from 1')
     _check(self, train)
     loader = _loader(self, train, dl)
-    pairs, has = _pairs(fit_device(self), formats, precisions), current(self)
+    pairs, has = rank0s(_pairs(fit_device(self), formats, precisions)), current(self)
     candidates, advice = [Candidate(f, p, kwargs) for f, p in pairs], fused_line(self) if train else None
     tuned = [p for f, p in pairs if layers and f == 'channels_last' and p != 'fp32']
     n = len(pairs) + len(tuned)
@@ -171,13 +171,15 @@ def format_find(self:Learner,
     tick(0)
     bs = getattr(loader, 'bs', None) or getattr(loader, 'batch_size', None)
     with untouched(self, STEP_CALLBACKS if train else (), eager=False, loader=loader) as originals:
-        batches, loader_ms = candidates[0].attempt(self, lambda: _batches(self, loader, train))
-        if train and self.opt is None: self.create_opt()
-        if train: self.opt.set_hypers(lr=0.) # weights stay, so that every candidate steps on the same ones
-        frozen = _frozen(self.opt) if train else None
-        self.n_iter = steps
+        def _set_up():
+            batches, loader_ms = _batches(self, loader, train)
+            if train and self.opt is None: self.create_opt()
+            if train: self.opt.set_hypers(lr=0.) # weights stay, so that every candidate steps on the same ones
+            self.n_iter = steps
+            return (Trial if train else PredictionTrial)(self, candidates, batches, originals, tick, bs), loader_ms
         with torch.set_grad_enabled(train):
-            trial = (Trial if train else PredictionTrial)(self, candidates, batches, originals, tick, bs)
+            trial, loader_ms = candidates[0].attempt(self, _set_up)
+            frozen = _frozen(self.opt) if train else None
             trial.warm_up(candidates)
             layer_rows = trial.tune(kwargs) if layers else []
             trial.check_numbers()
@@ -187,6 +189,7 @@ def format_find(self:Learner,
     result = _result(candidates, decision, loader_ms=loader_ms, layers=layer_rows,
                      optimizer_ms=trial.optimizer_ms, advice=advice, train=train, frozen=frozen,
                      notes=_notes(self, bs, trial.bs))
+    del trial, candidates, decision, originals, _set_up  # which hold batches and folded weights
     free_memory(fit_device(self))
     result.__dict__.update(rank0s(vars(result)))
     if bar: bar.on_iter_end()

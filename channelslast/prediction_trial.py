@@ -5,7 +5,7 @@ from . import race
 from .candidates import Candidate
 from .ranks import rank0s
 from .same_numbers import check_predictions
-from .trial import Trial, step_ms
+from .trial import APART, Trial, step_ms
 
 __all__ = ['LOOK', 'PredictionTrial']
 
@@ -19,6 +19,9 @@ class PredictionTrial(Trial):
     def step(self, c, i) -> float:
         "Milliseconds of one batch's predictions."
         batch = self.batches[i % len(self.batches)]
+        if self.device.type not in APART:  # elsewhere memory is scarce, and told per candidate
+            for o in self.candidates:
+                if o.folded and o is not c: o.fold.forget()
         if c.folded and not c.fold.ready: self.learn.one_batch(0, batch)  # a switch of format moved the weights
         with self.peak_memory(c): ms = step_ms(self.learn, batch)
         self.count()

@@ -211,6 +211,7 @@ def check_numbers(
         if not c.running or (found := c.attempt(learn, partial(beside.look, c))) is None: continue
         # all ranks run the same number of passes, since a model may communicate in them
         if any(everyones(bool(beside.unexplained(c, found[-1])))): c.attempt(learn, partial(beside.explain, c, *found))
+        found = None  # the pass and the gradients that it holds, before the next ones are made
     learn.model.zero_grad(set_to_none=True)
     if training: heal()
     for m, was, dropout in modes:

@@ -9,6 +9,7 @@ import torch
 from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.torch_core import to_device
 from fastcore.foundation import L
 
 from . import race
@@ -55,6 +56,7 @@ class LookAtGradients(Callback):
 
 def step_ms(learn, batch) -> float:
     "Milliseconds of one training step of the Learner, with what its optimizer takes, if that is left out."
+    for cb in learn._grab_cbs(MixedPrecision): cb.skipped = False  # accumulated batches never come to the scaler
     ms = elapsed_ms(fit_device(learn), lambda: learn.one_batch(0, batch))
     return ms + sum(cb.pay() for cb in learn._grab_cbs(OptimizerApart))
 
@@ -78,7 +80,7 @@ def load_batches(learn, loader) -> tuple:
         synchronize(device)
         came.append((time.perf_counter() - start)*1e3)
         if len(batches) < BATCHES and (not batches or _shapes(b) == _shapes(batches[0])):
-            batches.append(learn._set_device(b))
+            batches.append(to_device(b, device))  # not to the model's, which may be on the CPU before a first fit
         if came[-1] > LOADER_MS: break
     return batches, _per_batch(came, workers, len(came) == n)
 
@@ -173,7 +175,7 @@ class Trial:
         while True:
             try: return self.take(c)
             except Exception as e:
-                if not (is_out_of_memory(e) and self.halve()): raise
+                if not all(everyones(is_out_of_memory(e) and self.halve())): raise
             self.heal()  # outside the handler: its traceback holds the step's tensors
             free_memory(self.device)
 
@@ -204,9 +206,11 @@ class Trial:
         "Time single layers, and add a candidate that keeps in fp32 those that half precision slows down."
         layers = []
         for c in [c for c in self.running if c.last and c.precision != 'fp32']:
-            c.switch(self.learn, [stop_before_step(self.learn), *self.cbs])
-            model, one_batch = unwrapped(self.learn.model), lambda: self.learn.one_batch(0, self.batches[0])
-            inputs = c.attempt(self.learn, lambda: record_inputs(model, one_batch)) or {}
+            model, cbs = unwrapped(self.learn.model), [stop_before_step(self.learn), *self.cbs]
+            def _one_batch():
+                c.switch(self.learn, cbs)
+                self.learn.one_batch(0, self.batches[0])
+            inputs = c.attempt(self.learn, lambda: record_inputs(model, _one_batch)) or {}
             rows = time_layers(model, inputs, DTYPES[AMPMode(c.half)], c.half)
             layers += rows
             if not (names := rank0s(fp32_names(rows, c.half))): continue

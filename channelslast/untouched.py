@@ -150,7 +150,8 @@ def untouched(learn,
         originals = _run_on_copies(undo, tensors_of(held))
         opt = learn.opt_func if learn.opt is None and isinstance(learn.opt_func, OptimWrapper) else learn.opt
         originals += _keep_optimizer(undo, opt)
-        if (device := fit_device(learn)) != getattr(learn.dls, 'device', device):
+        device = fit_device(learn)
+        if getattr(learn.dls, 'device', None) not in (None, device):
             undo.callback(setattr, learn.dls, 'device', learn.dls.device)
             learn.dls.device = device
         left_out, learn.cbs = [o for o in learn.cbs if o not in stay], L(stay)

@@ -1,4 +1,5 @@
 "Conditions of GPUs, pretended on a CPU: skipped steps, worker processes, TF32, cuDNN's errors, too little memory, other devices."
+import gc
 import subprocess
 import sys
 import time
@@ -11,10 +12,10 @@ import pytest
 import torch
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.distributed import ParallelTrainer
-from fastai.vision.all import Adam, Callback, DataLoader, DataLoaders, fastuple
+from fastai.vision.all import Adam, Callback, DataLoader, DataLoaders, GradientAccumulation, fastuple
 from torch import nn
 
-from channelslast import callback, candidates, devices, fused, layers, less_random, same_numbers, trial
+from channelslast import callback, candidates, devices, fused, layers, less_random, prediction_trial, same_numbers, trial
 from channelslast.command.judge import bare, stepper
 from channelslast.command.demo import StepTimer
 from channelslast.containers import half_of
@@ -65,6 +66,13 @@ def test_a_skipped_step_is_no_step(skipping, scaler):
     t = find(learner(steep()), **scaler)
     assert skipping and {r.precision for r in t.rows} == {'fp32', 'fp16'}
     assert all(r.ms == 20. for r in t.rows if r.valid) and [r.valid for r in t.rows] == [True]*4
+
+
+def test_accumulated_batches_are_not_skipped(has):
+    "They never come to the scaler, whose word on the step before stayed."
+    has('fp16')
+    t = find(learner(steep(), cbs=GradientAccumulation(64)))
+    assert [r.valid for r in t.rows] == [True]*4, t
 
 
 def test_who_skips_each_step_is_out(skipping, monkeypatch):
@@ -338,7 +346,8 @@ def test_memory_goes_back_at_the_end(has, monkeypatch):
 
 
 @pytest.mark.parametrize('e, oom', [(torch.OutOfMemoryError('x'), True), (RuntimeError('MPS backend out of memory (MPS'), True),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), True), (RuntimeError('shape'), False)])
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), True), (RuntimeError('CUBLAS_STATUS_ALLOC_FAILED when calling'), True),
+    (RuntimeError('CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED'), True), (MemoryError(), True), (ValueError('out of memory'), False), (RuntimeError('shape'), False)])
 def test_what_is_out_of_memory(e, oom): assert is_out_of_memory(e) == oom
 
 
@@ -395,7 +404,8 @@ def test_peak_memory_of_xpu(monkeypatch):
 
 @pytest.mark.parametrize('name, capability, bf16, fast', [
     ('NVIDIA A100', (8, 0), True, {'fp16', 'bf16'}), ('Tesla T4', (7, 5), False, {'fp16'}), ('Tesla V100', (7, 0), False, {'fp16'}),
-    ('NVIDIA GeForce GTX 1660 Ti', (7, 5), False, set()), ('Tesla P100', (6, 0), False, set())])
+    ('NVIDIA GeForce GTX 1660 Ti', (7, 5), False, set()), ('Quadro T1000', (7, 5), False, set()), ('NVIDIA T400 4GB', (7, 5), False, set()),
+    ('NVIDIA GeForce MX450', (7, 5), False, set()), ('Quadro RTX 4000', (7, 5), False, {'fp16'}), ('Tesla P100', (6, 0), False, set())])
 def test_what_cuda_accelerates(monkeypatch, name, capability, bf16, fast):
     "fp16 needs tensor cores; each GPU is asked for itself."
     asked = on(monkeypatch, capability, name, bf16)
@@ -408,6 +418,34 @@ def test_what_mps_accelerates(monkeypatch, chip, fast):
     monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda d: True)
     monkeypatch.setattr(devices, '_apple_chip', lambda: chip)
     assert {m.value for m in AMPMode if accelerates('mps', m)} == fast
+
+
+@pytest.mark.parametrize('fp64', [True, False])
+def test_fp16_on_xpu_needs_fp64(monkeypatch, fp64):
+    "The gradient scaler computes in it."
+    monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda d: True)
+    monkeypatch.setattr(torch.xpu, 'get_device_properties', lambda d: SimpleNamespace(has_fp64=fp64))
+    assert accelerates('xpu', AMPMode.FP16) == fp64 and accelerates('xpu', AMPMode.BF16)
+
+
+def test_pytorchs_own_loaders_have_no_device(monkeypatch):
+    "fastai moves the model to its default device then."
+    monkeypatch.setattr(devices, 'default_device', lambda: CUDA)
+    learn = learner()
+    assert fit_device(learn) == torch.device('cpu')
+    plain = torch.utils.data.DataLoader([(torch.zeros(3, 8, 8), 0)])
+    assert fit_device(learner(dls=DataLoaders(plain, plain))) == CUDA
+    learn.dls._device = None
+    assert fit_device(learn) == torch.device('cpu')  # it stays where it is
+
+
+def test_batches_wait_on_the_device(monkeypatch):
+    "✗ Before a first fit they were copied back to the CPU, where the model was, so that each step copied its batch again."
+    monkeypatch.setattr(trial, 'synchronize', lambda d: None)
+    dls = loaders()
+    dls.device = torch.device('meta')
+    batches, _ = trial.load_batches(learner(dls=dls), dls.train)
+    assert all(t.is_meta for b in batches for t in b)
 
 
 def test_a_chip_without_a_name():
@@ -528,9 +566,9 @@ def test_norms_without_float64(monkeypatch):
 @pytest.mark.parametrize('kind, version, hip, told, miopen, said', [
     ('mps', '2.6.0', None, None, 0, 'wrong gradients'), ('mps', '2.13.0', None, None, 0, 'wrong gradients'),
     ('mps', '2.14.1', None, None, 0, '30 times'), ('mps', '2.15.0', None, None, 0, ''), ('cpu', '2.6.0', None, None, 0, ''),
-    ('cuda', '2.14.1+cu130', None, None, 0, ''), ('cuda', '2.14.1', '7.2', None, 30600, 'MIOPEN'), ('cuda', '2.14.1', '7.2', '1', 30600, ''),
-    ('cuda', '2.10.0', '7.0', None, 30500, ''), ('cuda', '2.10.0', '6.4', None, 30400, 'MIOPEN'), ('cuda', '2.10.0', '7.0', '0', 30500, 'MIOPEN'),
-    ('cuda', '2.8.0', '7.0', 'yes', 30500, 'MIOPEN')])
+    ('cuda', '2.14.1+cu130', None, None, 0, ''), ('cuda', '2.14.1', '7.2', None, 3006000, 'MIOPEN'), ('cuda', '2.14.1', '7.2', '1', 3006000, ''),
+    ('cuda', '2.10.0', '7.0', None, 3005000, ''), ('cuda', '2.10.0', '6.4', None, 3004000, 'MIOPEN'), ('cuda', '2.10.0', '7.0', '0', 3005000, 'MIOPEN'),
+    ('cuda', '2.8.0', '7.0', 'yes', 3005000, 'MIOPEN')])
 def test_weakness(monkeypatch, kind, version, hip, told, miopen, said):
     monkeypatch.setattr(torch, '__version__', version)
     monkeypatch.setattr(torch.version, 'hip', hip)
@@ -570,6 +608,51 @@ def test_the_reference_leaves_the_device(has, monkeypatch):
     assert {p.shape for p in learn.model.parameters()} <= {*moved}
 
 
+def test_one_comparison_is_over_before_the_next(has, monkeypatch):
+    "A pass in main memory, and its gradients on the device, stayed while the next ones were made."
+    has('bf16')
+    refs, real = [], same_numbers.Comparison.look
+    def _look(self, c):
+        assert not [r for r in refs if r() is not None]
+        found = real(self, c)
+        refs.append(weakref.ref(found[0]))
+        return found
+    monkeypatch.setattr(same_numbers.Comparison, 'look', _look)
+    find()
+    assert len(refs) == 3
+
+
+def test_folded_weights_of_one_candidate_at_a_time(has, monkeypatch):
+    "Elsewhere than on a CPU: five copies of the model stood in each candidate's peak memory."
+    has('bf16')
+    monkeypatch.setattr(prediction_trial, 'APART', {})
+    real, held = prediction_trial.step_ms, []
+    def _ms(learn, batch):
+        held.append(sum(c.folded and c.fold.works for c in mine[0].candidates))
+        return real(learn, batch)
+    mine, init = [], prediction_trial.PredictionTrial.__init__
+    monkeypatch.setattr(prediction_trial.PredictionTrial, '__init__', lambda self, *args: (mine.append(self), init(self, *args))[1])
+    monkeypatch.setattr(prediction_trial, 'step_ms', _ms)
+    t = find(train=False)
+    assert sum(r.folded for r in t.rows) > 1 and max(held) == 1
+
+
+def test_nothing_of_a_search_is_alive_when_memory_goes_back(has, monkeypatch):
+    has()
+    refs, real = [], trial.Trial.__init__
+    def _init(self, *args):
+        refs.append(weakref.ref(self))
+        real(self, *args)
+    monkeypatch.setattr(trial.Trial, '__init__', _init)
+    def _free(device):
+        gc.collect()
+        assert refs and refs[0]() is None
+        refs.append(1)
+    monkeypatch.setattr(sys.modules['channelslast.format_find'], 'free_memory', _free)
+    find()
+    assert len(refs) == 2
+
+
 # on a GPU itself
 
 GPU = torch.device('cuda', 0)
@@ -601,6 +684,17 @@ def test_cuda_tf32_is_no_wrong_number():
         mp.setattr(torch.backends.cudnn, 'allow_tf32', True)
         t = on_gpu(resnet50(num_classes=4)).format_find(show_plot=False, precisions='fp32')
     assert all(r.valid for r in t.rows), t
+
+
+@pytest.mark.cuda
+def test_cuda_batches_wait_there():
+    "Also before a first fit, when the model is still on the CPU; and with PyTorch's own loaders, which have no device."
+    from torch.utils.data import DataLoader as Plain
+    learn = on_gpu(convnet())
+    batches, _ = trial.load_batches(learn, learn.dls.train)
+    assert all(t.device == GPU for b in batches for t in b)
+    dl = Plain([(torch.randn(3, 32, 32), torch.tensor(1)) for _ in range(16)], batch_size=8)
+    assert find(learner(convnet(), DataLoaders(dl, dl)), num_it=2).rows[0].memory > 0
 
 
 @pytest.mark.cuda

@@ -13,6 +13,7 @@ import torch
 from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
+from fastai.torch_core import to_device
 from torch import nn
 
 from .. import less_random
@@ -148,7 +149,7 @@ def judge(name, size, bs, device, num_it, busy=False) -> dict:
     with less_random():
         learn = make_learner(name, size, bs, device)
         timings, took = search(learn, busy)
-        batch = learn._set_device(learn.dls.one_batch())
+        batch = to_device(learn.dls.one_batch(), device)  # the model is still on the CPU
         def _steps():
             steps = {label(r): stepper(apply(deepcopy(learn), r, timings.layers), batch) for r in timings.rows if r.ms}
             steps['bare'] = bare(deepcopy(learn), batch, timings.best, timings.layers)

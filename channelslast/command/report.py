@@ -34,7 +34,7 @@ def say(said):
 
 def judge_format(name, size, bs, device, num_it, busy=False) -> dict:
     "The verdict of `format_summary` on one model in channels last, in fp16 where the device is fast in it."
-    fp16 = devices.accelerates(device.type, AMPMode.FP16)
+    fp16 = devices.accelerates(device, AMPMode.FP16)
     with less_random(): found = make_learner(name, size, bs, device).to_channelslast(to_fp16=fp16).format_summary()
     return {'model': name, 'px': size, 'batch': bs, 'verdict': found.verdict}
 
