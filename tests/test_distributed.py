@@ -67,12 +67,13 @@ DIFFER = 'numbers differ from contiguous fp32'
 
 @pytest.mark.parametrize('name, rows', [
     ('memory', [FINE, ['fp32', 'out of memory', False]]), ('predictions', [FINE, ['fp32', 'out of memory', False]]),
-    ('infinite', [FINE, ['fp32', 'loss is not finite', False]]), ('numbers', [FINE, ['fp32', f'{DIFFER} (loss)', False]]),
+    ('infinite', [FINE, ['fp32', 'loss is not finite', False]]), ('numbers', [FINE, ['fp32', DIFFER, False]]),
     ('other_predictions', [FINE, ['fp32', DIFFER, False]]), ('halves', [FINE, FINE])])
 def test_what_goes_wrong_in_one_process_is_known_to_both(two, name, rows):
     "✗ A process that ran out of memory alone dropped the candidate alone; the other one waited."
     first, second = (facts['alone'][name] for facts in two[1])
-    assert first == second and first[0][:2] == rows
+    assert first == second
+    for found, (*_, note, valid) in zip(first[0], rows): assert found[2] == valid and found[1].startswith(note) and bool(found[1]) == bool(note)
     assert ('Measured on 2 of the 4 items' in first[1][0]) == (name == 'halves')
 
 
@@ -85,6 +86,11 @@ def test_one_choice_of_layers_in_fp32(two):
 def test_an_error_of_one_process_ends_both(two):
     first, second = (facts['alone']['error'] for facts in two[1])
     assert first == "RuntimeError: Process 1 of 2: KeyError: 'mine'" and second == "KeyError: 'mine'"
+
+
+def test_two_errors_end_both(two):
+    "✗ The process without memory tried half a batch, and waited for the other one."
+    assert [facts['alone']['two_errors'] for facts in two[1]] == ["KeyError: 'mine'", 'OutOfMemoryError: out of memory']
 
 
 def test_a_step_skipped_in_one_process_is_taken_again_in_both(two):

@@ -94,8 +94,8 @@ with warnings.catch_warnings():
     # what goes wrong in the second process alone is known to both
     trial.step_ms = prediction_trial.step_ms = real
     class Second(nn.Module):
-        def __init__(self, f): super().__init__(); self.f = f
-        def forward(self, x): return self.f(x) if rank else x
+        def __init__(self, f, both): super().__init__(); self.f, self.both = f, both
+        def forward(self, x): return self.f(x) if rank or self.both else x
     def fails(error, when):
         def _f(x):
             if when(x): raise error
@@ -104,10 +104,10 @@ with warnings.catch_warnings():
     def is_last(x): return x.is_contiguous(memory_format=torch.channels_last)
     def is_large(x): return len(x) > 2
     oom = torch.OutOfMemoryError('out of memory')
-    def found(f=noop, names=None, accelerated='', **kwargs):
+    def found(f=noop, names=None, accelerated='', both=False, **kwargs):
         devices.accelerates = lambda device, amp_mode: amp_mode.value == accelerated
         learn = make()
-        learn.model.insert(1, Second(f))
+        learn.model.insert(1, Second(f, both))
         known = trial.fp32_names
         if names: trial.fp32_names = lambda rows, half: names[rank]
         try:
@@ -121,7 +121,7 @@ with warnings.catch_warnings():
         predictions=found(fails(oom, is_last), train=False), halves=found(fails(oom, is_large)),
         infinite=found(lambda x: x/0 if is_last(x) else x), numbers=found(lambda x: x.flip(1) if is_last(x) else x),
         other_predictions=found(lambda x: x.flip(1) if is_last(x) else x, train=False),
-        error=found(fails(KeyError('mine'), lambda x: True)), skips=found(Steep.apply if rank else noop, accelerated='fp16', formats='contiguous'))
+        two_errors=found(fails(oom if rank else KeyError('mine'), lambda x: True), both=True), error=found(fails(KeyError('mine'), lambda x: True)), skips=found(Steep.apply if rank else noop, accelerated='fp16', formats='contiguous'))
     (folder/f'{rank}.json').write_text(json.dumps(dict(last=last, dtypes=dtypes, world=num_distrib(), best=[best.memory_format, best.ms], refused=refused, tried=tried,
         predictions=predictions.memory_format, alone=alone, cbs=sorted(type(o).__name__ for o in learn.cbs), loss=learn.recorder.losses[-1].item())))
 # now and then a C++ thread aborts the exit when all is done and written: leave without destructors
