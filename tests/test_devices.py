@@ -315,7 +315,7 @@ def test_what_has_no_half_stays(batch): assert half_of(batch, 4) is batch
 
 class Fragile(nn.Module):
     "Fails where the backward pass begins, in channels last, when all activations are alive; one of them is watched."
-    def __init__(self): super().__init__(); self.conv, self.net = nn.Conv2d(3, 3, 1), convnet()
+    def __init__(self): super().__init__(); self.conv, self.net = nn.Conv2d(3, 3, 3, padding=1), convnet()
     def forward(self, x):
         x = self.conv(x)
         Fragile.refs.append(weakref.ref(x))
