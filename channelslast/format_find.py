@@ -3,7 +3,6 @@ import torch
 from fastai.callback.fp16 import AMPMode, NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip
-from fastai.distributed import DistributedTrainer, ParallelTrainer
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from fastcore.basics import noop, patch
@@ -26,7 +25,7 @@ __all__ = []
 
 ROUNDS, MORE = 15, 45  # of steps; more only where these take less than one slow phase of the machine
 
-SEVERAL = ParallelTrainer, DistributedTrainer  # which are left out
+SEVERAL = 'ParallelTrainer', 'DistributedTrainer'  # left out; `fastai.distributed` imports only beside accelerate
 # callbacks whose work is part of each step, beside those that change its numbers
 STEP_CALLBACKS = GradientAccumulation, GradientClip, MixHandler, BnFreeze
 
@@ -98,7 +97,7 @@ def _notes(learn, bs, used) -> list:
     notes, cudnn = [], torch.backends.cudnn
     if used != bs:
         notes.append(f'Measured on {used} of the {bs} items of each batch: contiguous fp32 has no memory for more.')
-    if several := [type(o).__name__ for o in learn.cbs if isinstance(o, SEVERAL)]:
+    if several := [type(o).__name__ for o in learn.cbs if type(o).__name__ in SEVERAL]:
         notes.append(f'Measured in one process on one device, without `{several[0]}` and its communication.')
     if fit_device(learn).type == 'cuda' and not cudnn.benchmark:
         notes.append('Measured with `torch.backends.cudnn.benchmark = False`: measure again if you set it to True, '

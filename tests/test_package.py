@@ -1,6 +1,8 @@
 "What the package says of itself, and how it is laid out."
 import ast
 import re
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -66,3 +68,10 @@ def test_top_level():
     allowed = {'channelslast', 'tests', 'nbs', 'settings.ini', 'setup.py', 'README.md', 'LICENSE', 'MANIFEST.in', 'CHANGELOG.md'}
     built = 'build', 'dist', '__pycache__'
     assert {o.name for o in root.iterdir() if not o.name.startswith('.') and o.suffix != '.egg-info' and o.name not in built} <= allowed
+
+
+def test_imports_without_what_only_tests_need():
+    "✗ `fastai.distributed` raises a NameError where accelerate is missing, as after `pip install .`."
+    code = ("import sys; sys.modules.update(dict.fromkeys(('accelerate', 'timm', 'sklearn', 'pytest', 'nbformat', 'nbclient')))\n"
+            "import channelslast, channelslast.command.bench, channelslast.command.demo")
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, cwd=root)
