@@ -13,8 +13,8 @@ from fastai.torch_core import default_device
 from fastcore.basics import noop
 from torch import nn
 
-__all__ = ['model_device', 'fit_device', 'unwrapped', 'accelerates', 'weakness', 'fp32_precision',
-           'is_out_of_memory', 'free_memory', 'synchronize', 'elapsed_ms']
+__all__ = ['model_device', 'fit_device', 'unwrapped', 'accelerates', 'weakness', 'fp32_setting',
+           'fp32_precision', 'is_out_of_memory', 'free_memory', 'synchronize', 'elapsed_ms']
 
 
 # Turing's small chips, of capability 7.5
@@ -32,8 +32,8 @@ def fit_device(learn) -> torch.device:
     `DistributedTrainer` moves it on to the process's own, while loaders made earlier stay on the first GPU."""
     accelerator = next((vars(cb)['accelerator'] for cb in learn.cbs if 'accelerator' in vars(cb)), None)
     if accelerator: return accelerator.device
-    device = getattr(learn.dls, 'device', default_device())  # PyTorch's own loaders have none
-    return model_device(learn.model) if device is None else torch.device(device)
+    if not hasattr(learn.dls, 'device'): return default_device()  # of PyTorch's own loaders; asking starts CUDA
+    return model_device(learn.model) if learn.dls.device is None else torch.device(learn.dls.device)
 
 
 def unwrapped(model) -> nn.Module:
@@ -114,6 +114,12 @@ def _miopen_takes_nhwc() -> bool:
     except RuntimeError: return True  # of two versions, so that nothing is known
 
 
+def fp32_setting(operation) -> str: # `'tf32'`, `'bf16'`, `'ieee'` or `'none'`
+    """The user's setting for an operation, such as `torch.backends.cuda.matmul`. PyTorch before 2.9 has `allow_tf32`
+    alone; later, reading that raises where it differs from the new setting (PyTorch issue 179445)."""
+    return getattr(operation, 'fp32_precision', None) or ('tf32' if getattr(operation, 'allow_tf32', False) else 'ieee')
+
+
 def fp32_precision(device: torch.device) -> str: # `'fp32'`, `'fp16'` or `'bf16'`
     """The precision to which the device computes convolutions and matrix products of fp32 tensors: TF32 keeps as many
     bits as fp16. cuDNN uses it by default, since Ampere (https://docs.pytorch.org/docs/stable/notes/cuda.html)."""
@@ -123,8 +129,7 @@ def fp32_precision(device: torch.device) -> str: # `'fp32'`, `'fp16'` or `'bf16'
         own = [backends.cuda.matmul, *[getattr(backends.cudnn, 'conv', backends.cudnn)]*(not torch.version.hip)]
     elif device.type == 'cpu': own = [getattr(backends.mkldnn, k, None) for k in ('conv', 'matmul')]
     else: return 'fp32'
-    # each operation's own setting: reading the one above it raises where they differ (PyTorch issue 179445)
-    used = {getattr(o, 'fp32_precision', None) or getattr(o, 'allow_tf32', False) and 'tf32' for o in own}
+    used = {fp32_setting(o) for o in own}
     return 'bf16' if 'bf16' in used else 'fp16' if 'tf32' in used else 'fp32'
 
 

@@ -29,7 +29,7 @@ class PredictionTrial(Trial):
 
     def check_numbers(self):
         with torch.compiler.set_stance('force_eager'):
-            self.truth = check_predictions(self.learn, self.candidates, self.cbs, self.one_batch)
+            self.truth = check_predictions(self.learn, self.candidates, self.cbs, self.compared_batch)
 
     def add_folded(self, scaler):
         "For each format and precision that is not far behind, the same with batch norms folded, where there are any."
@@ -44,6 +44,6 @@ class PredictionTrial(Trial):
             self.candidates.append(folded)
         with torch.compiler.set_stance('force_eager'):
             added = [c for c in self.running if c.folded]
-            check_predictions(self.learn, added, self.cbs, self.one_batch, self.truth)
+            check_predictions(self.learn, added, self.cbs, self.compared_batch, self.truth)
         if added:  # the race is among steps of the same rounds: a machine may have been faster, or slower, before
             for c in self.running: c.ms.clear()

@@ -224,10 +224,10 @@ class Trial:
         "Drop whose numbers are wrong."
         # uncompiled: each eval-mode variant would be one more recompilation, and those are limited
         with torch.compiler.set_stance('force_eager'):
-            check_numbers(self.learn, self.candidates, self.cbs, self.one_batch, self.heal)
+            check_numbers(self.learn, self.candidates, self.cbs, self.compared_batch, self.heal)
 
     @property
-    def one_batch(self):
+    def compared_batch(self):
         "A batch to compare numbers on. On GPUs it is half of one, since the comparison takes more memory than a step."
         return self.batches[0] if self.device.type == 'cpu' or (self.bs or 0) < 4 else half_of(self.batches[0], self.bs)
 

@@ -22,7 +22,7 @@ from channelslast.containers import half_of
 from channelslast.devices import accelerates, fit_device, fp32_precision, is_out_of_memory, synchronize, weakness
 from channelslast.timings import Timing
 from channelslast.untouched import untouched
-from .conftest import convnet, learner, loaders
+from .conftest import Steep, convnet, learner, loaders
 from .test_format_find import fake, find
 from .test_format_summary import same, state
 
@@ -30,14 +30,6 @@ CUDA = torch.device('cuda:1')
 
 
 # steps that the gradient scaler skips
-
-class Steep(torch.autograd.Function):
-    "The identity, whose gradient is much larger."
-    @staticmethod
-    def forward(ctx, x): return x.clone()
-    @staticmethod
-    def backward(ctx, g): return g*1e6
-
 
 class Steeper(nn.Module):
     "Gradients that overflow in fp16 while the scale is large, in training mode alone, where no comparison looks."
@@ -437,6 +429,12 @@ def test_pytorchs_own_loaders_have_no_device(monkeypatch):
     assert fit_device(learner(dls=DataLoaders(plain, plain))) == CUDA
     learn.dls._device = None
     assert fit_device(learn) == torch.device('cpu')  # it stays where it is
+
+
+def test_a_cpus_learner_does_not_start_cuda(monkeypatch):
+    "fastai's `default_device` asks CUDA for its current device, which starts it."
+    monkeypatch.setattr(devices, 'default_device', lambda: pytest.fail('CUDA was started'))
+    assert fit_device(learner()) == torch.device('cpu')
 
 
 def test_batches_wait_on_the_device(monkeypatch):

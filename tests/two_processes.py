@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 from channelslast import *
 from channelslast import devices, prediction_trial, trial
+from tests.conftest import Steep
 
 # fastai sends the shuffled indices through the GPU, "nccl only works with cuda tensors"; gloo takes them as they are
 def _broadcast(self, t, rank):
@@ -32,14 +33,6 @@ def make(seed=0):
     model = nn.Sequential(ConvLayer(3, 8), ConvLayer(8, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     return Learner(DataLoaders(*dl, device=torch.device('cpu')), model, CrossEntropyLossFlat(), lr=1e-3,
                    opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
-
-
-class Steep(torch.autograd.Function):
-    "The identity, whose gradient overflows in fp16 while the scale is large."
-    @staticmethod
-    def forward(ctx, x): return x.clone()
-    @staticmethod
-    def backward(ctx, g): return g*1e6
 
 
 def train(switch, inside):

@@ -6,6 +6,7 @@ import torch
 from fastai.vision.all import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, resnet18, unet_learner, xresnet18
 from torchvision.models import get_model
 
+from ..devices import fp32_setting
 from .classifiers import build
 
 # pixels and images of a training batch on a CPU
@@ -44,11 +45,9 @@ def make_learner(name, size, bs, device) -> Learner:
 def cuda_settings() -> str:
     "CUDA's and cuDNN's versions, and the settings that decide which kernels run."
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    def _fp32(new, old):  # `allow_tf32` raises once `fp32_precision` was set; PyTorch before 2.9 has it alone
-        return new.fp32_precision if hasattr(new, 'fp32_precision') else 'tf32' if old.allow_tf32 else 'ieee'
     return (f'CUDA {torch.version.cuda or torch.version.hip}, cuDNN {cudnn.version()}, cudnn.benchmark '
-            f"{cudnn.benchmark}, fp32_precision {_fp32(getattr(cudnn, 'conv', None), cudnn)} (convolutions) "
-            f'{_fp32(matmul, matmul)} (matmul)')
+            f"{cudnn.benchmark}, fp32_precision {fp32_setting(getattr(cudnn, 'conv', cudnn))} (convolutions) "
+            f'{fp32_setting(matmul)} (matmul)')
 
 
 def versions(device) -> str:
