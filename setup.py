@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='])
@@ -16,6 +16,6 @@ setup(
     url=url or None, project_urls={k: f'{url}/{v}'.rstrip('/') for k, v in pages.items()} if url else {},
     classifiers=cfg['classifiers'].strip().splitlines(),
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-    packages=['channelslast', 'channelslast.command'], package_data=dict(channelslast=['py.typed']), python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=['channelslast*']), package_data=dict(channelslast=['py.typed']), python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(), extras_require=dict(dev=cfg['dev_requirements'].split()),
     entry_points=dict(console_scripts=cfg['console_scripts'].split()))

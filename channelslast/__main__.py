@@ -3,7 +3,7 @@ import sys
 
 from fastcore.script import anno_parser
 
-from .command.classifiers import Mistake
+from .command.common import Mistake
 
 
 def _spelled(option, usage) -> str:

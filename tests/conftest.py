@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from fastai.vision.all import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
 
-from channelslast import devices, less_random
+from channelslast import less_random
+from channelslast.core import devices
 
 
 def pytest_addoption(parser):

@@ -16,9 +16,10 @@ from fastai.vision.all import (Adam, Callback, CrossEntropyLossFlat, DataLoader,
                                MergeLayer, MSELossFlat, OptimWrapper, SGD, TensorImage, unet_learner)
 from torch import nn
 
-from channelslast import ChannelsLast, callback, less_random
-from channelslast.precision import DeviceMixedPrecision
-from channelslast.untouched import untouched
+from channelslast import ChannelsLast, less_random
+from channelslast.learner import channels_last as callback
+from channelslast.learner.mixed_precision import DeviceMixedPrecision
+from channelslast.learner.preserve_learner import untouched
 from tests.conftest import Mixed, convnet, learner, loaders, strides
 
 CL, CL3 = torch.channels_last, torch.channels_last_3d
@@ -397,7 +398,7 @@ def test_import_order(first, second):
 from {first} import *
 from {second} import *
 import channelslast
-assert Learner.to_channelslast.__module__ == Learner.to_contiguous.__module__ == 'channelslast.callback'"""
+assert Learner.to_channelslast.__module__ == Learner.to_contiguous.__module__ == 'channelslast.learner.channels_last'"""
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
 

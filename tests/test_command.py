@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from channelslast import __main__ as command, keep_memory
-from channelslast.candidates import current
-from channelslast.command import demo, judge
-from channelslast.layers import LayerTiming
-from channelslast.timings import FormatTimings, Timing
+from channelslast.find.candidates import current
+from channelslast.command import demo, reference_timing as judge
+from channelslast.find.layer_timing import LayerTiming
+from channelslast.find.results import FormatTimings, Timing
 from .conftest import convnet, learner
 
 

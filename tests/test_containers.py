@@ -10,8 +10,8 @@ import torch
 from fastcore.basics import fastuple
 from fastcore.foundation import L
 
-from channelslast.containers import leaves, map_tensors, tensors_of
-from channelslast.precision import HALF
+from channelslast.core.nested_tensors import leaves, map_tensors, tensors_of
+from channelslast.learner.mixed_precision import HALF
 
 Pair = namedtuple('Pair', 'a b')
 

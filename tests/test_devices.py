@@ -15,13 +15,20 @@ from fastai.distributed import ParallelTrainer
 from fastai.vision.all import Adam, Callback, DataLoader, DataLoaders, GradientAccumulation, fastuple
 from torch import nn
 
-from channelslast import callback, candidates, devices, fused, layers, less_random, prediction_trial, same_numbers, trial
-from channelslast.command.judge import bare, stepper
+from channelslast import fused, less_random
+from channelslast.learner import channels_last as callback
+from channelslast.find import candidates
+from channelslast.core import devices
+from channelslast.find import layer_timing as layers
+from channelslast.find import predict_benchmark as prediction_trial
+from channelslast.find import number_check as same_numbers
+from channelslast.find import train_benchmark as trial
+from channelslast.command.reference_timing import bare, stepper
 from channelslast.command.demo import StepTimer
-from channelslast.containers import half_of
-from channelslast.devices import accelerates, fit_device, fp32_precision, is_out_of_memory, synchronize, weakness
-from channelslast.timings import Timing
-from channelslast.untouched import untouched
+from channelslast.core.nested_tensors import half_of
+from channelslast.core.devices import accelerates, fit_device, fp32_precision, is_out_of_memory, synchronize, weakness
+from channelslast.find.results import Timing
+from channelslast.learner.preserve_learner import untouched
 from .conftest import Steep, convnet, learner, loaders
 from .test_format_find import fake, find
 from .test_format_summary import same, state
@@ -150,7 +157,7 @@ def test_settings_of_the_new_api_are_read():
         import torch, warnings
         from unittest import mock
         from channelslast import FoldBatchNorm
-        from channelslast.devices import fp32_precision
+        from channelslast.core.devices import fp32_precision
         from tests.conftest import convnet, learner, shake
         gpu, cpu = map(torch.device, ('cuda', 'cpu'))
         warnings.filterwarnings('error', message='FoldBatchNorm')
@@ -472,11 +479,11 @@ def test_what_is_left_out_is_said(fake):
 
 def test_cudnns_flag_is_said(fake, monkeypatch):
     fake({})
-    monkeypatch.setattr(sys.modules['channelslast.format_find'], 'fit_device', lambda learn: SimpleNamespace(type=kind, device='cpu'))
-    monkeypatch.setattr(sys.modules['channelslast.format_find'], 'free_memory', lambda d: None)
+    monkeypatch.setattr(sys.modules['channelslast.find.format_find'], 'fit_device', lambda learn: SimpleNamespace(type=kind, device='cpu'))
+    monkeypatch.setattr(sys.modules['channelslast.find.format_find'], 'free_memory', lambda d: None)
     for kind, benchmark in ('cuda', False), ('cuda', True), ('cpu', False):
         with less_random(benchmark=benchmark):
-            notes = sys.modules['channelslast.format_find']._notes(learner(), 8, 8)
+            notes = sys.modules['channelslast.find.format_find']._notes(learner(), 8, 8)
         assert bool(notes) == (kind == 'cuda' and not benchmark)
 
 
@@ -655,7 +662,7 @@ def test_nothing_of_a_search_is_alive_when_memory_goes_back(has, monkeypatch):
         gc.collect()
         assert refs and refs[0]() is None
         refs.append(1)
-    monkeypatch.setattr(sys.modules['channelslast.format_find'], 'free_memory', _free)
+    monkeypatch.setattr(sys.modules['channelslast.find.format_find'], 'free_memory', _free)
     find()
     assert len(refs) == 2
 

@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from channelslast import ChannelsLast, FoldBatchNorm, fold_batch_norm as module
-from channelslast.command.judge import settle
-from channelslast.fold_plan import Pair
-from channelslast.folding import difference, nudge
+from channelslast import ChannelsLast, FoldBatchNorm
+from channelslast.fold import fold_batch_norm as module
+from channelslast.command.reference_timing import settle
+from channelslast.fold.fold_trace import Pair
+from channelslast.fold.folded_weights import difference, nudge
 from .conftest import learner, loaders, shake
 from .test_callback import image_folder
 
@@ -557,7 +558,7 @@ def test_interrupted_before_the_comparison(monkeypatch):
 
 def test_a_mistake_in_a_model_that_amplifies(monkeypatch):
     "A thousandth off is no rounding."
-    from channelslast import folding
+    from channelslast.fold import folded_weights as folding
     real = folding.fold
     monkeypatch.setattr(folding, 'fold', lambda pair: {k: v*(1 + 1e-3*torch.randn_like(v)) for k, v in real(pair).items()})
     settle(model := torchvision.models.resnet50(num_classes=4), torch.randn(8, 3, 64, 64))  # with random weights, a batch's statistics amplify
@@ -567,7 +568,7 @@ def test_a_mistake_in_a_model_that_amplifies(monkeypatch):
 
 def test_numbers_that_differ(monkeypatch):
     "One warning, with the class, and the model as it is."
-    from channelslast import folding
+    from channelslast.fold import folded_weights as folding
     real = folding.fold
     monkeypatch.setattr(folding, 'fold', lambda pair: {k: v*(1 + 1e-4) for k, v in real(pair).items()})
     learn = learner(Net())

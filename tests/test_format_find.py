@@ -12,9 +12,11 @@ from fastai.vision.all import (Adam, Callback, DataLoader, DataLoaders, Gradient
                                MixUp, OptimWrapper, load_learner, ranger)
 from torch import nn
 
-from channelslast import ChannelsLast, layers as layers_module, trial as module
-from channelslast.candidates import FORMATS, PRECISIONS
-from channelslast.timings import FormatTimings, Timing
+from channelslast import ChannelsLast
+from channelslast.find import layer_timing as layers_module
+from channelslast.find import train_benchmark as module
+from channelslast.find.candidates import FORMATS, PRECISIONS
+from channelslast.find.results import FormatTimings, Timing
 from tests.conftest import convnet, learner, loaders, strides
 from tests.test_callback import image_folder
 from tests.test_format_summary import Net, same, state

@@ -11,8 +11,9 @@ from fastai.vision.all import (CrossEntropyLossFlat, DataLoader, DataLoaders, Ho
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from channelslast import ChannelsLast, FormatSummary, format_summary as module
-from channelslast.trace import Conversion, layout_of
+from channelslast import ChannelsLast, FormatSummary
+from channelslast.summary import format_summary as module
+from channelslast.summary.format_trace import Conversion, layout_of
 from tests.conftest import convnet, learner, loaders, strides
 
 CL = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -29,7 +29,7 @@ class Gives(nn.Module):
 
 
 def first(out):
-    from channelslast.containers import tensors_of
+    from channelslast.core.nested_tensors import tensors_of
     return tensors_of(out)[0]
 
 

@@ -9,9 +9,11 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.vision.all import Learner
 from torch import nn
 
-from channelslast import ChannelsLast, layers as module, trial
-from channelslast.layers import fp32_names, record_inputs, time_layers
-from channelslast.precision import layer_names
+from channelslast import ChannelsLast
+from channelslast.find import layer_timing as module
+from channelslast.find import train_benchmark as trial
+from channelslast.find.layer_timing import fp32_names, record_inputs, time_layers
+from channelslast.learner.mixed_precision import layer_names
 from tests.conftest import convnet, learner, loaders
 from tests.test_callback import image_folder
 from tests.test_format_find import fake, find

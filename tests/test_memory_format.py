@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-from channelslast.memory_format import align_optimizer, by_memory, cast, cast_module, cast_tree, castable
+from channelslast.core.memory_format import align_optimizer, by_memory, cast, cast_module, cast_tree, castable
 from tests.conftest import Mixed, convnet
 
 CL, CL3 = torch.channels_last, torch.channels_last_3d

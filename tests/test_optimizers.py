@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from channelslast import fused
-from channelslast.optimizers import FusedOptimizer, fused_line
-from channelslast.untouched import untouched
+from channelslast.learner.fused_optimizer import FusedOptimizer, fused_line
+from channelslast.learner.preserve_learner import untouched
 from .conftest import convnet, learner, loaders
 from .test_callback import image_folder
 

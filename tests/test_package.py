@@ -10,8 +10,9 @@ import pytest
 
 root = Path(__file__).parent.parent
 package = root/'channelslast'
-ROOMS = re.findall(r'`([\w/]+\.py)`', ''.join(
-    o.split('|')[1] for o in (root/'.github'/'CONTRIBUTING.md').read_text(encoding='utf-8').splitlines() if o.startswith('| `')))
+# Each folder may import itself and these. `.github/CONTRIBUTING.md` says the same.
+MAY_IMPORT = dict(core=(), fold=('core',), learner=('core', 'fold'), summary=('core', 'fold', 'learner'),
+                  find=('core', 'fold', 'learner'), command=('', 'core', 'fold', 'learner', 'find'))
 
 
 def imported(path) -> list:
@@ -29,15 +30,29 @@ def imported(path) -> list:
     return found
 
 
-def test_the_map_has_every_room():
-    rooms = {str(o.relative_to(package)) for o in package.rglob('*.py') if o.name != '__init__.py'}
-    assert rooms == {*ROOMS} and len(ROOMS) == len(rooms)
+def folder(path) -> str:
+    "The folder of the package that a file lies in; `''` for the package itself."
+    return '' if path.parent == package else path.parent.name
 
 
-@pytest.mark.parametrize('room', ROOMS)
-def test_no_file_imports_upwards(room):
-    above = ROOMS[:ROOMS.index(room)]
-    assert [str(f) for f, _ in imported(package/room) if str(f.relative_to(package)) not in above] == []
+def test_contributing_names_each_folder():
+    rows = (root/'.github'/'CONTRIBUTING.md').read_text(encoding='utf-8').splitlines()
+    named = [m[1] for o in rows if (m := re.match(r'\| `(\w+)/`', o))]
+    assert named == [*MAY_IMPORT] and {*named} == {o.parent.name for o in package.glob('*/__init__.py')}
+
+
+@pytest.mark.parametrize('path', [pytest.param(o, id=str(o.relative_to(package))) for o in sorted(package.glob('*/*.py'))])
+def test_imports_follow_the_folders(path):
+    own = folder(path)
+    wrong = [str(f) for f, _ in imported(path) if folder(f) not in (own, *MAY_IMPORT[own])]
+    assert wrong == []
+
+
+def test_no_import_cycle_in_a_folder():
+    uses = {p: {f for f, _ in imported(p) if f.parent == p.parent and f != p} for p in package.rglob('*.py')}
+    while free := [p for p, files in uses.items() if not files & uses.keys()]:
+        for p in free: del uses[p]
+    assert [p.name for p in uses] == []
 
 
 def test_no_private_name_is_imported():

@@ -9,9 +9,11 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, Learner, Resize, load_learner
 from torch import nn
 
-from channelslast import ChannelsLast, FoldBatchNorm, prediction_trial, trial
-from channelslast.timings import label
-from channelslast.trial import load_batches
+from channelslast import ChannelsLast, FoldBatchNorm
+from channelslast.find import predict_benchmark as prediction_trial
+from channelslast.find import train_benchmark as trial
+from channelslast.find.results import label
+from channelslast.find.train_benchmark import load_batches
 from tests.conftest import convnet, learner, loaders
 from tests.test_callback import image_folder
 from tests.test_format_find import Fails, WrongInChannelsLast, find, row
@@ -103,7 +105,7 @@ def test_the_bar_ends_with_the_last_step(has, all_rounds, monkeypatch, train):
         def update(self, n): self.seen.append(n)
         def on_iter_end(self): pass
     bars = []
-    monkeypatch.setattr(sys.modules['channelslast.format_find'], 'progress_bar', Bar)
+    monkeypatch.setattr(sys.modules['channelslast.find.format_find'], 'progress_bar', Bar)
     has()
     learn = learner(stirred(convnet()))
     learn.progress = None  # it has one

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from channelslast.race import LONG, NEAR, PATIENCE, PHASE, TIE, Decision, ahead, beaten, decide, doubt, early, enough, fastest
+from channelslast.find.selection import LONG, NEAR, PATIENCE, PHASE, TIE, Decision, ahead, beaten, decide, doubt, early, enough, fastest
 
 recorded = Path(__file__).parent/'recorded'
 busy = json.loads((recorded/'busy-steps-avx512-bf16.json').read_text())['models']

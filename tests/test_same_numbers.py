@@ -5,12 +5,12 @@ import torchvision
 from fastai.vision.all import DataLoader, DataLoaders, Learner, SGD
 from torch import nn
 
-from channelslast.candidates import Candidate
-from channelslast.memory_format import strides_of
-from channelslast.same_numbers import not_finite
-from channelslast.step_callbacks import takes_part
-from channelslast.trial import Trial, load_batches
-from channelslast.untouched import untouched
+from channelslast.find.candidates import Candidate
+from channelslast.core.memory_format import strides_of
+from channelslast.find.number_check import not_finite
+from channelslast.learner.step_callbacks import takes_part
+from channelslast.find.train_benchmark import Trial, load_batches
+from channelslast.learner.preserve_learner import untouched
 from .conftest import convnet, learner, loaders
 
 ALL = [(f, p) for f in ('contiguous', 'channels_last') for p in ('fp32', 'bf16')]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from channelslast import ChannelsLast, FoldBatchNorm
-from channelslast.devices import unwrapped
+from channelslast.core.devices import unwrapped
 from tests.conftest import convnet, learner
 from tests.test_format_summary import same, state
 

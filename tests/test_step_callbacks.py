@@ -11,7 +11,7 @@ from fastai.vision.all import (Callback, CSVLogger, CutMix, DataLoader, DataLoad
 from fastai.vision.gan import GANLearner, basic_critic, basic_generator
 from torch import nn
 
-from channelslast.step_callbacks import changes_step
+from channelslast.learner.step_callbacks import changes_step
 from .conftest import convnet, learner, loaders
 
 

@@ -13,9 +13,9 @@ from fastai.vision.all import Callback, CrossEntropyLossFlat, Learner, load_lear
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from channelslast import workarounds
-from channelslast.memory_format import cast_module, cast_tree
-from channelslast.workarounds import is_padded, misreads, overruns, replace_forwards, safely, unstrided
+from channelslast.core import onednn_workarounds as workarounds
+from channelslast.core.memory_format import cast_module, cast_tree
+from channelslast.core.onednn_workarounds import is_padded, misreads, overruns, replace_forwards, safely, unstrided
 from .conftest import convnet, learner, loaders
 from .test_callback import image_folder
 

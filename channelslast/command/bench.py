@@ -7,13 +7,13 @@ import pandas as pd
 import torch
 from fastcore.script import store_true
 
-from ..devices import elapsed_ms
-from ..malloc import keep_memory
-from ..memory_format import cast_tree
-from ..race import fastest
-from .classifiers import Mistake, build, pick_device
-from .judge import interleaved, judge, judge_predictions
-from .panel import PANEL, make_learner, versions
+from ..core.devices import elapsed_ms
+from ..core.glibc_malloc import keep_memory
+from ..core.memory_format import cast_tree
+from ..find.selection import fastest
+from .common import Mistake, build, pick_device
+from .reference_timing import interleaved, judge, judge_predictions
+from .models import PANEL, make_learner, versions
 from .report import print_report
 from .rows import columns, measure_row, plan, summary
 

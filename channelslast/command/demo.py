@@ -7,13 +7,14 @@ from pathlib import Path
 import pandas as pd
 from fastai.vision.all import AMPMode, Callback, CrossEntropyLossFlat, Learner, accuracy, find_bs
 
-from .. import devices, less_random
-from ..candidates import apply
-from ..devices import synchronize
-from ..race import TIE, fastest
-from ..timings import BEST, LABELS, OTHER, bars, label
-from ..trial import skipped
-from .classifiers import Mistake, build, check, digits, folder, pick_device, unreadable
+from ..core import devices
+from .. import less_random
+from ..find.candidates import apply
+from ..core.devices import synchronize
+from ..find.selection import TIE, fastest
+from ..find.results import BEST, LABELS, OTHER, bars, label
+from ..find.train_benchmark import skipped
+from .common import Mistake, build, check, digits, folder, pick_device, unreadable
 
 # the line that gives a format and precision; what is not here, `to_fastest` finds
 LINES = {('contiguous', 'fp16'): 'learn.to_channelslast().to_contiguous()',

@@ -13,11 +13,12 @@ import torch
 import torchvision
 from fastai.callback.fp16 import AMPMode
 
-from .. import devices, less_random
-from ..devices import elapsed_ms, free_memory
-from .classifiers import Mistake
-from .judge import judge, judge_predictions
-from .panel import make_learner
+from ..core import devices
+from .. import less_random
+from ..core.devices import elapsed_ms, free_memory
+from .common import Mistake
+from .reference_timing import judge, judge_predictions
+from .models import make_learner
 from .rows import columns, measure_row, plan, summary
 
 # per millisecond of a forward pass, at the default `num_it`: ResNet-18, MobileNetV2 and DenseNet-121 on a CPU in fp32

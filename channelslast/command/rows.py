@@ -1,8 +1,8 @@
 "One row per model: an error becomes a row, and a batch that does not fit is halved."
 import torch
 
-from ..devices import free_memory, is_out_of_memory
-from .panel import measured
+from ..core.devices import free_memory, is_out_of_memory
+from .models import measured
 
 LONGEST = 200  # characters of an error message in a row
 

@@ -14,13 +14,13 @@ from fastcore.basics import noop, patch
 from fastcore.meta import delegates
 from torch import nn
 
-from .callback import ChannelsLast
-from .devices import fit_device
-from .fold_batch_norm import FoldBatchNorm
-from .memory_format import align_optimizer, modules_of
-from .precision import DeviceMixedPrecision, check_amp_mode, check_scaler, keep_autocast
-from .view_note import with_view_note
-from .workarounds import is_padded, replace_forwards, safely
+from .channels_last import ChannelsLast
+from ..core.devices import fit_device
+from ..fold.fold_batch_norm import FoldBatchNorm
+from ..core.memory_format import align_optimizer, modules_of
+from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler, keep_autocast
+from .view_errors import with_view_note
+from ..core.onednn_workarounds import is_padded, replace_forwards, safely
 
 __all__ = []
 

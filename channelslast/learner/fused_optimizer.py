@@ -10,7 +10,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from .memory_format import like
+from ..core.memory_format import like
 
 __all__ = ['fused', 'fused_line']
 

@@ -8,12 +8,12 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from .devices import fit_device, model_device, weakness
-from .fold_batch_norm import FoldBatchNorm
-from .memory_format import align_optimizer, cast_module, cast_tree, kernel_dims, modules_of
-from .pickling import pickled_as
-from .precision import DeviceMixedPrecision, check_amp_mode, check_scaler, layer_names
-from .workarounds import is_padded, overruns, replace_forwards, safely
+from ..core.devices import fit_device, model_device, weakness
+from ..fold.fold_batch_norm import FoldBatchNorm
+from ..core.memory_format import align_optimizer, cast_module, cast_tree, kernel_dims, modules_of
+from ..core.pickle_as import pickled_as
+from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler, layer_names
+from ..core.onednn_workarounds import is_padded, overruns, replace_forwards, safely
 
 __all__ = ['ChannelsLast']
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .devices import elapsed_ms
-from .precision import fp32_forward
-from .race import fastest
-from .workarounds import is_padded, overruns, safely
+from ..core.devices import elapsed_ms
+from ..learner.mixed_precision import fp32_forward
+from .selection import fastest
+from ..core.onednn_workarounds import is_padded, overruns, safely
 
 __all__ = ['LayerTiming', 'record_inputs', 'signature', 'time_layers', 'fp32_names']
 

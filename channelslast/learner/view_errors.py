@@ -11,9 +11,9 @@ from fastai.learner import Metric
 from fastai.optimizer import Optimizer, OptimWrapper
 from torch import nn
 
-from .devices import unwrapped
-from .notes import add_note
-from .untouched import learner_modules
+from ..core.devices import unwrapped
+from ..core.exception_note import add_note
+from .preserve_learner import learner_modules
 
 __all__ = ['with_view_note']
 

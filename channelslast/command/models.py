@@ -6,8 +6,8 @@ import torch
 from fastai.vision.all import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, resnet18, unet_learner, xresnet18
 from torchvision.models import get_model
 
-from ..devices import fp32_setting
-from .classifiers import build
+from ..core.devices import fp32_setting
+from .common import build
 
 # pixels and images of a training batch on a CPU
 PANEL = dict(resnet18=(128, 16), resnet50=(96, 16), densenet121=(64, 16), mobilenet_v2=(96, 16),

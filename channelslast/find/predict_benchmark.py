@@ -1,11 +1,11 @@
 "Predictions of many candidates on one Learner, inside `untouched`: in eval mode, without gradients, folded or not."
 import torch
 
-from . import race
+from . import selection as race
 from .candidates import Candidate
-from .ranks import rank0s
-from .same_numbers import check_predictions
-from .trial import APART, Trial, step_ms
+from ..core.distributed import rank0s
+from .number_check import check_predictions
+from .train_benchmark import APART, Trial, step_ms
 
 __all__ = ['LOOK', 'PredictionTrial']
 

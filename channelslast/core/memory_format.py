@@ -8,7 +8,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
-from .containers import map_tensors
+from .nested_tensors import map_tensors
 
 __all__ = ['FORMATS', 'castable', 'strides_of', 'moves', 'cast', 'cast_tree', 'modules_of', 'kernel_dims', 'by_memory',
            'cast_module', 'like', 'align_optimizer']

@@ -8,7 +8,7 @@ from collections import defaultdict
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .containers import map_tensors, tensors_of
+from ..core.nested_tensors import map_tensors, tensors_of
 
 __all__ = ['Record', 'Replay']
 

@@ -11,12 +11,12 @@ from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-from .containers import tensors_of
-from .devices import fit_device, unwrapped
-from .memory_format import by_memory
-from .notes import add_note
-from .precision import keep_autocast
-from .reproducible import keep_random_states
+from ..core.nested_tensors import tensors_of
+from ..core.devices import fit_device, unwrapped
+from ..core.memory_format import by_memory
+from ..core.exception_note import add_note
+from .mixed_precision import keep_autocast
+from ..core.random_state import keep_random_states
 from .step_callbacks import changes_step, takes_part
 
 __all__ = ['untouched', 'keep_dict', 'learner_modules', 'check_model']

@@ -10,14 +10,14 @@ from fastai.torch_core import set_seed
 from torch import nn
 
 from .candidates import Out
-from .containers import map_tensors, tensors_of
-from .devices import fit_device, fp32_precision
-from .folding import difference, nudge, numbers_of
-from .ranks import everyones
-from .replay import Record, Replay
-from .reproducible import keep_random_states
-from .step_callbacks import takes_part
-from .untouched import keep_dict
+from ..core.nested_tensors import map_tensors, tensors_of
+from ..core.devices import fit_device, fp32_precision
+from ..fold.folded_weights import difference, nudge, numbers_of
+from ..core.distributed import everyones
+from .step_replay import Record, Replay
+from ..core.random_state import keep_random_states
+from ..learner.step_callbacks import takes_part
+from ..learner.preserve_learner import keep_dict
 
 __all__ = ['TOLERANCE', 'PREDICTIONS', 'stop_before_step', 'not_finite', 'check_numbers', 'check_predictions']
 

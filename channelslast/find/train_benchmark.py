@@ -12,14 +12,14 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.torch_core import to_device
 from fastcore.foundation import L
 
-from . import race
+from . import selection as race
 from .candidates import Candidate, Out
-from .containers import half_of, leaves, tensors_of
-from .devices import elapsed_ms, fit_device, free_memory, is_out_of_memory, synchronize, unwrapped
-from .layers import fp32_names, record_inputs, time_layers
-from .precision import DTYPES
-from .ranks import everyones, rank0s
-from .same_numbers import check_numbers, not_finite, stop_before_step
+from ..core.nested_tensors import half_of, leaves, tensors_of
+from ..core.devices import elapsed_ms, fit_device, free_memory, is_out_of_memory, synchronize, unwrapped
+from .layer_timing import fp32_names, record_inputs, time_layers
+from ..learner.mixed_precision import DTYPES
+from ..core.distributed import everyones, rank0s
+from .number_check import check_numbers, not_finite, stop_before_step
 
 __all__ = ['BATCHES', 'LOADER_BATCHES', 'SKIPS', 'step_ms', 'skipped', 'load_batches', 'Trial']
 

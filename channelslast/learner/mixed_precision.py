@@ -11,12 +11,12 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastcore.foundation import L
 from torch import nn
 
-from . import devices
-from .containers import map_tensors
-from .devices import model_device, unwrapped
-from .memory_format import modules_of
-from .pickling import pickled_as
-from .workarounds import is_padded, replace_forwards, safely
+from ..core import devices
+from ..core.nested_tensors import map_tensors
+from ..core.devices import model_device, unwrapped
+from ..core.memory_format import modules_of
+from ..core.pickle_as import pickled_as
+from ..core.onednn_workarounds import is_padded, replace_forwards, safely
 
 __all__ = ['DTYPES', 'HALF', 'check_amp_mode', 'check_scaler', 'layer_names', 'fp32_forward',
            'DeviceMixedPrecision', 'keep_autocast']

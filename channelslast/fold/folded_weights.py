@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .containers import leaves, map_tensors, tensors_of
-from .fold_plan import HOOKS, STATISTICS, WEIGHTS, Cast, Pair, foreign, memory_of, state_of
-from .memory_format import modules_of
-from .workarounds import replace_forwards
+from ..core.nested_tensors import leaves, map_tensors, tensors_of
+from .fold_trace import HOOKS, STATISTICS, WEIGHTS, Cast, Pair, foreign, memory_of, state_of
+from ..core.memory_format import modules_of
+from ..core.onednn_workarounds import replace_forwards
 
 __all__ = ['Prepared', 'is_eager', 'hooked_globally', 'structure_of', 'signature_of', 'nudge', 'numbers_of',
            'difference']

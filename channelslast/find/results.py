@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 
 import pandas as pd
 
-from .race import TIE
+from .selection import TIE
 
 __all__ = ['BEST', 'OTHER', 'LABELS', 'Timing', 'FormatTimings', 'label', 'bars']
 

@@ -3,15 +3,16 @@ from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastcore.foundation import L
 
-from . import devices, race
-from .callback import ChannelsLast
-from .devices import fit_device, free_memory, is_out_of_memory
-from .fold_batch_norm import FoldBatchNorm
-from .layers import fp32_names
-from .memory_format import align_optimizer, cast_module
-from .precision import DeviceMixedPrecision
-from .ranks import everyones
-from .timings import Timing
+from ..core import devices
+from . import selection as race
+from ..learner.channels_last import ChannelsLast
+from ..core.devices import fit_device, free_memory, is_out_of_memory
+from ..fold.fold_batch_norm import FoldBatchNorm
+from .layer_timing import fp32_names
+from ..core.memory_format import align_optimizer, cast_module
+from ..learner.mixed_precision import DeviceMixedPrecision
+from ..core.distributed import everyones
+from .results import Timing
 
 __all__ = ['FORMATS', 'PRECISIONS', 'Out', 'Candidate', 'current', 'apply']
 

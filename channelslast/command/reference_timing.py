@@ -17,17 +17,17 @@ from fastai.torch_core import to_device
 from torch import nn
 
 from .. import less_random
-from ..candidates import apply
-from ..devices import elapsed_ms
-from ..layers import fp32_names
-from ..malloc import keep_memory
-from ..memory_format import FORMATS
-from ..precision import fp32_forward
-from ..race import fastest
-from ..timings import label
-from ..trial import SKIPS, skipped, step_ms
-from ..workarounds import replace_forwards
-from .panel import make_learner
+from ..find.candidates import apply
+from ..core.devices import elapsed_ms
+from ..find.layer_timing import fp32_names
+from ..core.glibc_malloc import keep_memory
+from ..core.memory_format import FORMATS
+from ..learner.mixed_precision import fp32_forward
+from ..find.selection import fastest
+from ..find.results import label
+from ..find.train_benchmark import SKIPS, skipped, step_ms
+from ..core.onednn_workarounds import replace_forwards
+from .models import make_learner
 
 SITTINGS = 6
 DISTURBED = 1.25  # the median step over the fastest, from which on the judge was not alone
@@ -108,7 +108,7 @@ def disturbed(ms) -> bool:
 @contextmanager
 def company():
     "While this runs, another process computes in bursts; it ends with the block, with this process, or after an hour."
-    busy = subprocess.Popen([sys.executable, Path(__file__).with_name('busy.py')], stdin=subprocess.PIPE)
+    busy = subprocess.Popen([sys.executable, Path(__file__).with_name('load_generator.py')], stdin=subprocess.PIPE)
     try: yield busy
     finally:
         busy.kill()

@@ -9,17 +9,17 @@ from fastcore.basics import noop, patch
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 
-from . import devices
+from ..core import devices
 from .candidates import FORMATS, PRECISIONS, Candidate, apply, current
-from .devices import fit_device, free_memory
-from .optimizers import fused_line
-from .precision import DTYPES, check_scaler
-from .race import TIE, fastest
-from .prediction_trial import LOOK, PredictionTrial
-from .ranks import rank0s
-from .timings import FormatTimings, label
-from .trial import Trial, load_batches
-from .untouched import check_model, untouched
+from ..core.devices import fit_device, free_memory
+from ..learner.fused_optimizer import fused_line
+from ..learner.mixed_precision import DTYPES, check_scaler
+from .selection import TIE, fastest
+from .predict_benchmark import LOOK, PredictionTrial
+from ..core.distributed import rank0s
+from .results import FormatTimings, label
+from .train_benchmark import Trial, load_batches
+from ..learner.preserve_learner import check_model, untouched
 
 __all__ = []
 

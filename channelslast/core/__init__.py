@@ -1,0 +1,1 @@
+"Tensors, modules, devices and processes: plain PyTorch, without a Learner."

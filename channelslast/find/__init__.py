@@ -1,0 +1,1 @@
+"Measuring a Learner in each memory format and precision."

@@ -1,0 +1,1 @@
+"Predictions with batch norms folded into the convolutions before them."

@@ -1,0 +1,1 @@
+"Switching a Learner: its callbacks, methods, optimizer and state."
