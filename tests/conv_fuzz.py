@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from channelslast.core.memory_format import cast_module, cast_tree
-from channelslast.core.onednn_workarounds import is_padded, overruns, replace_forwards, safely
+from channelslast.core.onednn_workarounds import is_padded, overruns, safely
+from channelslast.core.undo import replace_forwards
 
 CONVS = {(1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,
          (1, True): nn.ConvTranspose1d, (2, True): nn.ConvTranspose2d, (3, True): nn.ConvTranspose3d}

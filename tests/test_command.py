@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from channelslast import __main__ as command, keep_memory
-from channelslast.find.candidates import current
 from channelslast.command import demo, reference_timing as judge
+from channelslast.find.candidates import current
 from channelslast.find.layer_timing import LayerTiming
 from channelslast.find.results import FormatTimings, Timing
 from .conftest import convnet, learner

@@ -16,18 +16,14 @@ from fastai.vision.all import Adam, Callback, DataLoader, DataLoaders, GradientA
 from torch import nn
 
 from channelslast import fused, less_random
-from channelslast.learner import channels_last as callback
-from channelslast.find import candidates
-from channelslast.core import devices
-from channelslast.find import layer_timing as layers
-from channelslast.find import predict_benchmark as prediction_trial
-from channelslast.find import number_check as same_numbers
-from channelslast.find import train_benchmark as trial
-from channelslast.command.reference_timing import bare, stepper
 from channelslast.command.demo import StepTimer
-from channelslast.core.nested_tensors import half_of
+from channelslast.command.reference_timing import bare, stepper
+from channelslast.core import devices
 from channelslast.core.devices import accelerates, fit_device, fp32_precision, is_out_of_memory, synchronize, weakness
+from channelslast.core.nested_tensors import half_of
+from channelslast.find import candidates, layer_timing as layers, number_check as same_numbers, predict_benchmark as prediction_trial, train_benchmark as trial
 from channelslast.find.results import Timing
+from channelslast.learner import channels_last as callback
 from channelslast.learner.preserve_learner import untouched
 from .conftest import Steep, convnet, learner, loaders
 from .test_format_find import fake, find

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from channelslast import ChannelsLast, FoldBatchNorm
-from channelslast.fold import fold_batch_norm as module
 from channelslast.command.reference_timing import settle
+from channelslast.core.compare import difference, nudge
+from channelslast.fold import fold_batch_norm as module
 from channelslast.fold.fold_trace import Pair
-from channelslast.fold.folded_weights import difference, nudge
 from .conftest import learner, loaders, shake
 from .test_callback import image_folder
 

@@ -13,8 +13,7 @@ from fastai.vision.all import (Adam, Callback, DataLoader, DataLoaders, Gradient
 from torch import nn
 
 from channelslast import ChannelsLast
-from channelslast.find import layer_timing as layers_module
-from channelslast.find import train_benchmark as module
+from channelslast.find import layer_timing as layers_module, train_benchmark as module
 from channelslast.find.candidates import FORMATS, PRECISIONS
 from channelslast.find.results import FormatTimings, Timing
 from tests.conftest import convnet, learner, loaders, strides

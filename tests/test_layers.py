@@ -10,8 +10,7 @@ from fastai.vision.all import Learner
 from torch import nn
 
 from channelslast import ChannelsLast
-from channelslast.find import layer_timing as module
-from channelslast.find import train_benchmark as trial
+from channelslast.find import layer_timing as module, train_benchmark as trial
 from channelslast.find.layer_timing import fp32_names, record_inputs, time_layers
 from channelslast.learner.mixed_precision import layer_names
 from tests.conftest import convnet, learner, loaders

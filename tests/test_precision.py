@@ -7,8 +7,8 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.vision.all import Callback, CancelBatchException, Learner
 from torch import nn
 
+from channelslast.core.autocast import DTYPES
 from channelslast.core.devices import accelerates
-from channelslast.learner.mixed_precision import DTYPES
 from tests.conftest import convnet, learner
 
 

@@ -10,8 +10,7 @@ from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, Learner, Res
 from torch import nn
 
 from channelslast import ChannelsLast, FoldBatchNorm
-from channelslast.find import predict_benchmark as prediction_trial
-from channelslast.find import train_benchmark as trial
+from channelslast.find import predict_benchmark as prediction_trial, train_benchmark as trial
 from channelslast.find.results import label
 from channelslast.find.train_benchmark import load_batches
 from tests.conftest import convnet, learner, loaders

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from channelslast.core import devices
 from channelslast.__main__ import cli
 from channelslast.command import bench, models as panel, report, rows
+from channelslast.core import devices
 
 root = Path(__file__).parent.parent
 CPU = torch.device('cpu')

@@ -5,10 +5,9 @@ import torchvision
 from fastai.vision.all import DataLoader, DataLoaders, Learner, SGD
 from torch import nn
 
-from channelslast.find.candidates import Candidate
 from channelslast.core.memory_format import strides_of
+from channelslast.find.candidates import Candidate
 from channelslast.find.number_check import not_finite
-from channelslast.learner.step_callbacks import takes_part
 from channelslast.find.train_benchmark import Trial, load_batches
 from channelslast.learner.preserve_learner import untouched
 from .conftest import convnet, learner, loaders

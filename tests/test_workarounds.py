@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from channelslast.core import onednn_workarounds as workarounds
 from channelslast.core.memory_format import cast_module, cast_tree
-from channelslast.core.onednn_workarounds import is_padded, misreads, overruns, replace_forwards, safely, unstrided
+from channelslast.core.onednn_workarounds import is_padded, misreads, overruns, safely, unstrided
+from channelslast.core.undo import replace_forwards
 from .conftest import convnet, learner, loaders
 from .test_callback import image_folder
 

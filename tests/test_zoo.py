@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import channelslast
 from channelslast import FoldBatchNorm
-from channelslast.fold.folded_weights import difference
+from channelslast.core.compare import difference
 from .conftest import shake, strides
 from .test_same_numbers import checked
 

@@ -10,10 +10,8 @@ from fastai.distributed import DistributedDL
 from fastai.vision.all import *
 from torch.utils.data import TensorDataset
 
-from channelslast import *
 from channelslast.core import devices
-from channelslast.find import predict_benchmark as prediction_trial
-from channelslast.find import train_benchmark as trial
+from channelslast.find import predict_benchmark as prediction_trial, train_benchmark as trial
 from tests.conftest import Steep
 
 # fastai sends the shuffled indices through the GPU, "nccl only works with cuda tensors"; gloo takes them as they are

@@ -12,8 +12,8 @@ from ..core.glibc_malloc import keep_memory
 from ..core.memory_format import cast_tree
 from ..find.selection import fastest
 from .common import Mistake, build, pick_device
-from .reference_timing import interleaved, judge, judge_predictions
 from .models import PANEL, make_learner, versions
+from .reference_timing import interleaved, judge, judge_predictions
 from .report import print_report
 from .rows import columns, measure_row, plan, summary
 

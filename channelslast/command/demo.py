@@ -7,12 +7,12 @@ from pathlib import Path
 import pandas as pd
 from fastai.vision.all import AMPMode, Callback, CrossEntropyLossFlat, Learner, accuracy, find_bs
 
-from ..core import devices
 from .. import less_random
-from ..find.candidates import apply
+from ..core import devices
 from ..core.devices import synchronize
-from ..find.selection import TIE, fastest
+from ..find.candidates import apply
 from ..find.results import BEST, LABELS, OTHER, bars, label
+from ..find.selection import TIE, fastest
 from ..find.train_benchmark import skipped
 from .common import Mistake, build, check, digits, folder, pick_device, unreadable
 

@@ -17,16 +17,16 @@ from fastai.torch_core import to_device
 from torch import nn
 
 from .. import less_random
-from ..find.candidates import apply
+from ..core.autocast import fp32_forward
 from ..core.devices import elapsed_ms
-from ..find.layer_timing import fp32_names
 from ..core.glibc_malloc import keep_memory
 from ..core.memory_format import FORMATS
-from ..learner.mixed_precision import fp32_forward
-from ..find.selection import fastest
+from ..core.undo import replace_forwards
+from ..find.candidates import apply
+from ..find.layer_timing import fp32_names
 from ..find.results import label
+from ..find.selection import fastest
 from ..find.train_benchmark import SKIPS, skipped, step_ms
-from ..core.onednn_workarounds import replace_forwards
 from .models import make_learner
 
 SITTINGS = 6

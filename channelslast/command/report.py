@@ -13,12 +13,12 @@ import torch
 import torchvision
 from fastai.callback.fp16 import AMPMode
 
-from ..core import devices
 from .. import less_random
+from ..core import devices
 from ..core.devices import elapsed_ms, free_memory
 from .common import Mistake
-from .reference_timing import judge, judge_predictions
 from .models import make_learner
+from .reference_timing import judge, judge_predictions
 from .rows import columns, measure_row, plan, summary
 
 # per millisecond of a forward pass, at the default `num_it`: ResNet-18, MobileNetV2 and DenseNet-121 on a CPU in fp32

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-__all__ = ['overruns', 'unstrided', 'is_padded', 'misreads', 'padded', 'cropped', 'safely',
-           'replace_forwards']
+__all__ = ['overruns', 'unstrided', 'is_padded', 'misreads', 'padded', 'cropped', 'safely']
 
 BLOCK = 16  # channels that oneDNN's kernel takes at a time: 16 with AVX-512, 8 with AVX2
 
@@ -108,20 +107,3 @@ def cropped(m, forward):
 def safely(m, forward):
     "`forward` by kernels that are right, for a layer that `overruns` or `is_padded`."
     return (unstrided if overruns(m) else cropped if m.transposed else padded)(m, forward)
-
-
-def replace_forwards(
-    modules,
-    wrap, # `wrap(module, forward)` makes the new forward
-    made: dict, # Cache of new forwards: for a new function, a compiled model would compile again
-): # A function that puts the old ones back
-    "Replace the modules' forwards, on the instances alone."
-    replaced = [(vars(m), vars(m).get('forward')) for m in modules]
-    for m in modules:
-        if (key := (m, m.forward)) not in made: made[key] = wrap(m, m.forward)
-        vars(m)['forward'] = made[key]
-    def _undo():
-        for own, forward in replaced:
-            if forward is None: own.pop('forward', None)
-            else: own['forward'] = forward
-    return _undo

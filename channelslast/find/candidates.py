@@ -4,14 +4,14 @@ from fastai.callback.fp16 import MixedPrecision
 from fastcore.foundation import L
 
 from ..core import devices
-from . import selection as race
-from ..learner.channels_last import ChannelsLast
 from ..core.devices import fit_device, free_memory, is_out_of_memory
-from ..fold.fold_batch_norm import FoldBatchNorm
-from .layer_timing import fp32_names
-from ..core.memory_format import align_optimizer, cast_module
-from ..learner.mixed_precision import DeviceMixedPrecision
 from ..core.distributed import everyones
+from ..core.memory_format import align_optimizer, cast_module
+from ..fold.fold_batch_norm import FoldBatchNorm
+from ..learner.channels_last import ChannelsLast
+from ..learner.mixed_precision import DeviceMixedPrecision
+from . import selection as race
+from .layer_timing import fp32_names
 from .results import Timing
 
 __all__ = ['FORMATS', 'PRECISIONS', 'Out', 'Candidate', 'current', 'apply']

@@ -10,16 +10,17 @@ from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 
 from ..core import devices
-from .candidates import FORMATS, PRECISIONS, Candidate, apply, current
+from ..core.autocast import DTYPES
 from ..core.devices import fit_device, free_memory
-from ..learner.fused_optimizer import fused_line
-from ..learner.mixed_precision import DTYPES, check_scaler
-from .selection import TIE, fastest
-from .predict_benchmark import LOOK, PredictionTrial
 from ..core.distributed import rank0s
-from .results import FormatTimings, label
-from .train_benchmark import Trial, load_batches
+from ..learner.fused_optimizer import fused_line
+from ..learner.mixed_precision import check_scaler
 from ..learner.preserve_learner import check_model, untouched
+from .candidates import FORMATS, PRECISIONS, Candidate, apply, current
+from .predict_benchmark import LOOK, PredictionTrial
+from .results import FormatTimings, label
+from .selection import TIE, fastest
+from .train_benchmark import Trial, load_batches
 
 __all__ = []
 

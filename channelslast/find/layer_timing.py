@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..core.autocast import fp32_forward
 from ..core.devices import elapsed_ms
-from ..learner.mixed_precision import fp32_forward
-from .selection import fastest
 from ..core.onednn_workarounds import is_padded, overruns, safely
+from .selection import fastest
 
 __all__ = ['LayerTiming', 'record_inputs', 'signature', 'time_layers', 'fp32_names']
 

@@ -9,15 +9,15 @@ from fastai.callback.core import Callback, CancelBatchException
 from fastai.torch_core import set_seed
 from torch import nn
 
-from .candidates import Out
-from ..core.nested_tensors import map_tensors, tensors_of
+from ..core.compare import difference, nudge, numbers_of
 from ..core.devices import fit_device, fp32_precision
-from ..fold.folded_weights import difference, nudge, numbers_of
 from ..core.distributed import everyones
-from .step_replay import Record, Replay
+from ..core.nested_tensors import map_tensors, tensors_of
 from ..core.random_state import keep_random_states
+from ..core.undo import keep_dict
 from ..learner.step_callbacks import takes_part
-from ..learner.preserve_learner import keep_dict
+from .candidates import Out
+from .step_replay import Record, Replay
 
 __all__ = ['TOLERANCE', 'PREDICTIONS', 'stop_before_step', 'not_finite', 'check_numbers', 'check_predictions']
 

@@ -1,9 +1,9 @@
 "Predictions of many candidates on one Learner, inside `untouched`: in eval mode, without gradients, folded or not."
 import torch
 
+from ..core.distributed import rank0s
 from . import selection as race
 from .candidates import Candidate
-from ..core.distributed import rank0s
 from .number_check import check_predictions
 from .train_benchmark import APART, Trial, step_ms
 

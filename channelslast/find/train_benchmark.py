@@ -12,13 +12,13 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.torch_core import to_device
 from fastcore.foundation import L
 
+from ..core.autocast import DTYPES
+from ..core.devices import elapsed_ms, fit_device, free_memory, is_out_of_memory, synchronize, unwrapped
+from ..core.distributed import everyones, rank0s
+from ..core.nested_tensors import half_of, leaves, tensors_of
 from . import selection as race
 from .candidates import Candidate, Out
-from ..core.nested_tensors import half_of, leaves, tensors_of
-from ..core.devices import elapsed_ms, fit_device, free_memory, is_out_of_memory, synchronize, unwrapped
 from .layer_timing import fp32_names, record_inputs, time_layers
-from ..learner.mixed_precision import DTYPES
-from ..core.distributed import everyones, rank0s
 from .number_check import check_numbers, not_finite, stop_before_step
 
 __all__ = ['BATCHES', 'LOADER_BATCHES', 'SKIPS', 'step_ms', 'skipped', 'load_batches', 'Trial']

@@ -6,13 +6,13 @@ import torch
 from fastai.callback.core import Callback
 from torch import nn
 
+from ..core.compare import difference, nudge, numbers_of
 from ..core.devices import fp32_precision
-from .fold_trace import ForwardTrace, Pair, is_complete
-from .folded_weights import Prepared, difference, hooked_globally, is_eager, nudge, numbers_of, signature_of, structure_of
 from ..core.pickle_as import pickled_as
 from ..core.random_state import keep_random_states
-from ..learner.preserve_learner import keep_dict
-from ..core.onednn_workarounds import replace_forwards
+from ..core.undo import keep_dict, replace_forwards
+from .fold_trace import ForwardTrace, Pair, is_complete
+from .folded_weights import Prepared, hooked_globally, is_eager, signature_of, structure_of
 
 __all__ = ['FoldBatchNorm']
 

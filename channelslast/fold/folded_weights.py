@@ -1,20 +1,15 @@
 "Running a model with its batch norms folded, by a plan; and what such a plan depends on. Plain PyTorch."
-import math
-from numbers import Number
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..core.nested_tensors import leaves, map_tensors, tensors_of
-from .fold_trace import HOOKS, STATISTICS, WEIGHTS, Cast, Pair, foreign, memory_of, state_of
 from ..core.memory_format import modules_of
-from ..core.onednn_workarounds import replace_forwards
+from ..core.nested_tensors import leaves
+from ..core.undo import replace_forwards
+from .fold_trace import HOOKS, STATISTICS, WEIGHTS, Cast, Pair, foreign, memory_of, state_of
 
-__all__ = ['Prepared', 'is_eager', 'hooked_globally', 'structure_of', 'signature_of', 'nudge', 'numbers_of',
-           'difference']
+__all__ = ['Prepared', 'is_eager', 'hooked_globally', 'structure_of', 'signature_of']
 
 SWITCHES, PLAIN = {bool, str, type(None)}, (bool, int, float, str)
 WRAPPED = nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule
@@ -143,36 +138,3 @@ def signature_of(args, kwargs) -> tuple: # Of the kind of input, and of the shap
     def _casts(d): return torch.amp.is_autocast_available(d) and torch.is_autocast_enabled(d)
     kind, autocast = map(_kind, found), [(d, torch.get_autocast_dtype(d)) for d in sorted(devices) if _casts(d)]
     return (*kind, *autocast), tuple(t.shape[1:] for t in found if isinstance(t, Tensor))
-
-
-@torch.no_grad()
-def nudge(inputs, eps, generator=None):
-    "The inputs with each number off by a rounding error, up or down; whole numbers may be codes, and stay."
-    def _off(t):
-        if not t.is_floating_point(): return t
-        up = (torch.rand(t.shape, device=t.device, generator=generator) < 0.5).to(t.dtype)
-        by = max(eps, torch.finfo(t.dtype).eps)*(2*up - 1)
-        return torch.where(t == t.round(), t, t + t*by)
-    return map_tensors(_off, inputs)
-
-
-def numbers_of(x) -> list:
-    "All tensors, arrays and numbers in an output, as tensors: what can be compared."
-    kinds = Tensor, Number, np.ndarray, np.bool_
-    found = [o for o in leaves(x) if isinstance(o, kinds)]
-    return [torch.as_tensor(o) for o in found if isinstance(o, Tensor) or np.asarray(o).dtype.kind in 'biufc']
-
-
-def difference(found, truth) -> float:
-    """The largest difference of any tensor, array or number in two outputs, relative to its norm (to a thousandth of
-    the largest, for those near zero)."""
-    a, b = numbers_of(found), numbers_of(truth)
-    if not b or [(t.shape, t.dtype) for t in a] != [(t.shape, t.dtype) for t in b]: return math.inf
-    offs, norms = [], []
-    for x, y in zip(a, b):
-        x, y = (t.detach().cpu().to(torch.complex128 if t.is_complex() else torch.float64) for t in (x, y))
-        offs.append(torch.where((x == y) | x.isnan() & y.isnan(), 0, x - y).norm().item())
-        norms.append(y.where(y.isfinite(), 0).norm().item())
-    least = 1e-3*max(norms)
-    def _relative(off, norm): return off and (off/norm if norm and math.isfinite(off) else math.inf)
-    return max(_relative(o, max(n, least)) for o, n in zip(offs, norms))

@@ -9,11 +9,12 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 
 from ..core.devices import fit_device, model_device, weakness
-from ..fold.fold_batch_norm import FoldBatchNorm
 from ..core.memory_format import align_optimizer, cast_module, cast_tree, kernel_dims, modules_of
+from ..core.onednn_workarounds import is_padded, overruns, safely
 from ..core.pickle_as import pickled_as
+from ..core.undo import replace_forwards
+from ..fold.fold_batch_norm import FoldBatchNorm
 from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler, layer_names
-from ..core.onednn_workarounds import is_padded, overruns, replace_forwards, safely
 
 __all__ = ['ChannelsLast']
 

@@ -14,13 +14,15 @@ from fastcore.basics import noop, patch
 from fastcore.meta import delegates
 from torch import nn
 
-from .channels_last import ChannelsLast
+from ..core.autocast import keep_autocast
 from ..core.devices import fit_device
-from ..fold.fold_batch_norm import FoldBatchNorm
 from ..core.memory_format import align_optimizer, modules_of
-from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler, keep_autocast
+from ..core.onednn_workarounds import is_padded, safely
+from ..core.undo import replace_forwards
+from ..fold.fold_batch_norm import FoldBatchNorm
+from .channels_last import ChannelsLast
+from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler
 from .view_errors import with_view_note
-from ..core.onednn_workarounds import is_padded, replace_forwards, safely
 
 __all__ = []
 

@@ -2,7 +2,6 @@
 import math
 import operator
 import warnings
-from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import accumulate
 
@@ -12,18 +11,14 @@ from fastcore.foundation import L
 from torch import nn
 
 from ..core import devices
-from ..core.nested_tensors import map_tensors
+from ..core.autocast import DTYPES, HALF, cast_floats, fp32_forward
 from ..core.devices import model_device, unwrapped
 from ..core.memory_format import modules_of
+from ..core.onednn_workarounds import is_padded, safely
 from ..core.pickle_as import pickled_as
-from ..core.onednn_workarounds import is_padded, replace_forwards, safely
+from ..core.undo import replace_forwards
 
-__all__ = ['DTYPES', 'HALF', 'check_amp_mode', 'check_scaler', 'layer_names', 'fp32_forward',
-           'DeviceMixedPrecision', 'keep_autocast']
-
-DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
-HALF = tuple(DTYPES.values())
-
+__all__ = ['check_amp_mode', 'check_scaler', 'layer_names', 'DeviceMixedPrecision']
 
 # what users ask for
 
@@ -88,23 +83,6 @@ def layer_names(
     return names
 
 
-def _cast_floats(x, to: torch.dtype, types: tuple):
-    "`x`, a tensor or containers of them, with tensors of these types cast; all else, and every type, stays."
-    return map_tensors(lambda t: t.to(to) if t.dtype in types else t, x)
-
-
-def fp32_forward(forward, device_type: str, half: torch.dtype):
-    """A module's forward outside autocast: half-precision inputs as fp32, fp32 outputs as half, so that nothing around
-    it changes."""
-    def _forward(*args, **kwargs):
-        if not torch.is_autocast_enabled(device_type): return forward(*args, **kwargs)
-        with torch.autocast(device_type, enabled=False):
-            args, kwargs = _cast_floats((args, kwargs), torch.float32, HALF)
-            out = forward(*args, **kwargs)
-        return _cast_floats(out, half, (torch.float32,))
-    return _forward
-
-
 # the callback
 
 @pickled_as(MixedPrecision)
@@ -157,7 +135,7 @@ class DeviceMixedPrecision(MixedPrecision):
         self._undo = replace_forwards(self._layers, self._wrap, self._made)
 
     # fastai's casts float64 too, and takes every output for tensors in lists and dictionaries
-    def after_pred(self): self.learn.pred = _cast_floats(self.pred, torch.float32, HALF)
+    def after_pred(self): self.learn.pred = cast_floats(self.pred, torch.float32, HALF)
 
     def after_loss(self):
         if self._entered: self.autocast.__exit__(None, None, None)
@@ -175,26 +153,3 @@ class DeviceMixedPrecision(MixedPrecision):
         self.leave()
         self._layers, self._wrap, self._made = (), None, None
         super().after_fit()
-
-
-def _depth() -> int:
-    "How many autocast contexts are open."
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting()
-
-
-@contextmanager
-def keep_autocast(device_type: str):
-    "Context manager: autocast is on or off afterwards as it was before, whoever left it in whatever state."
-    if not torch.amp.is_autocast_available(device_type):
-        yield
-        return
-    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    depth = _depth()
-    try: yield
-    finally:
-        if (left := _depth() - depth) > 0:
-            for _ in range(left): torch.autocast_decrement_nesting()
-            torch.clear_autocast_cache()
-            torch.set_autocast_enabled(device_type, enabled)
-            torch.set_autocast_dtype(device_type, dtype)

@@ -2,7 +2,6 @@
 import random
 import traceback
 from contextlib import ExitStack, contextmanager
-from copy import copy
 
 import numpy as np
 import torch
@@ -11,15 +10,16 @@ from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-from ..core.nested_tensors import tensors_of
+from ..core.autocast import keep_autocast
 from ..core.devices import fit_device, unwrapped
-from ..core.memory_format import by_memory
 from ..core.exception_note import add_note
-from .mixed_precision import keep_autocast
+from ..core.memory_format import by_memory
+from ..core.nested_tensors import tensors_of
 from ..core.random_state import keep_random_states
+from ..core.undo import keep_dict
 from .step_callbacks import changes_step, takes_part
 
-__all__ = ['untouched', 'keep_dict', 'learner_modules', 'check_model']
+__all__ = ['untouched', 'learner_modules', 'check_model']
 
 
 def learner_modules(learn, cbs=()) -> list:
@@ -70,17 +70,6 @@ def _in_cpp(m) -> dict:
     "Attributes of a scripted module that live in C++: mode, parameters, buffers, plain values."
     if not isinstance(m, torch.jit.ScriptModule): return {}
     return {k: m._c.getattr(k) for k in torch._C.ConcreteModuleType.from_jit_type(m._c._type()).get_attributes()}
-
-
-def keep_dict(undo, d):
-    "Have `undo` restore a dictionary and, one level down, the dictionaries, lists and sets in it."
-    saved, inner = dict(d), [(v, copy(v)) for v in d.values() if isinstance(v, (dict, list, set))]
-    def _restore():
-        d.clear(); d.update(saved)
-        for v, old in inner:
-            if isinstance(v, list): v[:] = old
-            else: v.clear(); v.update(old)
-    undo.callback(_restore)
 
 
 def _run_on_copies(undo, tensors):

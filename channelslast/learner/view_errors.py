@@ -9,7 +9,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.learner import Metric
 from fastai.optimizer import Optimizer, OptimWrapper
-from torch import nn
+
 
 from ..core.devices import unwrapped
 from ..core.exception_note import add_note

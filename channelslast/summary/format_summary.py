@@ -11,10 +11,10 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.foundation import L
 
-from ..core.nested_tensors import tensors_of
 from ..core.devices import fit_device
-from .format_trace import Conversion, FormatTrace
+from ..core.nested_tensors import tensors_of
 from ..learner.preserve_learner import check_model, untouched
+from .format_trace import Conversion, FormatTrace
 
 __all__ = ['FormatSummary']
 

@@ -12,8 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..core.nested_tensors import tensors_of
 from ..core.memory_format import castable
+from ..core.nested_tensors import tensors_of
 
 __all__ = ['Conversion', 'FormatTrace', 'layout_of']
 
