@@ -3,7 +3,7 @@ import sys
 
 from fastcore.script import anno_parser
 
-from .command.common import Mistake
+from .command.common import UsageError
 
 
 def _spelled(option, usage) -> str:
@@ -25,7 +25,7 @@ def cli():
     args = vars(parser.parse_args())
     args.pop('pdb', None), args.pop('xtra', None)
     try: main(**args)
-    except Mistake as e:
+    except UsageError as e:
         print(f'channelslast: {e}', file=sys.stderr)
         sys.exit(2)
 

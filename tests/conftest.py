@@ -66,7 +66,7 @@ def quiet(monkeypatch):
 @pytest.fixture
 def has(monkeypatch):
     "Pretend that the device accelerates just these: `has('bf16')`; `has()`: none."
-    def _has(*modes): monkeypatch.setattr(devices, 'accelerates', lambda device, amp_mode: amp_mode.value in modes)
+    def _has(*modes): monkeypatch.setattr(devices, 'autocast_is_fast', lambda device, amp_mode: amp_mode.value in modes)
     return _has
 
 

@@ -13,9 +13,9 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from channelslast.core.memory_format import cast_module, cast_tree
-from channelslast.core.onednn_workarounds import is_padded, overruns, safely
-from channelslast.core.undo import replace_forwards
+from channelslast.core.memory_format import convert_module, convert_nested
+from channelslast.core.onednn_workarounds import hits_onednn_6035, pads_in_kernel, safe_forward
+from channelslast.core.undo import ForwardPatch
 
 CONVS = {(1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,
          (1, True): nn.ConvTranspose1d, (2, True): nn.ConvTranspose2d, (3, True): nn.ConvTranspose3d}
@@ -44,12 +44,12 @@ def convolution(rng):
 def trained(m, x, g, half=False, last=False, replaced=True):
     "Output and gradients of input, weights and bias."
     m, x = deepcopy(m), x.clone().to(next(m.parameters()).dtype)
-    if last: cast_module(m); x = cast_tree(x)
+    if last: convert_module(m); x = convert_nested(x)
     x.requires_grad_()
-    undo = replace_forwards([m] if replaced and (is_padded(m) or last and overruns(m)) else [], safely, {})
-    with torch.autocast('cpu', torch.bfloat16, enabled=half): y = m(x)
-    y.backward(g.to(y.dtype))
-    undo()
+    faulty = replaced and (pads_in_kernel(m) or last and hits_onednn_6035(m))
+    with ForwardPatch([m] if faulty else [], safe_forward):
+        with torch.autocast('cpu', torch.bfloat16, enabled=half): y = m(x)
+        y.backward(g.to(y.dtype))
     return [t.detach().double() for t in (y, x.grad, m.weight.grad, m.bias.grad)]
 
 

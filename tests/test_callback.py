@@ -19,7 +19,7 @@ from torch import nn
 from channelslast import ChannelsLast, less_random
 from channelslast.learner import channels_last as callback
 from channelslast.learner.mixed_precision import DeviceMixedPrecision
-from channelslast.learner.preserve_learner import untouched
+from channelslast.learner.preserve_learner import preserve_learner
 from tests.conftest import Mixed, convnet, learner, loaders, strides
 
 CL, CL3 = torch.channels_last, torch.channels_last_3d
@@ -454,7 +454,7 @@ def test_measuring_keeps_what_is_shared():
     "Inside, as outside, a step of one weight is one of the other."
     learn = learner(Shared())
     m, ptrs, before, own = learn.model, learn.model.ptrs, [p.detach().clone() for p in learn.model.parameters()], strides(learn)
-    with untouched(learn):
+    with preserve_learner(learn):
         inside = m.ptrs
         assert inside[0] == inside[1] and inside[2] == inside[3] and not {*inside} & {*ptrs}
         assert strides(learn) == own

@@ -10,7 +10,7 @@ from PIL import Image
 
 from channelslast import __main__ as command, keep_memory
 from channelslast.command import demo, reference_timing as judge
-from channelslast.find.candidates import current
+from channelslast.find.candidates import current_setting
 from channelslast.find.layer_timing import LayerTiming
 from channelslast.find.results import FormatTimings, Timing
 from .conftest import convnet, learner
@@ -90,7 +90,7 @@ def test_the_lines_that_it_names_do_that(has):
     has('fp16', 'bf16')
     for kind, line in demo.LINES.items():
         exec(line, dict(learn=(learn := learner())))
-        assert current(learn)[:2] == kind
+        assert current_setting(learn)[:2] == kind
 
 
 def test_bench(monkeypatch, capsys):
@@ -123,20 +123,20 @@ def test_several_sets_of_copies(monkeypatch, n, sets, steps):
     made, ran, kept = [], [], []
     monkeypatch.setattr(judge, 'keep_memory', lambda keep=True: kept.append(keep))
     def _make(): return made.append(1) or {'a': lambda: ran.append(1) or 1.}
-    assert len(judge.sittings(_make, n)['a']) == steps and len(made) == sets and len(ran) == steps + sets
+    assert len(judge.on_fresh_copies(_make, n)['a']) == steps and len(made) == sets and len(ran) == steps + sets
     assert kept == [False, True]*sets + [False]
 
 
 def test_statistics_of_a_batch():
     "As after training: what a batch norm gives for that batch in eval mode is what it gave in training."
     model, x = convnet(), torch.randn(8, 3, 8, 8)*3 + 1
-    judge.settle(model, x)
+    judge.set_running_statistics(model, x)
     with torch.no_grad(): a, b = (model[:2].train(mode)(x) for mode in (True, False))
     torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)  # unbiased variance
 
 
 def test_company_ends_with_the_block_and_with_whoever_started_it():
-    with judge.company() as busy: assert busy.poll() is None
+    with judge.background_load() as busy: assert busy.poll() is None
     assert busy.poll() is not None
     alone = subprocess.Popen(busy.args, stdin=subprocess.PIPE)
     alone.stdin.close()  # as when this process is gone
@@ -149,7 +149,7 @@ def test_bench_beside_a_busy_process(monkeypatch, capsys):
     class Company:
         def __enter__(self): busy.append(1)
         def __exit__(self, *e): busy.clear()
-    monkeypatch.setattr(judge, 'company', Company)
+    monkeypatch.setattr(judge, 'background_load', Company)
     real = judge.interleaved
     monkeypatch.setattr(judge, 'interleaved', lambda *args: (seen.append(len(busy)), real(*args))[1])
     monkeypatch.setattr(judge.Learner, 'format_find', lambda self, real=judge.Learner.format_find, **kw: (seen.append(len(busy)), real(self, **kw))[1])
@@ -164,12 +164,12 @@ def test_the_bare_loop_keeps_the_same_layers_in_fp32():
         if not isinstance(m, torch.nn.Conv2d): continue
         m._conv_forward = lambda x, *args, n=n, real=m._conv_forward: (seen.setdefault(n, torch.is_autocast_enabled('cpu')), real(x, *args))[1]
     rows = [LayerTiming(('3',), 'Conv2d', (), 'bf16', 2., 1., 'fp32'), LayerTiming(('0', '5'), 'Conv2d', (), 'bf16', 1., 2., 'bf16')]
-    step = judge.bare(learn, learn.dls.one_batch(), Timing('channels_last', 'bf16+fp32'), rows)
+    step = judge.plain_loop(learn, learn.dls.one_batch(), Timing('channels_last', 'bf16+fp32'), rows)
     assert step() > 0 and seen == {'0': True, '3': False, '5': True}
 
 
 @pytest.mark.parametrize('ms, was', [([10., 10.2, 10.4], False), ([10., 14., 30.], True)])
-def test_disturbance_is_seen(ms, was): assert judge.disturbed(dict(a=ms, b=[2*o for o in ms])) == was
+def test_disturbance_is_seen(ms, was): assert judge.is_noisy(dict(a=ms, b=[2*o for o in ms])) == was
 
 
 @pytest.mark.parametrize('fast, asked, measured', [((), None, ['fp32']), (('bf16',), None, ['fp32', 'bf16']), (('bf16',), 'bf16', ['bf16']),

@@ -10,8 +10,8 @@ import torch
 from fastcore.basics import fastuple
 from fastcore.foundation import L
 
-from channelslast.core.nested_tensors import leaves, map_tensors, tensors_of
-from channelslast.learner.mixed_precision import HALF
+from channelslast.core.autocast import HALF_DTYPES
+from channelslast.core.nested_tensors import leaves_of, map_tensors, tensors_of
 
 Pair = namedtuple('Pair', 'a b')
 
@@ -46,11 +46,11 @@ MAKE = dict(
 @pytest.mark.parametrize('name', MAKE)
 def test_tensors_are_replaced_and_types_kept(name):
     x = MAKE[name]()
-    before = [(id(o), o.dtype) if isinstance(o, torch.Tensor) else o for o in leaves(x)]
-    y = map_tensors(lambda t: t.float() if t.dtype in HALF else t, x)
+    before = [(id(o), o.dtype) if isinstance(o, torch.Tensor) else o for o in leaves_of(x)]
+    y = map_tensors(lambda t: t.float() if t.dtype in HALF_DTYPES else t, x)
     assert type(y) is type(x) and y is not x and len(tensors_of(y)) == len(tensors_of(x)) > 0
-    assert not {t.dtype for t in tensors_of(y)} & {*HALF} and [type(o) for o in leaves(y)] == [type(o) for o in leaves(x)]
-    assert before == [(id(o), o.dtype) if isinstance(o, torch.Tensor) else o for o in leaves(x)]  # the original stays
+    assert not {t.dtype for t in tensors_of(y)} & {*HALF_DTYPES} and [type(o) for o in leaves_of(y)] == [type(o) for o in leaves_of(x)]
+    assert before == [(id(o), o.dtype) if isinstance(o, torch.Tensor) else o for o in leaves_of(x)]  # the original stays
     assert map_tensors(lambda t: t, x) is x
     if isinstance(x, deque): assert y.maxlen == 3
     if isinstance(x, defaultdict): assert y.default_factory is list
@@ -80,7 +80,7 @@ def test_nothing_is_kept_alive():
     try:
         t = torch.ones(2)
         ref = weakref.ref(t)
-        leaves([t]); map_tensors(lambda t: t + 1, dict(a=[t]))
+        leaves_of([t]); map_tensors(lambda t: t + 1, dict(a=[t]))
         del t
         assert ref() is None
     finally: gc.enable()

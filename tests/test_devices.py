@@ -17,14 +17,14 @@ from torch import nn
 
 from channelslast import fused, less_random
 from channelslast.command.demo import StepTimer
-from channelslast.command.reference_timing import bare, stepper
+from channelslast.command.reference_timing import plain_loop, timed_fit_step
 from channelslast.core import devices
-from channelslast.core.devices import accelerates, fit_device, fp32_precision, is_out_of_memory, synchronize, weakness
-from channelslast.core.nested_tensors import half_of
+from channelslast.core.devices import autocast_is_fast, fit_device, fp32_precision, is_out_of_memory, known_problem, synchronize
+from channelslast.core.nested_tensors import first_half
 from channelslast.find import candidates, layer_timing as layers, number_check as same_numbers, predict_benchmark as prediction_trial, train_benchmark as trial
 from channelslast.find.results import Timing
 from channelslast.learner import channels_last as callback
-from channelslast.learner.preserve_learner import untouched
+from channelslast.learner.preserve_learner import preserve_learner
 from .conftest import Steep, convnet, learner, loaders
 from .test_format_find import fake, find
 from .test_format_summary import same, state
@@ -71,7 +71,7 @@ def test_accumulated_batches_are_not_skipped(has):
 
 
 def test_who_skips_each_step_is_out(skipping, monkeypatch):
-    monkeypatch.setattr(trial, 'SKIPS', 3)
+    monkeypatch.setattr(trial, 'MAX_SKIPS', 3)
     t = find(learner(steep()))
     assert [r.note for r in t.rows] == ['', 'the gradient scaler skipped 3 steps in a row']*2 and not t.rows[1].valid
 
@@ -87,10 +87,10 @@ def test_the_judge_counts_no_skipped_step(has, monkeypatch):
         return opt
     learn = learner(steep(), opt_func=_opt).to_channelslast()
     batch = learn.dls.one_batch()
-    stepper(learn, batch)()
+    timed_fit_step(learn, batch)()
     assert len(ran) == 1 and learn.scaler.get_scale() < 65536
     ran.clear()
-    bare(learner(steep(), opt_func=_opt), batch, Timing('channels_last', 'fp16'))()
+    plain_loop(learner(steep(), opt_func=_opt), batch, Timing('channels_last', 'fp16'))()
     assert len(ran) == 1
     ran.clear()
     learn = learner(steep(), opt_func=_opt, dls=loaders(n=256)).to_channelslast()
@@ -299,13 +299,13 @@ def test_other_candidates_without_memory_are_out_alone(has):
     lambda x: ([*x], [{'boxes': torch.ones(5, 4), 'label': o} for o in x])])  # of a detector
 def test_half_of_a_batch(make):
     x = torch.arange(24.).view(4, 6)
-    found, truth = half_of(make(x), 4), make(x[:2])
+    found, truth = first_half(make(x), 4), make(x[:2])
     assert type(found) == type(truth)
     torch.testing.assert_close(found, truth)
 
 
 @pytest.mark.parametrize('batch', [(torch.ones(3, 4),), (torch.tensor(1.), 'name'), torch.ones(3)])
-def test_what_has_no_half_stays(batch): assert half_of(batch, 4) is batch
+def test_what_has_no_half_stays(batch): assert first_half(batch, 4) is batch
 
 
 class Fragile(nn.Module):
@@ -351,27 +351,27 @@ def test_peak_memory_is_of_the_step_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', lambda d: None)
     monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda d: 50*2**20)
     c, me = SimpleNamespace(memory=40.), SimpleNamespace(device=CUDA, copied=20*2**20)
-    with trial.Trial.peak_memory(me, c): pass
+    with trial.TrainBenchmark.peak_memory(me, c): pass
     assert c.memory == 40.
     c.memory = None
-    with trial.Trial.peak_memory(me, c): pass
+    with trial.TrainBenchmark.peak_memory(me, c): pass
     assert c.memory == 30.
 
 
 def test_memory_of_the_warm_up_does_not_count(has, monkeypatch):
     has()
-    real = trial.Trial.run
+    real = trial.TrainBenchmark.run
     def _run(self, *args):
         for c in self.candidates: c.memory = 1e6
         return real(self, *args)
-    monkeypatch.setattr(trial.Trial, 'run', _run)
+    monkeypatch.setattr(trial.TrainBenchmark, 'run', _run)
     assert [r.memory for r in find().rows] == [None]*2
 
 
 def test_the_copies_of_the_search_are_counted(has, monkeypatch):
     has()
-    real, found = trial.Trial.run, []
-    monkeypatch.setattr(trial.Trial, 'run', lambda self, *args: (found.append(self.copied), real(self, *args))[1])
+    real, found = trial.TrainBenchmark.run, []
+    monkeypatch.setattr(trial.TrainBenchmark, 'run', lambda self, *args: (found.append(self.copied), real(self, *args))[1])
     learn = learner()
     find(learn)
     held = [*learn.model.parameters(), *learn.model.buffers()]
@@ -393,7 +393,7 @@ def test_peak_memory_of_xpu(monkeypatch):
     monkeypatch.setattr(torch.xpu, 'reset_peak_memory_stats', lambda d: None)
     monkeypatch.setattr(torch.xpu, 'max_memory_allocated', lambda d: 50*2**20)
     c, me = SimpleNamespace(memory=None), SimpleNamespace(device=torch.device('xpu'), copied=20*2**20)
-    with trial.Trial.peak_memory(me, c): pass
+    with trial.TrainBenchmark.peak_memory(me, c): pass
     assert c.memory == 30.
 
 
@@ -405,14 +405,14 @@ def test_what_cuda_accelerates(monkeypatch, name, capability, bf16, fast):
     "fp16 needs tensor cores; each GPU is asked for itself."
     asked = on(monkeypatch, capability, name, bf16)
     monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda d: True)
-    assert {m.value for m in AMPMode if accelerates(CUDA, m)} == fast and {*asked} == {CUDA}
+    assert {m.value for m in AMPMode if autocast_is_fast(CUDA, m)} == fast and {*asked} == {CUDA}
 
 
 @pytest.mark.parametrize('chip, fast', [('Apple M1 Pro', {'fp16'}), ('Apple M2', {'fp16'}), ('Apple M3 Max', {'fp16', 'bf16'}), ('', {'fp16', 'bf16'})])
 def test_what_mps_accelerates(monkeypatch, chip, fast):
     monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda d: True)
     monkeypatch.setattr(devices, '_apple_chip', lambda: chip)
-    assert {m.value for m in AMPMode if accelerates('mps', m)} == fast
+    assert {m.value for m in AMPMode if autocast_is_fast('mps', m)} == fast
 
 
 @pytest.mark.parametrize('fp64', [True, False])
@@ -420,7 +420,7 @@ def test_fp16_on_xpu_needs_fp64(monkeypatch, fp64):
     "The gradient scaler computes in it."
     monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda d: True)
     monkeypatch.setattr(torch.xpu, 'get_device_properties', lambda d: SimpleNamespace(has_fp64=fp64))
-    assert accelerates('xpu', AMPMode.FP16) == fp64 and accelerates('xpu', AMPMode.BF16)
+    assert autocast_is_fast('xpu', AMPMode.FP16) == fp64 and autocast_is_fast('xpu', AMPMode.BF16)
 
 
 def test_pytorchs_own_loaders_have_no_device(monkeypatch):
@@ -463,7 +463,7 @@ def test_each_process_measures_on_its_own_device():
     "✗ Loaders made before the processes know each other sit on the first GPU in all of them."
     learn = learner(cbs=OnAnother())
     assert fit_device(learn) == torch.device('cpu:0') != learn.dls.device
-    with untouched(learn):
+    with preserve_learner(learn):
         assert not learn._grab_cbs(OnAnother) and fit_device(learn) == learn.dls.device == learn.dls.train.device == torch.device('cpu:0')
     assert learn.dls.device == learn.dls.train.device == torch.device('cpu')
 
@@ -508,7 +508,7 @@ def test_layers_on_a_gpu_are_launched_one_behind_the_other(monkeypatch, kind, ms
 
 @pytest.mark.parametrize('firsts, apart, steps', [((2001.,)*3, {}, 3), ((2001.,)*2, {}, 2 + 1 + 3), ((2001.,)*2, {'cpu'}, 2)])
 def test_elsewhere_a_second_step_may_be_slow_too(has, fake, monkeypatch, firsts, apart, steps):
-    monkeypatch.setattr(trial, 'APART', apart)
+    monkeypatch.setattr(trial, 'SYNCHRONOUS', apart)
     half = 'contiguous', 'bf16'
     has('bf16'); fake(lambda key, n: 100. if key != half else firsts[k - 1] if (k := fake.steps.count(half)) <= len(firsts) else 80.)
     find(formats='contiguous')
@@ -575,13 +575,13 @@ def test_weakness(monkeypatch, kind, version, hip, told, miopen, said):
     monkeypatch.setattr(torch.version, 'hip', hip)
     monkeypatch.setattr(torch.backends.cudnn, 'version', lambda: miopen)
     monkeypatch.setenv('PYTORCH_MIOPEN_SUGGEST_NHWC', told) if told else monkeypatch.delenv('PYTORCH_MIOPEN_SUGGEST_NHWC', raising=False)
-    found = weakness(torch.device(kind))
+    found = known_problem(torch.device(kind))
     assert bool(found) == bool(said) and said in found
 
 
 def test_a_weakness_is_said_once_and_not_of_what_was_measured(has, fake, monkeypatch):
     has(); fake({('channels_last', 'fp32'): 50.})
-    monkeypatch.setattr(callback, 'weakness', lambda d: 'channels last is slow here')
+    monkeypatch.setattr(callback, 'known_problem', lambda d: 'channels last is slow here')
     learn = learner().to_channelslast(to_fp16=False)
     with learn.no_logging(), pytest.warns(UserWarning, match='is slow here') as said: learn.fit(1); learn.fit(1)
     assert len([o for o in said if 'is slow here' in str(o.message)]) == 1
@@ -605,7 +605,7 @@ def test_measuring_warns_of_nothing(has, monkeypatch):
 def test_fp16_on_mps_needs_a_scaler_that_works(monkeypatch, version, fast):
     monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda d: True)
     monkeypatch.setattr(torch, '__version__', version)
-    assert accelerates('mps', AMPMode.FP16) == fast
+    assert autocast_is_fast('mps', AMPMode.FP16) == fast
 
 
 def test_the_reference_leaves_the_device(has, monkeypatch):
@@ -635,13 +635,13 @@ def test_one_comparison_is_over_before_the_next(has, monkeypatch):
 def test_folded_weights_of_one_candidate_at_a_time(has, monkeypatch):
     "Elsewhere than on a CPU: five copies of the model stood in each candidate's peak memory."
     has('bf16')
-    monkeypatch.setattr(prediction_trial, 'APART', {})
+    monkeypatch.setattr(prediction_trial, 'SYNCHRONOUS', {})
     real, held = prediction_trial.step_ms, []
     def _ms(learn, batch):
         held.append(sum(c.folded and c.fold.works for c in mine[0].candidates))
         return real(learn, batch)
-    mine, init = [], prediction_trial.PredictionTrial.__init__
-    monkeypatch.setattr(prediction_trial.PredictionTrial, '__init__', lambda self, *args: (mine.append(self), init(self, *args))[1])
+    mine, init = [], prediction_trial.PredictBenchmark.__init__
+    monkeypatch.setattr(prediction_trial.PredictBenchmark, '__init__', lambda self, *args: (mine.append(self), init(self, *args))[1])
     monkeypatch.setattr(prediction_trial, 'step_ms', _ms)
     t = find(train=False)
     assert sum(r.folded for r in t.rows) > 1 and max(held) == 1
@@ -649,11 +649,11 @@ def test_folded_weights_of_one_candidate_at_a_time(has, monkeypatch):
 
 def test_nothing_of_a_search_is_alive_when_memory_goes_back(has, monkeypatch):
     has()
-    refs, real = [], trial.Trial.__init__
+    refs, real = [], trial.TrainBenchmark.__init__
     def _init(self, *args):
         refs.append(weakref.ref(self))
         real(self, *args)
-    monkeypatch.setattr(trial.Trial, '__init__', _init)
+    monkeypatch.setattr(trial.TrainBenchmark, '__init__', _init)
     def _free(device):
         gc.collect()
         assert refs and refs[0]() is None

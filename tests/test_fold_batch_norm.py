@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from channelslast import ChannelsLast, FoldBatchNorm
-from channelslast.command.reference_timing import settle
-from channelslast.core.compare import difference, nudge
+from channelslast.command.reference_timing import set_running_statistics
+from channelslast.core.compare import perturb, relative_error
 from channelslast.fold import fold_batch_norm as module
 from channelslast.fold.fold_trace import Pair
 from .conftest import learner, loaders, shake
@@ -54,7 +54,7 @@ def check(model, folded=None, found=None, dtype=torch.float64, tol=1e-10, dls=No
     learn.add_cb(FoldBatchNorm())
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
-        for _ in range(2): assert difference(preds(learn), truth) <= tol
+        for _ in range(2): assert relative_error(preds(learn), truth) <= tol
     assert [str(o.message) for o in told if 'FoldBatchNorm' in str(o.message)] == [] or warns
     assert same_state(before, state(model))
     cb = learn.fold_batch_norm
@@ -134,7 +134,7 @@ def test_what_hooks_see_is_what_they_saw():
                 else: learn.add_cb(FoldBatchNorm())
                 preds(learn); preds(learn)
                 truth.append(h.stored[0].clone())
-        assert difference(*truth) < 1e-10
+        assert relative_error(*truth) < 1e-10
 
 
 def test_global_hooks():
@@ -213,7 +213,7 @@ def test_parametrized(wrap):
     wrap(m.conv)  # later
     truth = preds(learn.remove_cb(FoldBatchNorm))
     learn.add_cb(FoldBatchNorm())
-    assert difference(preds(learn), truth) < 1e-10 and learn.fold_batch_norm.folded == 2
+    assert relative_error(preds(learn), truth) < 1e-10 and learn.fold_batch_norm.folded == 2
 
 
 def test_parametrized_between_two_predictions():
@@ -221,7 +221,7 @@ def test_parametrized_between_two_predictions():
     learn = check(m, 3)
     nn.utils.parametrize.register_parametrization(m.norm, 'weight', nn.Tanh())
     with torch.no_grad(): truth = m.eval()(learn.dls.valid.one_batch()[0])
-    assert difference(preds(learn)[:8], truth) < 1e-10 and learn.fold_batch_norm.folded == 2
+    assert relative_error(preds(learn)[:8], truth) < 1e-10 and learn.fold_batch_norm.folded == 2
 
 
 def test_forwards_that_somebody_replaced():
@@ -259,7 +259,7 @@ def test_random_states_and_passes():
         learn = learner(m, dls, cbs=[FoldBatchNorm()]*fold)
         torch.manual_seed(1); random.seed(1); np.random.seed(1)
         got.append([preds(learn), torch.rand(3), torch.tensor(random.random()), torch.tensor(np.random.rand())])
-    assert learn.fold_batch_norm.folded == 3 and all(difference(a, b) < 1e-5 for a, b in zip(*got))
+    assert learn.fold_batch_norm.folded == 3 and all(relative_error(a, b) < 1e-5 for a, b in zip(*got))
 
 
 @pytest.mark.filterwarnings('ignore:.*stays unfolded')
@@ -268,7 +268,7 @@ def test_a_pass_that_fails(monkeypatch):
     def _fail(*args):
         torch.rand(1)
         raise ValueError
-    monkeypatch.setattr(module.Prepared, 'run', _fail)
+    monkeypatch.setattr(module.FoldedWeights, 'run', _fail)
     learn = learner(Net(), cbs=FoldBatchNorm())
     state = torch.get_rng_state()
     truth = preds(learn)
@@ -338,7 +338,7 @@ def test_training_steps_are_what_they_were():
         got.append([torch.tensor(learn.recorder.losses), *learn.model.parameters(), *learn.model.buffers()])
         metrics = [torch.tensor(o) for o in learn.recorder.values]
         got[-1] = got[-1], metrics
-    assert all(map(torch.equal, got[0][0], got[1][0])) and all(difference(a, b) < 1e-5 for a, b in zip(got[0][1], got[1][1]))
+    assert all(map(torch.equal, got[0][0], got[1][0])) and all(relative_error(a, b) < 1e-5 for a, b in zip(got[0][1], got[1][1]))
 
 
 def test_in_force_while_the_model_runs_alone():
@@ -368,7 +368,7 @@ def fresh(learn):
     with torch.no_grad():
         learn.model.eval()
         truth = torch.cat([learn.model(learn._set_device(b)[0]) for b in learn.dls.valid])
-    return difference(preds(learn).double(), truth.double()) < 1e-5
+    return relative_error(preds(learn).double(), truth.double()) < 1e-5
 
 
 def outside(learn, opt, **kwargs):
@@ -424,13 +424,13 @@ def test_never_stale(name, tmp_path):
     first = preds(learn)
     CHANGES[name](learn)
     assert fresh(learn) and fresh(learn)
-    assert difference(preds(learn), first) > 1e-4 or name in ('channels last', 'contiguous', 'load')
+    assert relative_error(preds(learn), first) > 1e-4 or name in ('channels last', 'contiguous', 'load')
 
 
 def test_between_two_predictions_nothing_is_prepared(monkeypatch):
     made = []
-    real = module.Prepared
-    monkeypatch.setattr(module, 'Prepared', lambda plan: made.append(plan) or real(plan))
+    real = module.FoldedWeights
+    monkeypatch.setattr(module, 'FoldedWeights', lambda plan: made.append(plan) or real(plan))
     learn = learner(Net(), cbs=FoldBatchNorm())
     for _ in range(3): preds(learn)
     assert len(made) == 1
@@ -470,7 +470,7 @@ def test_shapes():
         learn.dls = loaders((3, size, size))
         assert fresh(learn)
     plans, = learn.fold_batch_norm._folds.plans.values()
-    assert len(plans) == module.SHAPES
+    assert len(plans) == module.MAX_SHAPES
 
 
 # it stops by itself
@@ -497,7 +497,7 @@ def test_other_layers_for_other_data(way):
     truth = preds(learn)
     learn.add_cb(FoldBatchNorm())
     with pytest.warns(UserWarning, match='Diverges does not run the same layers') as told: found = preds(learn)
-    assert difference(found, truth) < 1e-5 and learn.fold_batch_norm.folded == 0 and len(told) == 1
+    assert relative_error(found, truth) < 1e-5 and learn.fold_batch_norm.folded == 0 and len(told) == 1
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert torch.equal(preds(learn), truth)
@@ -506,21 +506,21 @@ def test_other_layers_for_other_data(way):
 @pytest.mark.parametrize('allowed', [10, 0])
 def test_rounding_that_the_model_amplifies(monkeypatch, allowed):
     "Folding may change as much as a rounding error of the input does, by a small factor; no more."
-    monkeypatch.setattr(module, 'AMPLIFIED', allowed)
-    settle(model := torchvision.models.resnet50(num_classes=4), torch.randn(8, 3, 64, 64))  # with random weights, a batch's statistics amplify
+    monkeypatch.setattr(module, 'AMPLIFICATION', allowed)
+    set_running_statistics(model := torchvision.models.resnet50(num_classes=4), torch.randn(8, 3, 64, 64))  # with random weights, a batch's statistics amplify
     learn = learner(model, loaders((3, 64, 64), n=8))
     truth = preds(learn)
     learn.add_cb(FoldBatchNorm())
     with warnings.catch_warnings(record=True) as told: preds(learn)
     assert (learn.fold_batch_norm.folded, len(told)) == ((53, 0) if allowed else (0, 1))
-    assert difference(preds(learn), truth) < 1e-3
+    assert relative_error(preds(learn), truth) < 1e-3
 
 
 def test_nudge():
     x = torch.cat([torch.randn(20_000), torch.arange(5.)])
     x = x[(x == x.round()) | (x.abs() > 1e-3)]  # what half precision rounds by its eps
     for t in x, x.double(), x.half():
-        a, b = nudge([t, 'word', torch.arange(3)], 0.)[0], nudge((t,), 1e-2)[0]
+        a, b = perturb([t, 'word', torch.arange(3)], 0.)[0], perturb((t,), 1e-2)[0]
         moved = t != t.round()
         assert ((a > t) | (a < t))[moved].all() and 0.4 < (a > t)[moved].float().mean() < 0.6 and torch.equal(a[~moved], t[~moved])
         torch.testing.assert_close(a, t, rtol=2*torch.finfo(t.dtype).eps, atol=0)
@@ -529,7 +529,7 @@ def test_nudge():
 
 def test_a_model_that_looks_closely_at_its_input(monkeypatch):
     "Where a rounding error of the input is one too many, the model stays as it is."
-    monkeypatch.setattr(module, 'TOLERANCE', {torch.float64: 0., torch.float32: 0.})
+    monkeypatch.setattr(module, 'OUTPUT_TOLERANCE', {torch.float64: 0., torch.float32: 0.})
     class Looks(Net):
         def forward(self, x):
             if not torch.equal(x, x.round(decimals=2)): raise ValueError('hundredths only')
@@ -548,10 +548,10 @@ def test_interrupted_before_the_comparison(monkeypatch):
     def _stop(*args): raise KeyboardInterrupt
     learn = learner(Net(), cbs=FoldBatchNorm())
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(module, 'difference', _stop)
+        m.setattr(module, 'relative_error', _stop)
         preds(learn)
     seen = []
-    monkeypatch.setattr(module, 'difference', lambda a, b: (seen.append(1), difference(a, b))[1])
+    monkeypatch.setattr(module, 'relative_error', lambda a, b: (seen.append(1), relative_error(a, b))[1])
     preds(learn)
     assert seen and learn.fold_batch_norm.folded == 3
 
@@ -561,7 +561,7 @@ def test_a_mistake_in_a_model_that_amplifies(monkeypatch):
     from channelslast.fold import folded_weights as folding
     real = folding.fold
     monkeypatch.setattr(folding, 'fold', lambda pair: {k: v*(1 + 1e-3*torch.randn_like(v)) for k, v in real(pair).items()})
-    settle(model := torchvision.models.resnet50(num_classes=4), torch.randn(8, 3, 64, 64))  # with random weights, a batch's statistics amplify
+    set_running_statistics(model := torchvision.models.resnet50(num_classes=4), torch.randn(8, 3, 64, 64))  # with random weights, a batch's statistics amplify
     learn = learner(model, loaders((3, 64, 64), n=8), cbs=FoldBatchNorm())
     with pytest.warns(UserWarning, match='gives other outputs'): preds(learn)
 
@@ -581,10 +581,10 @@ def test_numbers_that_differ(monkeypatch):
 
 def test_difference():
     t = torch.tensor([1., float('nan'), float('inf')])
-    assert difference((t, dict(a=t*2)), (t, dict(a=t*2))) == 0 and difference(t, t[:2]) == difference([], []) == difference(t, t.double()) == float('inf')
-    assert difference(t, torch.tensor([1., 2., float('inf')])) == float('inf') and difference(torch.zeros(2), torch.zeros(2)) == 0
-    assert difference([torch.ones(3), torch.tensor(2)], [torch.ones(3), torch.tensor(1)]) == 1 and difference(torch.ones(1)*1.5, torch.ones(1)) == 0.5
-    assert difference([torch.ones(1), torch.tensor([1e-9])], [torch.ones(1), torch.zeros(1)]) < 1e-5
+    assert relative_error((t, dict(a=t*2)), (t, dict(a=t*2))) == 0 and relative_error(t, t[:2]) == relative_error([], []) == relative_error(t, t.double()) == float('inf')
+    assert relative_error(t, torch.tensor([1., 2., float('inf')])) == float('inf') and relative_error(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_error([torch.ones(3), torch.tensor(2)], [torch.ones(3), torch.tensor(1)]) == 1 and relative_error(torch.ones(1)*1.5, torch.ones(1)) == 0.5
+    assert relative_error([torch.ones(1), torch.tensor([1e-9])], [torch.ones(1), torch.zeros(1)]) < 1e-5
 
 
 @pytest.mark.parametrize('out', [lambda a, b: (a, b), lambda a, b: dict(a=a, b=[b, None]), lambda a, b: [a, (b, 3)]])
@@ -603,7 +603,7 @@ def test_outputs_of_any_kind(monkeypatch, out):
     learn.validate()
     learn.add_cb(FoldBatchNorm())
     learn.validate()
-    assert learn.fold_batch_norm.folded == 1 and all(difference(a, b) < 1e-5 for a, b in zip(kept[:4], kept[4:]))
+    assert learn.fold_batch_norm.folded == 1 and all(relative_error(a, b) < 1e-5 for a, b in zip(kept[:4], kept[4:]))
 
 
 # with other callbacks
@@ -623,7 +623,7 @@ def test_mixed_precision(has, layers, full):
     with pytest.MonkeyPatch.context() as mp:
         mp.setattr(nn.functional, 'conv2d', spy)
         found = preds(learn)
-    assert difference(found, truth) < 3e-2 and found.dtype == truth.dtype == torch.float32 and learn.fold_batch_norm.folded == 3
+    assert relative_error(found, truth) < 3e-2 and found.dtype == truth.dtype == torch.float32 and learn.fold_batch_norm.folded == 3
     kinds = [o for o, *_ in seen.values()]
     assert len(seen) == 3 and kinds.count((torch.float32,)*2) == full and kinds.count((torch.bfloat16,)*2) == 3 - full
     prepared = learn.fold_batch_norm._folds.prepared
@@ -654,7 +654,7 @@ def test_switches_of_precision_and_format(has):
     first = preds(learn)
     for change in (lambda: learn.to_channelslast(amp_mode='bf16'), lambda: learn.to_contiguous(), lambda: learn.to_fp32(), lambda: learn.to_channelslast(to_fp16=False)):
         change()
-        for _ in range(2): assert difference(preds(learn), first) < (3e-2 if hasattr(learn, 'mixed_precision') else 1e-5)
+        for _ in range(2): assert relative_error(preds(learn), first) < (3e-2 if hasattr(learn, 'mixed_precision') else 1e-5)
         dtype = torch.bfloat16 if hasattr(learn, 'mixed_precision') else torch.float32
         assert {t.dtype for o in learn.fold_batch_norm._folds.prepared.tensors.values() for t in o.values()} == {dtype}
 
@@ -672,13 +672,13 @@ def test_half_models():
     learn.loss_func = lambda p, y: p.float().mean()
     truth = preds(learn)
     learn.add_cb(FoldBatchNorm())
-    assert difference(preds(learn).float(), truth.float()) < 3e-2 and difference(preds(learn).float(), truth.float()) < 3e-2 and learn.fold_batch_norm.folded == 3
+    assert relative_error(preds(learn).float(), truth.float()) < 3e-2 and relative_error(preds(learn).float(), truth.float()) < 3e-2 and learn.fold_batch_norm.folded == 3
 
 
 def test_inference_mode():
     learn = learner(Net(), cbs=FoldBatchNorm())
     truth = preds(learn)
-    with torch.inference_mode(): assert difference(preds(learn), truth) < 1e-5 and learn.fold_batch_norm.folded == 3
+    with torch.inference_mode(): assert relative_error(preds(learn), truth) < 1e-5 and learn.fold_batch_norm.folded == 3
     assert fresh(learn)
     learn = learner(Net(), cbs=FoldBatchNorm())
     with torch.inference_mode(): preds(learn); preds(learn)
@@ -737,7 +737,7 @@ def test_freed():
 def test_temporary():
     learn = learner(Net())
     truth = preds(learn)
-    assert difference(preds(learn, cbs=FoldBatchNorm()), truth) < 1e-5 and not hasattr(learn, 'fold_batch_norm')
+    assert relative_error(preds(learn, cbs=FoldBatchNorm()), truth) < 1e-5 and not hasattr(learn, 'fold_batch_norm')
     assert (learn.validate(cbs=FoldBatchNorm())[0] - learn.validate()[0]) < 1e-5
 
 
@@ -841,8 +841,8 @@ def test_on_cuda(mode):
     learn.to_channelslast(to_fp16=bool(mode), amp_mode=mode)
     truth = preds(learn)
     learn.add_cb(FoldBatchNorm())
-    for _ in range(2): assert difference(preds(learn), truth) < (5e-2 if mode else 1e-2)
+    for _ in range(2): assert relative_error(preds(learn), truth) < (5e-2 if mode else 1e-2)
     assert learn.fold_batch_norm.folded == 3
     learn.model.cpu()
     learn.dls = loaders()
-    for _ in range(2): assert difference(preds(learn), truth) < 5e-2
+    for _ in range(2): assert relative_error(preds(learn), truth) < 5e-2

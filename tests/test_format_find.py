@@ -119,7 +119,7 @@ def test_the_fastest_counts_speedups_and_the_choice(has, fake):
 
 def test_the_learners_own_step(has, monkeypatch):
     "Its loss, optimizer, clipping, accumulation and MixUp take part, others don't; the learning rate is 0."
-    monkeypatch.setattr(module, 'APART', {})
+    monkeypatch.setattr(module, 'SYNCHRONOUS', {})
     seen = []
     class Mine(Callback):
         def before_batch(self): raise AssertionError('not part of a step')
@@ -331,7 +331,7 @@ def test_on_a_cpu_the_optimizer_is_timed_once_and_added(timed):
 
 def test_elsewhere_the_optimizer_is_part_of_each_step(timed, monkeypatch):
     "A GPU has its work when all of it was launched, not when it is done: times don't add up. Its part is a difference."
-    monkeypatch.setattr(module, 'APART', {})
+    monkeypatch.setattr(module, 'SYNCHRONOUS', {})
     t, ran = timed()
     assert t.optimizer_ms == 40. and [r.ms for r in t.rows] == [140.]*2 and ran == 2 + 1 + N + 2*3
 

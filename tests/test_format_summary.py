@@ -38,7 +38,7 @@ def summary_of(model, shape=(3, 16, 16), n=2):
 def lost(s, backward): return [(r.module, r.op) for r in s.lost if r.backward == backward]
 
 
-class Out(nn.Module):
+class Eliminated(nn.Module):
     "A segmentation model's main output."
     def __init__(self, m): super().__init__(); self.m = m
     def forward(self, x): return self.m(x)['out'].mean((2, 3))
@@ -57,7 +57,7 @@ PANEL = dict(
     convnext=(partial(get, 'convnext_tiny'), 0, 6, (3, 64, 64)),
     shufflenet=(partial(get, 'shufflenet_v2_x0_5'), 16, 16, (3, 64, 64)), vgg=(partial(get, 'vgg11_bn'), 1, 0, (3, 64, 64)),
     maxvit=(lambda: tv.MaxVit((112, 112), 16, 7, [16, 16], [2, 2], 8, 0.1, num_classes=4), 4, 20, (3, 112, 112)),
-    deeplab=(lambda: Out(tv.segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)), 1, 9, (3, 64, 64)),
+    deeplab=(lambda: Eliminated(tv.segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)), 1, 9, (3, 64, 64)),
     attention=(partial(xresnet18, n_out=4, sa=True), 3, 6, (3, 32, 32)),
     instance_norm=(lambda: between(nn.InstanceNorm2d(8)), 1, 1, (3, 16, 16)),
     instance_norm_3d=(lambda: between(nn.InstanceNorm3d(8), conv=nn.Conv3d, pool=nn.AdaptiveAvgPool3d), 1, 1, (3, 4, 8, 8)),
@@ -117,17 +117,17 @@ def test_panel_agrees_with_hooks(name):
     assert len(lost(s, False)) == forward and len(lost(s, True)) <= backward and s.holds == (not s.lost)
     if backward and name != 'maxvit': assert lost(s, True) or name == 'deeplab'
     modules = dict(model.named_modules())
-    leaves = {n for n, m in modules.items() if not len(list(m.children()))}
-    rearranged = {n for n in leaves if n.endswith('partition_op')}  # windows: channels stay innermost, which hooks can't tell
-    assert {o.module for o in s.lost if not o.backward and o.module in leaves and len(o.shape) > 3} - rearranged == r.leaf_lost - rearranged
-    for n in {n for n, _ in lost(s, False)} - leaves: # a function in its forward: fed with it, or made by a child, and gone after
+    leaves_of = {n for n, m in modules.items() if not len(list(m.children()))}
+    rearranged = {n for n in leaves_of if n.endswith('partition_op')}  # windows: channels stay innermost, which hooks can't tell
+    assert {o.module for o in s.lost if not o.backward and o.module in leaves_of and len(o.shape) > 3} - rearranged == r.leaf_lost - rearranged
+    for n in {n for n, _ in lost(s, False)} - leaves_of: # a function in its forward: fed with it, or made by a child, and gone after
         inside = [c for c in modules if c.startswith(n + '.'*bool(n)) and c != n]
         assert True in r.ins[n] or any(r.outs.get(c) for c in inside)
         assert r.outs[n] in (False, None) or any(False in r.ins[c] for c in inside)
     for n in modules: # the other way round
         inside = [c for c in modules if c == n or c.startswith(n + '.'*bool(n))]
         permutes = any(type(modules[c]).__name__ in ('Permute', 'WindowPartition', 'ASPPPooling') for c in inside)  # the same; or by 1×1 pixels
-        if n not in leaves and not permutes and r.ins[n] == [True] and r.outs[n] is False:
+        if n not in leaves_of and not permutes and r.ins[n] == [True] and r.outs[n] is False:
             assert any(m in inside for m, _ in lost(s, False)), n
     if not lost(s, True): assert not r.grad_lost
     assert r.grad_lost <= {n for n, _ in lost(s, True)} | {n for n in r.grad_lost if name in ('attention', 'deeplab', 'maxvit', 'shufflenet')}

@@ -12,7 +12,7 @@ from torch import nn
 from channelslast import ChannelsLast
 from channelslast.find import layer_timing as module, train_benchmark as trial
 from channelslast.find.layer_timing import fp32_names, record_inputs, time_layers
-from channelslast.learner.mixed_precision import layer_names
+from channelslast.learner.mixed_precision import resolve_layers
 from tests.conftest import convnet, learner, loaders
 from tests.test_callback import image_folder
 from tests.test_format_find import fake, find
@@ -301,6 +301,6 @@ def test_on_cuda(mode):
 
 def test_classes_and_modules_are_names_too():
     m = convnet()
-    assert layer_names(m, nn.Conv2d) == ['0', '3', '5'] and layer_names(m, (nn.Linear, nn.BatchNorm2d)) == ['1', '8']
-    assert layer_names(m, m[3]) == ['3'] == layer_names(m, [m[3]])
-    with pytest.raises(ValueError, match='no module'): layer_names(m, nn.Conv2d(1, 1, 1))
+    assert resolve_layers(m, nn.Conv2d) == ['0', '3', '5'] and resolve_layers(m, (nn.Linear, nn.BatchNorm2d)) == ['1', '8']
+    assert resolve_layers(m, m[3]) == ['3'] == resolve_layers(m, [m[3]])
+    with pytest.raises(ValueError, match='no module'): resolve_layers(m, nn.Conv2d(1, 1, 1))

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-from channelslast.core.memory_format import align_optimizer, by_memory, cast, cast_module, cast_tree, castable
+from channelslast.core.memory_format import align_optimizer, convert, convert_module, convert_nested, group_by_memory, has_channels_last_format
 from tests.conftest import Mixed, convnet
 
 CL, CL3 = torch.channels_last, torch.channels_last_3d
@@ -21,18 +21,18 @@ CL, CL3 = torch.channels_last, torch.channels_last_3d
                                    (2, 3, 4, 5, 6), (4, 8, 1, 1, 1), (4, 1, 3, 3, 3)])
 def test_cast_gives_pytorchs_own_strides_and_back(shape):
     x = torch.randn(shape)
-    last = cast(x)
+    last = convert(x)
     assert last.stride() == torch.empty(shape, memory_format=CL if len(shape) == 4 else CL3).stride()
-    assert torch.equal(last, x) and cast(last) is last
-    assert cast(last, False).stride() == x.stride() and cast(x, False) is x
+    assert torch.equal(last, x) and convert(last) is last
+    assert convert(last, False).stride() == x.stride() and convert(x, False) is x
     one_order = shape[1] == 1 or set(shape[2:]) == {1}
-    assert not x.numel() or all((o.data_ptr() == x.data_ptr()) == one_order for o in (last, cast(cast(x), False)))
+    assert not x.numel() or all((o.data_ptr() == x.data_ptr()) == one_order for o in (last, convert(convert(x), False)))
 
 
 def test_a_pointwise_weight_asks_for_channels_last():
     "Its two formats coincide, so `is_contiguous` can't tell; a contiguous image still comes out channels last."
     conv = nn.Conv2d(8, 16, 1)
-    cast_module(conv)
+    convert_module(conv)
     assert conv(torch.randn(2, 8, 4, 4)).is_contiguous(memory_format=CL)
 
 
@@ -41,12 +41,12 @@ def test_a_pointwise_weight_asks_for_channels_last():
                                torch.randn(2, 3, 4, 5, dtype=torch.complex64),
                                torch.nested.nested_tensor([torch.ones(3, 4, 4), torch.ones(3, 5, 5)]), nn.UninitializedParameter()], ids=range(10))
 def test_other_things_stay_as_they_are(x):
-    assert not castable(x) and cast(x) is x and cast(x, False) is x
+    assert not has_channels_last_format(x) and convert(x) is x and convert(x, False) is x
 
 
 def test_to_contiguous_leaves_strides_that_are_not_channels_last():
     x = torch.randn(4, 5, 2, 3).permute(1, 0, 3, 2)
-    assert cast(x, False) is x
+    assert convert(x, False) is x
 
 
 def test_cast_tree_keeps_types():
@@ -54,14 +54,14 @@ def test_cast_tree_keeps_types():
     pair, x, n = namedtuple('pair', 'a b'), torch.randn(2, 3, 4, 4), torch.ones(2)
     img = TensorImage(torch.randn(2, 3, 4, 4))
     img.img_size = (4, 4)
-    out = cast_tree((x, [n, dict(a=img)], pair(n, x), 'text'))
+    out = convert_nested((x, [n, dict(a=img)], pair(n, x), 'text'))
     assert out[0].is_contiguous(memory_format=CL) and out[1][0] is n and type(out[2]) is pair
     cast_img = out[1][1]['a']
     assert type(cast_img) is TensorImage and cast_img.img_size == (4, 4) and cast_img.is_contiguous(memory_format=CL)
     clip = torch.randn(2, 3, 4, 4, 4)
-    assert cast_tree(clip, {4}) is clip and cast_tree(clip, {5}) is not clip
+    assert convert_nested(clip, {4}) is clip and convert_nested(clip, {5}) is not clip
     same = (n, [n])
-    assert cast_tree(same) is same and cast_tree(out) is out
+    assert convert_nested(same) is same and convert_nested(out) is out
 
 
 def test_module_of_all_dimensions():
@@ -71,13 +71,13 @@ def test_module_of_all_dimensions():
     ids = [id(p) for p in m.parameters()]
     m(torch.randn(2, 3, 8, 8)).sum().backward()
     m.register_buffer('b', torch.randn(2, 3, 4, 4)); m.register_buffer('i', torch.ones(2, 3, 4, 4, dtype=torch.int64))
-    cast_module(m)
+    convert_module(m)
     assert m.c3.weight.is_contiguous(memory_format=CL3) and m.c2.weight.is_contiguous(memory_format=CL)
     assert m.c1.weight.is_contiguous() and m.b.is_contiguous(memory_format=CL) and m.i.is_contiguous()
     assert all(p.grad.stride() == p.stride() for p in m.parameters())
     assert ids == [id(p) for p in m.parameters()]
     ptrs = [t.data_ptr() for p in m.parameters() for t in (p, p.grad)]
-    cast_module(m)
+    convert_module(m)
     assert ptrs == [t.data_ptr() for p in m.parameters() for t in (p, p.grad)]
 
 
@@ -87,7 +87,7 @@ def test_tied_weights_stay_tied(share):
     if share == 'parameter': m[1].weight = m[0].weight
     else: m[1].weight.data = m[0].weight.data
     for last in True, False:
-        cast_module(m, last)
+        convert_module(m, last)
         assert m[0].weight.data_ptr() == m[1].weight.data_ptr()
 
 
@@ -141,11 +141,11 @@ def test_one_memory_of_two_shapes_stays_one(name):
     m, torn = TIES[name](), name.startswith('torn')
     seen = lambda: [(t.data_ptr(), t.stride(), t.tolist()) for t in (m.conv.weight, m.flat.weight)]
     before = seen()
-    assert cast_module(m) and last(m.first.weight) and last(m.conv.weight) != torn
+    assert convert_module(m) and last(m.first.weight) and last(m.conv.weight) != torn
     assert [o[::2] for o in seen()] == [o[::2] for o in before]
     assert not torn or seen() == before
-    assert cast_module(m, False) and seen() == before
-    cast_module(m)
+    assert convert_module(m, False) and seen() == before
+    convert_module(m)
     assert overlap(m)
 
 
@@ -159,7 +159,7 @@ def test_ties_train_as_if_never_switched(name, optimizer):
         m, x = TIES[name](), torch.randn(4, 3, 6, 6, dtype=torch.float64)
         opt = optimizer(list(m.parameters()), lr=1e-3)
         for to_last in False, True, False:
-            if switch: cast_module(m, to_last); align_optimizer(opt)
+            if switch: convert_module(m, to_last); align_optimizer(opt)
             for _ in range(2): step(m, opt, x)
         runs.append([p.detach().clone() for p in m.parameters()])
         assert overlap(m)
@@ -171,7 +171,7 @@ def test_a_buffer_of_any_type_on_a_weights_memory(dtype):
     m = nn.Sequential(nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 3))
     for c in m: c.register_buffer('raw', c.weight.data.view(-1).view(dtype))
     ptrs = [c.weight.data_ptr() for c in m]
-    cast_module(m)
+    convert_module(m)
     assert [last(c.weight) for c in m] == [True, False] and ptrs == [c.weight.data_ptr() for c in m]
 
 
@@ -180,7 +180,7 @@ def test_a_kernel_that_two_modules_hold():
     h = holder(kernel=(4, 3, 3, 3, 3))
     m = nn.Sequential(h, nn.Conv3d(3, 4, 3), nn.Conv2d(3, 4, 3))
     h.kernel.data = m[1].weight.data
-    cast_module(m)
+    convert_module(m)
     assert last(h.kernel) and h.kernel.data_ptr() == m[1].weight.data_ptr()
 
 
@@ -190,7 +190,7 @@ def test_slices_of_one_storage_are_no_ties():
     want = [p.detach().clone() for p in m.parameters()]
     nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(m.parameters()), m.parameters())
     assert len({p.untyped_storage().data_ptr() for p in m.parameters()}) == 1
-    cast_module(m)
+    convert_module(m)
     assert all(last(p) for p in m.parameters() if p.dim() == 4)
     for a, b in zip(m.parameters(), want): assert torch.equal(a, b)
 
@@ -208,7 +208,7 @@ def test_groups_share_no_memory(views):
         want = [g for g in want if not any(g is o for o in linked)] + [[t, *(o for g in linked for o in g)]]
     ids = lambda groups: {frozenset(map(id, g)) for g in groups}
     odd = [torch.empty(0, 3), torch.empty(0, 3), torch.empty(2, device='meta'), torch.eye(3).to_sparse(), nn.UninitializedParameter()]
-    assert ids(by_memory([*ts, *odd, *ts])) == ids(want + [[t] for t in odd])
+    assert ids(group_by_memory([*ts, *odd, *ts])) == ids(want + [[t] for t in odd])
 
 
 def test_gradients_of_pointwise_weights_keep_their_memory():
@@ -216,7 +216,7 @@ def test_gradients_of_pointwise_weights_keep_their_memory():
     conv = nn.Conv2d(4, 6, 1)
     conv.weight.grad = torch.randn(30)[6:].view(6, 4, 1, 1)
     ptr, value = conv.weight.grad.data_ptr(), conv.weight.grad.clone()
-    cast_module(conv)
+    convert_module(conv)
     assert conv.weight.grad.data_ptr() == ptr and last(conv.weight.grad) and torch.equal(conv.weight.grad, value)
 
 
@@ -231,7 +231,7 @@ def test_sharded_weights_are_converted():
         m, mesh = nn.Sequential(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 3)), init_device_mesh('cpu', (1,))
         for c in m: c.weight = nn.Parameter(distribute_tensor(c.weight.data, mesh, [Shard(0)]))
         for to_last in True, False:
-            cast_module(m, to_last)
+            convert_module(m, to_last)
             assert [last(c.weight) for c in m] == [to_last]*2
     finally: dist.destroy_process_group()
 
@@ -244,7 +244,7 @@ def test_unusual_parameters():
     m.m, m.m2 = nn.Parameter(torch.empty(2, 3, 4, 4, device='meta')), nn.Parameter(torch.empty(2, 3, 4, 4, device='meta'))
     m.o = nn.Parameter(torch.randn(3, 1, 1).expand(2, 3, 4, 4), requires_grad=False)
     m.lazy = nn.LazyConv2d(3, 3)
-    cast_module(m)
+    convert_module(m)
     assert all(p.is_contiguous(memory_format=CL) for p in (m.h, m.m, m.m2, m.o)) and m.m is not m.m2
 
 
@@ -270,10 +270,10 @@ def test_other_modules_hold_what_the_models_convolutions_use(kind, dims, convert
     h, args = holder(kernel=(4, 3, 3, 3), bank=(5, 4, 3, 3, 3)), (3,) if kind == 2 else (3, 3)
     convs = [CONVS[d][kind](*args, kernel_size=3) for d in dims]
     m = nn.DataParallel(nn.Sequential(*convs, h))
-    cast_module(m)
+    convert_module(m)
     assert [k for k, p in h.named_parameters() if last(p)] == [converted]*bool(converted)
     if kind < 2: assert all(last(c.weight) for c in convs if c.weight.dim() in (4, 5))
-    cast_module(m, False)
+    convert_module(m, False)
     assert all(p.is_contiguous() for p in m.parameters() if not nn.parameter.is_lazy(p))
 
 
@@ -286,7 +286,7 @@ def test_models_without_convolution_modules(shapes, converted):
     "Their kernels go to `F.conv2d` by hand; a table that is added to a batch is none."
     m = nn.Sequential(holder(**shapes), nn.Linear(3, 4))
     m.register_buffer('mean', torch.randn(1, 3, 1, 1))
-    cast_module(m)
+    convert_module(m)
     assert {k for k, p in m[0].named_parameters() if p.dim() > 2 and last(p)} == converted
 
 
@@ -299,10 +299,10 @@ def test_kernels_by_other_names(wrap):
     "What the weight is computed from follows the convolution's own dimensions, even where others have fewer."
     m = nn.Sequential(*(wrap(c(3, 4, 3)) for d in (1, 2, 3) for c in CONVS[d][:2]))
     before = {k: t.stride() for k, t in (*m.named_parameters(), *m.named_buffers())}
-    cast_module(m)
+    convert_module(m)
     found = [t for t in (*m.parameters(), *m.buffers()) if t.dim() in (4, 5)]
     assert len(found) >= 4 and all(map(last, found))
-    cast_module(m, False)
+    convert_module(m, False)
     assert before == {k: t.stride() for k, t in (*m.named_parameters(), *m.named_buffers())}
 
 
@@ -328,14 +328,14 @@ def test_banks_of_kernels_run(make):
     "✗ Converted, the bank fails in its `view`."
     m, x = make().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     want = m(x)
-    cast_module(m)
+    convert_module(m)
     torch.testing.assert_close(m(x), want)
     assert all(last(c.weight) for c in m.modules() if isinstance(c, (nn.Conv2d, nn.Conv3d)))
 
 
 def test_scripted_convolutions():
     m = torch.jit.script(convnet())
-    cast_module(m)
+    convert_module(m)
     assert all(last(p) for p in m.parameters() if p.dim() == 4)
 
 
@@ -354,10 +354,10 @@ def test_round_trip(m):
     for p in m.parameters(): p.grad = torch.randn_like(p)
     tensors = lambda: [t for p in m.parameters() for t in (p, p.grad)] + list(m.buffers())
     before = [(id(t), t.stride(), t.detach().clone()) for t in tensors()]
-    cast_module(m)
+    convert_module(m)
     assert all(t.is_contiguous(memory_format={4: CL, 5: CL3}.get(t.dim(), torch.contiguous_format)) for t in tensors())
     assert all(p.grad.stride() == p.stride() for p in m.parameters())
-    cast_module(m, False)
+    convert_module(m, False)
     for t, (i, stride, value) in zip(tensors(), before):
         assert id(t) == i and t.stride() == stride and torch.equal(t, value)
 
@@ -397,7 +397,7 @@ def test_optimizer_goes_on_as_if_never_switched(name, load):
         for last in False, True, False:
             saved = deepcopy(opt.state_dict())
             if switch:
-                cast_module(m, last)
+                convert_module(m, last)
                 if load: opt.load_state_dict(saved)  # of the other format
                 align_optimizer(opt)
                 assert all(s.stride() == p.stride() for p, s in states(opt))
@@ -410,7 +410,7 @@ def test_slow_weights_follow_too():
     m = convnet()
     opt = ranger(list(m.parameters()), lr=1e-2)
     step(m, opt, torch.randn(4, 3, 8, 8))
-    cast_module(m); align_optimizer(opt)
+    convert_module(m); align_optimizer(opt)
     assert [s.stride() for pg in opt.slow_weights for s in pg] == [p.stride() for p in m.parameters()]
 
 
@@ -421,7 +421,7 @@ def test_align_keeps_what_it_should():
     a, b, n = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.ones(2, 3, 4, 4, dtype=torch.uint8), torch.tensor(3.)
     opt.state[p] = dict(a=a, more=[b], step=n, none=None)
     value = a.clone()
-    p.data = cast(p.data)
+    p.data = convert(p.data)
     align_optimizer(opt)
     s = opt.state[p]
     assert s['a'] is a and s['more'][0] is b and s['step'] is n and torch.equal(a, value)
@@ -438,7 +438,7 @@ def test_state_in_8_bits_starts_again():
     for p in opt.param_groups[0]['params']:
         opt.state[p] = dict(step=3, state1=torch.zeros_like(p, dtype=torch.uint8), absmax1=torch.ones(1), qmap1=torch.ones(256))
     model = nn.ModuleList(convs)
-    cast_module(model)
+    convert_module(model)
     with pytest.warns(UserWarning, match='8 bits') as said: align_optimizer(opt)
     assert len(said) == 1 and not opt.state[convs[0].weight] and all(len(opt.state[p]) == 4 for p in list(model.parameters())[1:])
     opt.state[convs[0].weight] = dict(mask=torch.arange(8*8*9).remainder(7).to(torch.uint8).view(8, 8, 3, 3))
@@ -453,5 +453,5 @@ def test_state_of_other_tensor_types_keeps_its_order():
     conv = nn.Conv2d(8, 8, 3)
     opt = torch.optim.SGD(conv.parameters(), lr=0.1)
     opt.state[conv.weight] = dict(momentum=torch.zeros(8, 8, 3, 3).as_subclass(Blocks))
-    cast_module(conv); align_optimizer(opt)
+    convert_module(conv); align_optimizer(opt)
     assert opt.state[conv.weight]['momentum'].is_contiguous()

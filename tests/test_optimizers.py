@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from channelslast import fused
-from channelslast.learner.fused_optimizer import FusedOptimizer, fused_line
-from channelslast.learner.preserve_learner import untouched
+from channelslast.learner.fused_optimizer import FusedOptimizer, fused_argument
+from channelslast.learner.preserve_learner import preserve_learner
 from .conftest import convnet, learner, loaders
 from .test_callback import image_folder
 
@@ -77,7 +77,7 @@ def both(opt_func, run=once, other=None, model=None, **kwargs):
     "The weights of plain fastai and of the line that is suggested (or of another optimizer) after the same run."
     model, dls = model or convnet().double(), loaders(dtype=torch.float64)
     first = learner(deepcopy(model), dls, **{'lr': 1e-2, 'opt_func': opt_func, **kwargs})
-    line = execute(fused_line(first)) if other is None else dict(opt_func=other)
+    line = execute(fused_argument(first)) if other is None else dict(opt_func=other)
     second = learner(deepcopy(model), dls, **{'lr': 1e-2, **kwargs, **line})
     for learn in first, second: run(learn)
     if other is None: assert type(second.opt) is FusedOptimizer
@@ -96,7 +96,7 @@ def equal(a, b): return all(torch.allclose(s, o, rtol=1e-9, atol=1e-12) for s, o
 @pytest.mark.parametrize('name', GIVEN)
 def test_the_line(name):
     opt_func, line = GIVEN[name]
-    assert fused_line(made(opt_func)) == line
+    assert fused_argument(made(opt_func)) == line
 
 
 @pytest.mark.parametrize('name, run', [(n, r) for n in GIVEN for r in RUNS if n in ('Adam', 'momentum') or r in ('wd_in_fit', 'freeze')])
@@ -154,7 +154,7 @@ NONE = dict(
 
 
 @pytest.mark.parametrize('name', NONE)
-def test_no_line_without_proof(name): assert fused_line(NONE[name]()) is None
+def test_no_line_without_proof(name): assert fused_argument(NONE[name]()) is None
 
 
 @pytest.mark.parametrize('opt', [ranger, lambda p, **kw: Lookahead(Adam(p, **kw)), partial(OptimWrapper, opt=torch.optim.SGD)])
@@ -174,10 +174,10 @@ def test_what_has_the_same_parts_will_do(): # a user's own function
 
 def test_learner_is_only_looked_at():
     learn = made(Adam, splitter=three_groups)
-    assert fused_line(learn) and learn.opt is None
+    assert fused_argument(learn) and learn.opt is None
     learn.freeze(); learn.fit(1)
     before = look(learn)
-    assert fused_line(learn) == 'opt_func=fused(Adam)' and look(learn) == before
+    assert fused_argument(learn) == 'opt_func=fused(Adam)' and look(learn) == before
 
 
 @pytest.mark.parametrize('name', ['Adam', 'momentum'])
@@ -211,7 +211,7 @@ def test_measuring_leaves_no_trace():
     learn = made(fused(Adam))
     learn.fit(1)
     opt, before, had_grad = learn.opt, look(learn), {*learn.opt.had_grad}
-    with untouched(learn): learn.fit(1)
+    with preserve_learner(learn): learn.fit(1)
     learn.format_find(num_it=1, show_plot=False)
     assert learn.opt is opt and opt.had_grad == had_grad and len(had_grad) == len(opt.param_lists[0])
     assert look(learn) == before

@@ -8,7 +8,7 @@ from fastai.vision.all import Callback, CancelBatchException, Learner
 from torch import nn
 
 from channelslast.core.autocast import DTYPES
-from channelslast.core.devices import accelerates
+from channelslast.core.devices import autocast_is_fast
 from tests.conftest import convnet, learner
 
 
@@ -37,9 +37,9 @@ def test_pytorch_knows_what_the_cpu_accelerates(monkeypatch, features, fast):
     monkeypatch.setattr(torch.ops, 'mkldnn', Ops)
     for o in 'avx512', 'avx512_bf16', 'amx_tile':
         monkeypatch.setattr(torch.cpu, f'_is_{o}_supported', lambda o=o: o in features)
-    assert accelerates('cpu', AMPMode.BF16) == fast and not accelerates('cpu', AMPMode.FP16)
+    assert autocast_is_fast('cpu', AMPMode.BF16) == fast and not autocast_is_fast('cpu', AMPMode.FP16)
     monkeypatch.setattr(torch.ops, 'mkldnn', object())  # a PyTorch without oneDNN
-    assert not accelerates('cpu', AMPMode.BF16) and not accelerates('meta', AMPMode.FP16)
+    assert not autocast_is_fast('cpu', AMPMode.BF16) and not autocast_is_fast('meta', AMPMode.FP16)
 
 
 @pytest.mark.parametrize('mode, dtype', [('bf16', torch.bfloat16), ('fp16', torch.float16)])

@@ -41,8 +41,8 @@ def fake(monkeypatch):
 @pytest.fixture
 def all_rounds(monkeypatch):
     "Nobody is beaten, and nothing is ever enough."
-    monkeypatch.setattr(trial.race, 'beaten', lambda times: [])
-    monkeypatch.setattr(trial.race, 'enough', lambda decision, times: False)
+    monkeypatch.setattr(trial.selection, 'eliminated', lambda times: [])
+    monkeypatch.setattr(trial.selection, 'should_stop', lambda decision, times: False)
 
 
 def stirred(model):
@@ -135,10 +135,10 @@ def test_batches_are_those_of_dl(fake):
 @pytest.mark.parametrize('outputs', [lambda x: (x, x*2), lambda x: dict(a=x, b=[x + 1]), lambda x: x[..., None, None].expand(-1, -1, 5, 5)])
 def test_outputs_of_any_kind(has, fake, outputs):
     has(); fake({})
-    class Out(nn.Module):
+    class Eliminated(nn.Module):
         def __init__(self): super().__init__(); self.net = stirred(convnet())
         def forward(self, x): return outputs(self.net(x))
-    t = predict(Learner(loaders(), Out(), lambda p, y, **kw: torch.zeros(())))
+    t = predict(Learner(loaders(), Eliminated(), lambda p, y, **kw: torch.zeros(())))
     assert len(t.rows) == 4 and all(r.valid and r.pred_diff < 1e-5 for r in t.rows)
 
 

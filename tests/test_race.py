@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from channelslast.find.selection import LONG, NEAR, PATIENCE, PHASE, TIE, Decision, ahead, beaten, decide, doubt, early, enough, fastest
+from channelslast.find.selection import MIN_TOTAL_MS, PATIENCE_MS, PATIENCE_ROUNDS, SMALL_GAIN, TIE, Decision, decide, eliminated, fastest, should_stop, too_early, uncertainty, wins_sign_test
 
 recorded = Path(__file__).parent/'recorded'
 busy = json.loads((recorded/'busy-steps-avx512-bf16.json').read_text())['models']
@@ -17,15 +17,15 @@ fp32 = json.loads((recorded/'busy-steps-avx512.json').read_text())['models']
 SIMPLE = ['contiguous, fp32', 'channels last, fp32', 'contiguous, bf16', 'channels last, bf16', 'channels last, bf16+fp32']
 
 
-def race(step, keys, num_it=15, has='contiguous, fp32'):
+def race(step, keys, num_it=15, incumbent='contiguous, fp32'):
     "`step(key, round)` are milliseconds: the decision, and the number of steps that it took."
     times, steps = {k: [] for k in keys}, 0
     for i in range(num_it):
         for k in list(times)[::(-1)**i]: times[k].append(step(k, i))
         steps += len(times)
-        for k in beaten(times): del times[k]
-        if enough(decide(times, has), times): break
-    return decide(times, has), steps
+        for k in eliminated(times): del times[k]
+        if should_stop(decide(times, incumbent), times): break
+    return decide(times, incumbent), steps
 
 
 def starts(model):
@@ -63,7 +63,7 @@ def made_up(kind, true, seed, num_it=15, noisy=None, drift=0.):
     def _step(k, i):
         n[0] += 1
         return true[k]*noise(kind, rnd)*(1 + drift*n[0])*(1 + abs(rnd.gauss(0, 0.15))*(k == noisy))
-    return race(_step, list(true), num_it, has=next(iter(true)))
+    return race(_step, list(true), num_it, incumbent=next(iter(true)))
 
 
 FIVE = dict(a=100., b=80., c=95., d=60., e=55.)
@@ -97,7 +97,7 @@ def test_recorded_where_most_steps_are_disturbed(name, rights, home):
     long, some ten times. Mostly, who has the slower one is not kept there, and who has the faster one keeps it."""
     ms = fp32[name]
     true, n = {k: min(v) for k, v in ms.items()}, len(ms[home])
-    ends = [race(lambda k, i: ms[k][(s + i) % n], list(ms), has=home)[0] for s in range(n)]
+    ends = [race(lambda k, i: ms[k][(s + i) % n], list(ms), incumbent=home)[0] for s in range(n)]
     assert sum(right(d.best, true) for d in ends) == dict(zip(ms, rights))[home]
 
 
@@ -131,30 +131,30 @@ def test_made_up(kind, true, more, rights, sures, steps):
 # the rules
 
 def test_doubt():
-    assert doubt([100.]) == 0.9  # one step knows nothing
-    assert doubt([100., 101., 110.]) == pytest.approx(0.3) and doubt([110., 100., 101., 400.]) == pytest.approx(0.2)
-    assert doubt([100.]*3) == 0 and doubt([100., 200., 900.]) == 0.9
-    assert doubt([100., 104.]) == pytest.approx(0.24)  # two that agree may be disturbed alike
+    assert uncertainty([100.]) == 0.9  # one step knows nothing
+    assert uncertainty([100., 101., 110.]) == pytest.approx(0.3) and uncertainty([110., 100., 101., 400.]) == pytest.approx(0.2)
+    assert uncertainty([100.]*3) == 0 and uncertainty([100., 200., 900.]) == 0.9
+    assert uncertainty([100., 104.]) == pytest.approx(0.24)  # two that agree may be disturbed alike
 
 
 def test_early():
-    assert early(dict(a=[80.]*3, b=[80.]*3)) and not early(dict(a=[80.]*4, b=[80.]*3)) and not early(dict(a=[PHASE]))
+    assert too_early(dict(a=[80.]*3, b=[80.]*3)) and not too_early(dict(a=[80.]*4, b=[80.]*3)) and not too_early(dict(a=[MIN_TOTAL_MS]))
 
 
 def test_beaten():
     clear, near = [100., 100., 100.], [103., 103., 103.]
-    assert beaten(dict(a=clear, b=near)) == ['b'] and beaten(dict(a=clear, b=[101.]*3)) == []
-    assert beaten(dict(a=clear, b=[150., 170., 400.])) == []  # who knows what it takes undisturbed
-    assert beaten(dict(a=[100.]*2, b=[400.]*2, c=[600.]*2)) == ['c'] and beaten(dict(a=[100.], b=[900.])) == []
+    assert eliminated(dict(a=clear, b=near)) == ['b'] and eliminated(dict(a=clear, b=[101.]*3)) == []
+    assert eliminated(dict(a=clear, b=[150., 170., 400.])) == []  # who knows what it takes undisturbed
+    assert eliminated(dict(a=[100.]*2, b=[400.]*2, c=[600.]*2)) == ['c'] and eliminated(dict(a=[100.], b=[900.])) == []
 
 
 def test_ahead():
-    def _won(won, n): return ahead([1.]*n, [2.]*won + [0.5]*(n - won))
+    def _won(won, n): return wins_sign_test([1.]*n, [2.]*won + [0.5]*(n - won))
     assert [next((k for k in range(n + 1) if _won(k, n)), None) for n in (5, 6, 8, 10, 12, 15)] == [None, 6, 8, 9, 10, 12]
-    assert not ahead([1.]*15, [1.]*15)
-    assert ahead([9.]*9 + [1.]*6, [2.]*6) and not ahead([1.]*9 + [9.]*6, [2.]*6)  # the rounds that both ran in: the last
+    assert not wins_sign_test([1.]*15, [1.]*15)
+    assert wins_sign_test([9.]*9 + [1.]*6, [2.]*6) and not wins_sign_test([1.]*9 + [9.]*6, [2.]*6)  # the rounds that both ran in: the last
     noisy = [100., 180., 130., 240., 110., 300.]
-    assert beaten(dict(a=noisy, b=[1.1*o for o in noisy])) == ['b'] and beaten(dict(a=noisy, b=[1.01*o for o in noisy])) == []
+    assert eliminated(dict(a=noisy, b=[1.1*o for o in noisy])) == ['b'] and eliminated(dict(a=noisy, b=[1.01*o for o in noisy])) == []
     assert decide(dict(a=noisy, b=[1.1*o for o in noisy]), 'b').best == 'a'
 
 
@@ -180,10 +180,10 @@ def test_how_much_faster_the_rival_may_be():
 
 
 def test_enough():
-    near, far, sure = Decision('a', 'b', NEAR), Decision('a', 'b', 0.06), Decision('a', 'b', TIE)
+    near, far, sure = Decision('a', 'b', SMALL_GAIN), Decision('a', 'b', 0.06), Decision('a', 'b', TIE)
     def _times(rounds, ms=1.): return dict(a=[ms]*rounds, b=[ms]*rounds)
-    assert enough(sure, _times(3)) and not enough(sure, _times(2))
-    assert enough(near, _times(PATIENCE)) and not enough(near, _times(PATIENCE - 1)) and not enough(far, _times(PATIENCE))
-    assert enough(far, _times(2*PATIENCE))  # the longer it took, the less is worth going on for
-    assert enough(near, _times(4, LONG/8)) and not enough(near, _times(4, LONG/8 - 1)) and not enough(far, _times(4, LONG/8))
-    assert enough(far, _times(4, LONG/4)) and not enough(far, _times(2, LONG))
+    assert should_stop(sure, _times(3)) and not should_stop(sure, _times(2))
+    assert should_stop(near, _times(PATIENCE_ROUNDS)) and not should_stop(near, _times(PATIENCE_ROUNDS - 1)) and not should_stop(far, _times(PATIENCE_ROUNDS))
+    assert should_stop(far, _times(2*PATIENCE_ROUNDS))  # the longer it took, the less is worth going on for
+    assert should_stop(near, _times(4, PATIENCE_MS/8)) and not should_stop(near, _times(4, PATIENCE_MS/8 - 1)) and not should_stop(far, _times(4, PATIENCE_MS/8))
+    assert should_stop(far, _times(4, PATIENCE_MS/4)) and not should_stop(far, _times(2, PATIENCE_MS))

@@ -40,7 +40,7 @@ def measured(monkeypatch, tmp_path):
         monkeypatch.setattr(module, 'judge', _fake('training', row))
         monkeypatch.setattr(module, 'judge_predictions', _fake('predictions', row))
     monkeypatch.setattr(report, 'judge_format', _fake('format_summary', verdict))
-    monkeypatch.setattr(report, 'forward_ms', lambda *args: 1.)
+    monkeypatch.setattr(report, 'forward_pass_ms', lambda *args: 1.)
     monkeypatch.setattr(rows, 'free_memory', lambda device: None)  # a fifth of a second
     monkeypatch.setattr(bench, 'overhead', lambda device: 'overhead')
     monkeypatch.chdir(tmp_path)
@@ -236,7 +236,7 @@ def test_the_file_must_be_writable(measured, run):
 
 def test_how_long_it_takes():
     "By each model's forward pass, and a CPU's rows or the finished ones of the same kind, without those that failed."
-    def _record(seconds, ms, **row): return dict(seconds=seconds, forward_ms=ms, row=row)
+    def _record(seconds, ms, **row): return dict(seconds=seconds, forward_pass_ms=ms, row=row)
     todo = [('training', 'b', 8, 4), ('predictions', 'b', 8, 4), ('training', 'c', 8, 4)]
     forward = {('b', 8, 4): 20., ('c', 8, 4): None}
     done = {('training', 'a', 8, 4): _record(30., 10.), ('training', 'd', 8, 4): _record(1., 10., error='it')}
@@ -248,7 +248,7 @@ def test_how_long_it_takes():
 
 
 def test_a_forward_pass_says_how_heavy_a_model_is(monkeypatch):
-    assert report.forward_ms('squeezenet1_1', 32, 2, CPU) > 0 and report.forward_ms('squeezenet1_1', 1, 2, CPU) is None
+    assert report.forward_pass_ms('squeezenet1_1', 32, 2, CPU) > 0 and report.forward_pass_ms('squeezenet1_1', 1, 2, CPU) is None
 
 
 def test_predictions_only(measured, run):

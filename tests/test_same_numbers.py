@@ -5,11 +5,11 @@ import torchvision
 from fastai.vision.all import DataLoader, DataLoaders, Learner, SGD
 from torch import nn
 
-from channelslast.core.memory_format import strides_of
+from channelslast.core.memory_format import format_strides
 from channelslast.find.candidates import Candidate
 from channelslast.find.number_check import not_finite
-from channelslast.find.train_benchmark import Trial, load_batches
-from channelslast.learner.preserve_learner import untouched
+from channelslast.find.train_benchmark import TrainBenchmark, load_batches
+from channelslast.learner.preserve_learner import preserve_learner
 from .conftest import convnet, learner, loaders
 
 ALL = [(f, p) for f in ('contiguous', 'channels_last') for p in ('fp32', 'bf16')]
@@ -18,12 +18,12 @@ ALL = [(f, p) for f in ('contiguous', 'channels_last') for p in ('fp32', 'bf16')
 def checked(learn, pairs=ALL) -> dict:
     "The candidates by format and precision, after the comparison of numbers and nothing else."
     candidates = [Candidate(f, p, {}) for f, p in pairs]
-    with untouched(learn, eager=False) as originals:
+    with preserve_learner(learn, eager=False) as originals:
         batches, _ = load_batches(learn, learn.dls.train)
         if learn.opt is None: learn.create_opt()
         learn.opt.set_hypers(lr=0.)
         learn.n_iter = 1
-        trial = Trial(learn, candidates, batches, originals, lambda n: None)
+        trial = TrainBenchmark(learn, candidates, batches, originals, lambda n: None)
         trial.check_numbers()
     return {c.key[:2]: c for c in candidates}
 
@@ -67,7 +67,7 @@ def spoil(conv, how, when):
 
 
 def in_half(m): return torch.is_autocast_enabled('cpu')
-def in_last(m): return m.weight.stride() == strides_of(m.weight.shape)
+def in_last(m): return m.weight.stride() == format_strides(m.weight.shape)
 
 
 def images(model, size=32, n=8):
@@ -225,8 +225,8 @@ def test_one_candidates_infinity_is_healed_before_the_next(has, bad, note, fitte
 def test_what_the_last_warm_up_found_ends_with_it(has, monkeypatch):
     "Nothing is healed in the rounds that follow."
     has('bf16')
-    healed, real = [], Trial.heal
-    monkeypatch.setattr(Trial, 'heal', lambda self: (healed.append(1), real(self)))
+    healed, real = [], TrainBenchmark.restore_values
+    monkeypatch.setattr(TrainBenchmark, 'restore_values', lambda self: (healed.append(1), real(self)))
     net = nn.Sequential(nn.Conv2d(3, 8, 3), InfiniteGradient(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     learner(net).format_find(num_it=4, show_plot=False, layers=False)
     assert len(healed) == 2  # the two candidates in bf16, once each

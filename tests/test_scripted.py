@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from channelslast import ChannelsLast, FoldBatchNorm
-from channelslast.core.devices import unwrapped
+from channelslast.core.devices import unwrap_model
 from tests.conftest import convnet, learner
 from tests.test_format_summary import same, state
 
@@ -138,7 +138,7 @@ def test_checkpoints(learn, tmp_path, into, request):
 
 # layers in fp32
 
-def module(learn, name): return dict(unwrapped(learn.model).named_modules())[name]
+def module(learn, name): return dict(unwrap_model(learn.model).named_modules())[name]
 
 
 INSIDE = [('script', 'body.0', 'the scripted model'), ('script', 'keeps', 'the scripted model'), ('trace', '0', 'the scripted model'),

@@ -144,7 +144,7 @@ def wrapped(opt): return partial(OptimWrapper, opt=opt)
 WHO = dict(
     module=(lambda: learner(net(Views())), "module '1' (Views)"),
     deep=(lambda: learner(nn.Sequential(Blocks(), nn.Linear(144, 4))), "module '0.blocks.1' (Views)"),
-    functions=(lambda: learner(net(Helped())), "module '1' (Helped)"), fastais=(lambda: learner(net(Flatten())), "module '1' (Flatten)"),
+    functions=(lambda: learner(net(Helped())), "module '1' (Helped)"), with_fastai_callbacks=(lambda: learner(net(Flatten())), "module '1' (Flatten)"),
     model=(lambda: learner(Whole(3, 4, 3)), 'the model (Whole)'),
     in_parallel=(lambda: learner(nn.DataParallel(net(Views()))), "module '1' (Views)"),
     loss_function=(lambda: to_images(loss_func=loss), 'loss function loss'), partial=(lambda: to_images(loss_func=partial(loss)), 'loss function loss'),

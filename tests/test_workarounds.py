@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from channelslast.core import onednn_workarounds as workarounds
-from channelslast.core.memory_format import cast_module, cast_tree
-from channelslast.core.onednn_workarounds import is_padded, misreads, overruns, safely, unstrided
-from channelslast.core.undo import replace_forwards
+from channelslast.core.memory_format import convert_module, convert_nested
+from channelslast.core.onednn_workarounds import hits_onednn_6035, misreads_padding, pads_in_kernel, safe_forward, slice_first
+from channelslast.core.undo import ForwardPatch
 from .conftest import convnet, learner, loaders
 from .test_callback import image_folder
 
@@ -28,7 +28,7 @@ conv = nn.Conv2d
     (conv(16, 8, 1, stride=2), False), (conv(3, 8, 1), False), (conv(3, 8, 3, stride=2), False), (conv(3, 8, (1, 3), stride=2), False),
     (conv(3, 8, 1, stride=2, padding=1), False), (conv(4, 8, 1, stride=2, groups=2), False), (nn.Conv3d(3, 8, 1, stride=2), False),
     (nn.ConvTranspose2d(3, 8, 1, stride=2), False), (nn.Linear(3, 8), False)])
-def test_which(m, risky): assert overruns(m) == risky
+def test_which(m, risky): assert hits_onednn_6035(m) == risky
 
 
 class Doubled(nn.Conv2d):
@@ -43,7 +43,7 @@ def test_same_numbers(cls, stride, shape):
     m = cls(3, 4, 1, stride=stride).double()
     a = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     b = a.detach().clone().requires_grad_()
-    x, y = m(a), unstrided(m, m.forward)(b)
+    x, y = m(a), slice_first(m, m.forward)(b)
     torch.testing.assert_close(x, y)
     g = torch.randn_like(x)
     for one, two in zip(torch.autograd.grad(x, (a, m.weight), g), torch.autograd.grad(y, (b, m.weight), g)): torch.testing.assert_close(one, two)
@@ -105,7 +105,7 @@ def test_exports_after_an_interruption(has, tmp_path):
     learn.remove_cb(Interrupt)
     learn.export('e.pkl')
     loaded = load_learner(tmp_path/'e.pkl', cpu=False)
-    assert not {'_made', '_undo', '_layers'} & {*vars(loaded.channels_last), *vars(loaded.mixed_precision)}
+    assert not {'_patch', '_entered'} & {*vars(loaded.channels_last), *vars(loaded.mixed_precision)}
 
 
 class Checkpointed(nn.Module):
@@ -148,11 +148,11 @@ def test_with_fp32_layers_both_come_off(has):
 
 def test_made_once():
     "A compiled model would compile again for each new function."
-    m, made = stem()[0], {}
-    first = (undo := replace_forwards([m], unstrided, made), m.forward)[1]
-    undo()
-    replace_forwards([m], unstrided, made)
-    assert m.forward is first
+    m = stem()[0]
+    patch = ForwardPatch([m], slice_first)
+    with patch: first = m.forward
+    assert 'forward' not in vars(m)
+    with patch: assert m.forward is first
 
 
 def test_contiguous_learners_are_left_alone():
@@ -176,14 +176,14 @@ RIGHT = [((3, 3), (1, 1), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1), (2, 2)), ((7
 
 
 @pytest.mark.parametrize('cases, wrong', [(WRONG, True), (RIGHT, False)])
-def test_what_bf16_misreads(cases, wrong): assert [misreads(*c, half=True) for c in cases] == [wrong]*len(cases)
+def test_what_bf16_misreads(cases, wrong): assert [misreads_padding(*c, half=True) for c in cases] == [wrong]*len(cases)
 
 
 @pytest.mark.parametrize('depth', range(1, 12))
 def test_what_fp32_misreads(depth):
     "A kernel of depth 7, stride 2, padding 3 on depth 5 to 7, and below; nothing of common sizes."
-    assert misreads((7, 3, 3), (2, 1, 1), (3, 1, 1), (depth, 4, 4), half=False) == (depth < 9)
-    for k, s in (3, 1), (3, 2), (5, 1), (7, 1): assert not misreads((k,)*3, (s,)*3, (k//2,)*3, (depth,)*3, half=False)
+    assert misreads_padding((7, 3, 3), (2, 1, 1), (3, 1, 1), (depth, 4, 4), half=False) == (depth < 9)
+    for k, s in (3, 1), (3, 2), (5, 1), (7, 1): assert not misreads_padding((k,)*3, (s,)*3, (k//2,)*3, (depth,)*3, half=False)
 
 
 RECORDED = json.loads((Path(__file__).parent/'recorded/onednn-avx512-bf16.json').read_text())
@@ -193,8 +193,8 @@ def test_recorded_convolutions():
     "Random ones, run on an AVX512-BF16 CPU emulated by Bochs: each that was wrong is seen; padded first, each was right."
     wrong = [c for c in RECORDED['cases'] if c[5]]
     assert len(RECORDED['cases']) > 500 and len(wrong) > 100
-    assert [c for c in wrong if not misreads(*c[:4], half=c[4] == 'bf16')] == []
-    free = [c for c in RECORDED['cases'] if not misreads(*c[:4], half=c[4] == 'bf16')]
+    assert [c for c in wrong if not misreads_padding(*c[:4], half=c[4] == 'bf16')] == []
+    free = [c for c in RECORDED['cases'] if not misreads_padding(*c[:4], half=c[4] == 'bf16')]
     assert len(free) > len(RECORDED['cases'])/3 and not any(c[5] for c in free)
 
 
@@ -203,7 +203,7 @@ def avx512(monkeypatch): monkeypatch.setattr(torch.cpu, '_is_avx512_supported', 
 
 
 @pytest.fixture
-def always(monkeypatch, avx512): monkeypatch.setattr(workarounds, 'misreads', lambda *args: True)
+def always(monkeypatch, avx512): monkeypatch.setattr(workarounds, 'misreads_padding', lambda *args: True)
 
 
 LAYERS = [
@@ -221,14 +221,14 @@ def test_padded_first_and_cropped_after_is_the_same(always, m, shape, last):
     "Result, format and each gradient."
     m = deepcopy(m).double()
     a = torch.randn(shape, dtype=torch.float64)
-    if last: cast_module(m); a = cast_tree(a)
+    if last: convert_module(m); a = convert_nested(a)
     b = a.clone().requires_grad_()
     a.requires_grad_()
-    assert is_padded(m)
+    assert pads_in_kernel(m)
     padding, calls, real = m.padding, [], m._conv_forward if not m.transposed else None
     if real: m._conv_forward = lambda *args: (calls.append(m.padding), real(*args))[1]
     x = type(m).forward(m, a)
-    y = safely(m, m.forward)(b)
+    y = safe_forward(m, m.forward)(b)
     torch.testing.assert_close(x, y)
     assert x.stride() == y.stride() and m.padding == padding
     if calls: assert calls == [padding, (0,)*len(m.kernel_size)]
@@ -239,7 +239,7 @@ def test_padded_first_and_cropped_after_is_the_same(always, m, shape, last):
 @pytest.mark.parametrize('size', [(7, 8), [8, 7]])
 def test_transposed_with_an_output_size(always, size):
     m, x = nn.ConvTranspose2d(3, 4, 3, padding=1, stride=2).double(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    y = safely(m, m.forward)(x, output_size=size)
+    y = safe_forward(m, m.forward)(x, output_size=size)
     torch.testing.assert_close(y, m(x, output_size=size))
     assert y.shape[2:] == torch.Size(size)
 
@@ -248,13 +248,13 @@ def test_transposed_with_an_output_size(always, size):
 def test_padding_is_back_after_an_error(always, error):
     m = nn.Conv2d(3, 4, 3, padding=1)
     def _raises(*args): raise error
-    with pytest.raises(error): safely(m, _raises)(torch.randn(1, 3, 4, 4))
+    with pytest.raises(error): safe_forward(m, _raises)(torch.randn(1, 3, 4, 4))
     assert m.padding == (1, 1)
 
 
 @pytest.mark.parametrize('m', [nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3, padding='valid'), nn.Conv2d(3, 4, 3, padding=1, padding_mode='reflect'),
                                nn.Linear(3, 4), nn.Conv2d(3, 4, 1, padding='same')])
-def test_not_padded(avx512, m): assert not is_padded(m)
+def test_not_padded(avx512, m): assert not pads_in_kernel(m)
 
 
 class Numbers(nn.Conv2d):
@@ -264,12 +264,12 @@ class Numbers(nn.Conv2d):
         self.kernel_size, self.stride, self.padding = 1, 2, 1
 
 
-def test_subclasses_with_plain_numbers_are_left_alone(avx512): assert not is_padded(Numbers()) and not overruns(Numbers())
+def test_subclasses_with_plain_numbers_are_left_alone(avx512): assert not pads_in_kernel(Numbers()) and not hits_onednn_6035(Numbers())
 
 
 def test_on_other_cpus_nothing_is_replaced(monkeypatch):
     monkeypatch.setattr(torch.cpu, '_is_avx512_supported', lambda: False)
-    assert not is_padded(nn.Conv2d(3, 4, 3, padding=1))
+    assert not pads_in_kernel(nn.Conv2d(3, 4, 3, padding=1))
 
 
 class Shallow(nn.Module):

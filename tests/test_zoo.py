@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import channelslast
 from channelslast import FoldBatchNorm
-from channelslast.core.compare import difference
+from channelslast.core.compare import relative_error
 from .conftest import shake, strides
 from .test_same_numbers import checked
 
@@ -47,7 +47,7 @@ FOLDED = 1e-10, 1e-4  # float64 and float32, relative, of predictions
 AMPLIFIES = {'timm/halonet_h1': 1e-9}
 TRAINING = '| model | million parameters | input | float64 | worst gradient | float32 | lost | result |'
 NUMBERS = '| model | contiguous bf16 | channels last fp32 | channels last bf16 | refused |'  # differences of all gradients
-PREDICTIONS = '| model | batch norms folded | float64 | float32 | predictions |'
+PREDICTION_TOLERANCE = '| model | batch norms folded | float64 | float32 | predictions |'
 # in float32 something smooth stands in place of these: an activation at its kink falls one way or the other by rounding
 KINKED = 'relu', 'relu_', 'relu6', 'hardswish', 'hardsigmoid', 'hardtanh', 'leaky_relu'
 REASONS = {}       # what can't work in channels last, and why
@@ -203,7 +203,7 @@ def folding(model, x) -> tuple:
     learn.add_cb(FoldBatchNorm())
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='FoldBatchNorm')
-        off = max(difference(_preds(), truth) for _ in range(2))  # the first looks, the second is folded
+        off = max(relative_error(_preds(), truth) for _ in range(2))  # the first looks, the second is folded
     return learn.fold_batch_norm.folded, learn.fold_batch_norm.found, off
 
 
@@ -223,7 +223,7 @@ def test_same_predictions(name, zoo_report):
         except RuntimeError: pass  # some make float32 tensors in their forward
         else: folded, found, exact = folding(model, x.double())
     equal = (rough or 0) < FOLDED[1] and (exact or 0) < AMPLIFIES.get(name, FOLDED[0])
-    zoo_report(PREDICTIONS, name, f'{folded} of {found}', brief(exact), brief(rough), 'equal' if equal else 'differs')
+    zoo_report(PREDICTION_TOLERANCE, name, f'{folded} of {found}', brief(exact), brief(rough), 'equal' if equal else 'differs')
     assert equal and (folded or not found)
     gc.collect()
 

@@ -22,7 +22,7 @@ def _broadcast(self, t, rank):
 
 
 DistributedDL._broadcast = _broadcast
-devices.accelerates = lambda device, amp_mode: False  # fp32 on every machine
+devices.autocast_is_fast = lambda device, amp_mode: False  # fp32 on every machine
 folder, rank = Path(sys.argv[1]), rank_distrib()
 
 
@@ -54,7 +54,7 @@ with warnings.catch_warnings():
     last = learns['last'].model[0][0].weight.is_contiguous(memory_format=torch.channels_last)
 
     # names mean the user's own modules, inside DistributedDataParallel too
-    devices.accelerates = lambda device, amp_mode: amp_mode.value == 'bf16'
+    devices.autocast_is_fast = lambda device, amp_mode: amp_mode.value == 'bf16'
     dtypes = {}
     def watch(learn):
         for i in 0, 1:
@@ -64,7 +64,7 @@ with warnings.catch_warnings():
             m._conv_forward = _seen
         return learn.to_channelslast(amp_mode='bf16', fp32_layers='0.0')
     train(watch, False)
-    devices.accelerates = lambda device, amp_mode: False
+    devices.autocast_is_fast = lambda device, amp_mode: False
 
     # each process would decide otherwise, if asked alone
     real = trial.step_ms
@@ -72,11 +72,11 @@ with warnings.catch_warnings():
         real(learn, batch)
         return 1. if bool(learn._grab_cbs(ChannelsLast)) == bool(rank) else 2.
     trial.step_ms = prediction_trial.step_ms = _ms
-    tried, warm_up = [], prediction_trial.PredictionTrial.warm_up
+    tried, warm_up = [], prediction_trial.PredictBenchmark.warm_up
     def _warm_up(self, candidates):
         tried.append([c.key for c in candidates])
         return warm_up(self, candidates)
-    prediction_trial.PredictionTrial.warm_up = _warm_up
+    prediction_trial.PredictBenchmark.warm_up = _warm_up
     learn = make()
     with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
         learn.to_fastest(num_it=2)
@@ -98,7 +98,7 @@ with warnings.catch_warnings():
     def is_large(x): return len(x) > 2
     oom = torch.OutOfMemoryError('out of memory')
     def found(f=noop, names=None, accelerated='', both=False, **kwargs):
-        devices.accelerates = lambda device, amp_mode: amp_mode.value == accelerated
+        devices.autocast_is_fast = lambda device, amp_mode: amp_mode.value == accelerated
         learn = make()
         learn.model.insert(1, Second(f, both))
         known = trial.fp32_names

@@ -9,9 +9,9 @@ from fastcore.script import store_true
 
 from ..core.devices import elapsed_ms
 from ..core.glibc_malloc import keep_memory
-from ..core.memory_format import cast_tree
+from ..core.memory_format import convert_nested
 from ..find.selection import fastest
-from .common import Mistake, build, pick_device
+from .common import UsageError, build, pick_device
 from .models import PANEL, make_learner, versions
 from .reference_timing import interleaved, judge, judge_predictions
 from .report import print_report
@@ -26,7 +26,7 @@ def overhead(device, n=20) -> str:
     def _fit():
         learn.channels_last.before_fit()
         learn.channels_last.before_train()
-    work = dict(fit=_fit, batch=lambda: cast_tree(batch, {4}))
+    work = dict(fit=_fit, batch=lambda: convert_nested(batch, {4}))
     ms = interleaved({k: partial(elapsed_ms, device, f) for k, f in work.items()}, n)
     ms = {k: fastest(v) for k, v in ms.items()}
     return (f"before a fit of a ResNet-152 that is channels last already: {ms['fit']:.1f} ms; "
@@ -44,13 +44,13 @@ def main(
     report: store_true = False, # Training, predictions and format_summary, as Markdown to paste; can be resumed
 ):
     "Measure what format_find picks for a panel of models against an independent, longer measurement."
-    if num_it < 1: raise Mistake(f'--num-it {num_it}: must be above 0')
+    if num_it < 1: raise UsageError(f'--num-it {num_it}: must be above 0')
     device = pick_device(device)
     names = [o.strip() for o in models.split(',') if o.strip()] or list(PANEL)
     for n in names:
         if n in PANEL: continue
         try: build(n, 10, size or 64)  # a wrong name shows before anything is measured
-        except Mistake: raise
+        except UsageError: raise
         except Exception: pass  # its row will show that
     machine = versions(device) + (', `keep_memory()`' if keep_memory(False) else '')  # named where it works
     kinds = ['predictions'] if predict else ['training', 'predictions', 'format_summary']

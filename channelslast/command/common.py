@@ -9,7 +9,7 @@ from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, ImageDataLo
                                Resize, get_image_files, imagenet_stats)
 
 
-class Mistake(Exception):
+class UsageError(Exception):
     "The user's: printed in one line, exit status 2."
 
 
@@ -29,11 +29,11 @@ def folder(path, size, bs, device):
     path = Path(path)
     try:
         if not path.is_dir():
-            raise Mistake(f"--data {path}: no such folder; give one that holds a folder of images a class")
+            raise UsageError(f"--data {path}: no such folder; give one that holds a folder of images a class")
         classes = [o for o in path.iterdir() if o.is_dir() and get_image_files(o)]
-    except OSError as e: raise Mistake(f"--data {path}: can't be read ({e.strerror}); give a folder that you may read")
+    except OSError as e: raise UsageError(f"--data {path}: can't be read ({e.strerror}); give a folder that you may read")
     if len(classes) < 2:
-        raise Mistake(f"--data {path}: holds {len(classes)} folder(s) with images; it takes two or more, one a class")
+        raise UsageError(f"--data {path}: holds {len(classes)} folder(s) with images; it takes two or more, one a class")
     return ImageDataLoaders.from_folder(path, valid_pct=0.2, seed=42, item_tfms=Resize(size), bs=bs, device=device,
                                         num_workers=0, batch_tfms=Normalize.from_stats(*imagenet_stats))
 
@@ -49,7 +49,7 @@ def build(arch, n_classes, size):
     else:
         near = get_close_matches(arch, names + (timm.list_models() if timm else []), 3)
         more = '' if timm else '; for the names of timm, pip install timm'
-        raise Mistake(f"--arch {arch}: not known to torchvision{' or timm' if timm else ''}; "
+        raise UsageError(f"--arch {arch}: not known to torchvision{' or timm' if timm else ''}; "
                       + (f"did you mean {', '.join(near)}?" if near else 'try resnet18') + more)
     # transformers must be told the size, the Inceptions to give one output; others refuse such arguments
     for extra in dict(image_size=size), dict(input_size=(size, size)), dict(img_size=size), dict(aux_logits=False), {}:
@@ -59,7 +59,7 @@ def build(arch, n_classes, size):
 
 def unreadable(e):
     "What to say of an image that can't be opened."
-    return Mistake(f"--data: an image can't be read ({e}); remove it (fastai's verify_images finds them all)")
+    return UsageError(f"--data: an image can't be read ({e}); remove it (fastai's verify_images finds them all)")
 
 
 def check(make_dls, arch, size, bs):
@@ -67,25 +67,25 @@ def check(make_dls, arch, size, bs):
     dls = make_dls()
     if not len(dls.train):
         n = len(dls.train_ds)
-        raise Mistake(f"--bs {bs}: larger than the {n} training images; try --bs {max(n//8, 1)}")
-    if not len(dls.valid_ds): raise Mistake(f"--data: {len(dls.train_ds)} images are too few; it takes five or more")
+        raise UsageError(f"--bs {bs}: larger than the {n} training images; try --bs {max(n//8, 1)}")
+    if not len(dls.valid_ds): raise UsageError(f"--data: {len(dls.train_ds)} images are too few; it takes five or more")
     model = build(arch, dls.c, size)
     try: x, _ = dls.train.one_batch()
     except OSError as e: raise unreadable(e)
     try:
         with torch.no_grad(): out = model.to(x.device).eval()(x[:2])
     except Exception as e:
-        raise Mistake(f"--arch {arch}: does not take images of {size}×{size} ({str(e).splitlines()[0]}); "
+        raise UsageError(f"--arch {arch}: does not take images of {size}×{size} ({str(e).splitlines()[0]}); "
                       "try --size 224")
     if getattr(out, 'shape', None) != (len(x[:2]), dls.c):
-        raise Mistake(f"--arch {arch}: is no image classifier; try resnet18")
+        raise UsageError(f"--arch {arch}: is no image classifier; try resnet18")
 
 
 def pick_device(name):
-    "The asked device, or the fastest one there is; a `Mistake` if it isn't there."
+    "The asked device, or the fastest one there is; a `UsageError` if it isn't there."
     best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         device = torch.device(name or best)
         torch.zeros(1, device=device)
         return device
-    except Exception: raise Mistake(f"--device {name}: not on this machine; try --device {best}")
+    except Exception: raise UsageError(f"--device {name}: not on this machine; try --device {best}")

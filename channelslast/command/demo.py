@@ -10,11 +10,11 @@ from fastai.vision.all import AMPMode, Callback, CrossEntropyLossFlat, Learner, 
 from .. import less_random
 from ..core import devices
 from ..core.devices import synchronize
-from ..find.candidates import apply
+from ..find.candidates import apply_timing
 from ..find.results import BEST, LABELS, OTHER, bars, label
 from ..find.selection import TIE, fastest
-from ..find.train_benchmark import skipped
-from .common import Mistake, build, check, digits, folder, pick_device, unreadable
+from ..find.train_benchmark import step_was_skipped
+from .common import UsageError, build, check, digits, folder, pick_device, unreadable
 
 # the line that gives a format and precision; what is not here, `to_fastest` finds
 LINES = {('contiguous', 'fp16'): 'learn.to_channelslast().to_contiguous()',
@@ -34,7 +34,7 @@ class StepTimer(Callback):
     def before_batch(self): self.start = self._now()
     def after_batch(self):
         ms = (self._now() - self.start)*1e3
-        if not skipped(self.learn): self.ms.append(ms)
+        if not step_was_skipped(self.learn): self.ms.append(ms)
 
 
 def plain(learn) -> Learner:
@@ -56,12 +56,12 @@ def train(learn, epochs, lr):
 
 def precisions(device, amp_mode):
     "What `format_find` shall measure: all, or the one asked for."
-    fast = ['fp32', *(o.value for o in AMPMode if devices.accelerates(device, o))]
+    fast = ['fp32', *(o.value for o in AMPMode if devices.autocast_is_fast(device, o))]
     if amp_mode is None: return fast
     if amp_mode not in ('fp16', 'bf16', 'fp32'):
-        raise Mistake(f"--amp-mode {amp_mode}: not known; use fp16, bf16 or fp32")
+        raise UsageError(f"--amp-mode {amp_mode}: not known; use fp16, bf16 or fp32")
     if amp_mode not in fast:
-        raise Mistake(f"--amp-mode {amp_mode}: not fast on this {device.type}; use {' or '.join(fast)}")
+        raise UsageError(f"--amp-mode {amp_mode}: not fast on this {device.type}; use {' or '.join(fast)}")
     return [amp_mode]
 
 
@@ -99,12 +99,12 @@ def save_chart(rows, predictions, path):
 
 
 def check_save(path):
-    "A `Mistake` where no chart can be saved, before anything is measured."
+    "A `UsageError` where no chart can be saved, before anything is measured."
     from matplotlib.figure import Figure
     if not os.access(Path(path).parent, os.W_OK) or Path(path).is_dir():
-        raise Mistake(f'--save {path}: no such folder, or none to write to; try --save {Path(path).stem}.png')
+        raise UsageError(f'--save {path}: no such folder, or none to write to; try --save {Path(path).stem}.png')
     if Path(path).suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
-        raise Mistake(f'--save {path}: no kind of picture that can be drawn; try --save {Path(path).stem}.png')
+        raise UsageError(f'--save {path}: no kind of picture that can be drawn; try --save {Path(path).stem}.png')
 
 
 def main(
@@ -121,7 +121,7 @@ def main(
     """Find the fastest memory format and precision for an image classifier; train it contiguous in fp32, as fastai
     does, and in the fastest channels last; compare. `channelslast bench` measures a panel of models instead."""
     for k, v in dict(size=size, bs=bs, epochs=epochs, lr=lr).items():
-        if not v > 0: raise Mistake(f"--{k} {v}: must be above 0")
+        if not v > 0: raise UsageError(f"--{k} {v}: must be above 0")
     if save: check_save(save)
     device = pick_device(device)
     asked = precisions(device, amp_mode)
@@ -140,7 +140,7 @@ def main(
     for timing in to_train(timings):
         print(f'\nTraining {label(timing)}', flush=True)
         with less_random():
-            learn = apply(make_learn(), timing, timings.layers)
+            learn = apply_timing(make_learn(), timing, timings.layers)
             try: ms, right = train(learn, epochs, lr)
             except OSError as e: raise unreadable(e)
         rows.append(dict(timing=timing, ms=ms, accuracy=right))

@@ -16,7 +16,7 @@ from fastai.callback.fp16 import AMPMode
 from .. import less_random
 from ..core import devices
 from ..core.devices import elapsed_ms, free_memory
-from .common import Mistake
+from .common import UsageError
 from .models import make_learner
 from .reference_timing import judge, judge_predictions
 from .rows import columns, measure_row, plan, summary
@@ -35,12 +35,12 @@ def say(said):
 
 def judge_format(name, size, bs, device, num_it, busy=False) -> dict:
     "The verdict of `format_summary` on one model in channels last, in fp16 where the device is fast in it."
-    fp16 = devices.accelerates(device, AMPMode.FP16)
+    fp16 = devices.autocast_is_fast(device, AMPMode.FP16)
     with less_random(): found = make_learner(name, size, bs, device).to_channelslast(to_fp16=fp16).format_summary()
     return {'model': name, 'px': size, 'batch': bs, 'verdict': found.verdict}
 
 
-def forward_ms(name, size, bs, device) -> float: # None if it fails, which the model's row will show
+def forward_pass_ms(name, size, bs, device) -> float: # None if it fails, which the model's row will show
     "Milliseconds of a forward pass in contiguous fp32, after one to warm up: a measure of what a row takes."
     try:
         free_memory(device)
@@ -67,8 +67,8 @@ def seconds_left(todo, done, forward, halves) -> float:
     finished rows of the same kind give the factor; before the first one, a CPU's."""
     total = 0
     for kind in {row[0] for row in todo}:
-        known = [(o['seconds'], o['forward_ms']) for row, o in done.items()
-                 if row[0] == kind and o['forward_ms'] and 'error' not in o['row']]
+        known = [(o['seconds'], o['forward_pass_ms']) for row, o in done.items()
+                 if row[0] == kind and o['forward_pass_ms'] and 'error' not in o['row']]
         known = known or [(SECONDS[kind]*(1 + 1.5*halves), 1)]  # two candidates, and three more per half precision
         seconds, ms = map(sum, zip(*known))
         total += seconds/ms*sum(forward[row[1:]] or 0 for row in todo if row[0] == kind)
@@ -137,8 +137,8 @@ def measure_rows(
     busy: bool, # True: `format_find` runs next to a busy process
 ) -> str: # Why it ended early; empty if all of `todo` were measured
     "Measure rows, and say after each how long the others will take."
-    forward = {model: forward_ms(*model, device) for model in dict.fromkeys(row[1:] for row in todo)}
-    halves = sum(devices.accelerates(device, o) for o in AMPMode)
+    forward = {model: forward_pass_ms(*model, device) for model in dict.fromkeys(row[1:] for row in todo)}
+    halves = sum(devices.autocast_is_fast(device, o) for o in AMPMode)
     def _left(rows): return f'about {duration(seconds_left(rows, records, forward, halves))}'
     if todo: say(f'{len(todo)} rows: {_left(todo)} on an idle machine, a first guess that the first model corrects')
     measures = dict(training=judge, predictions=judge_predictions, format_summary=judge_format)
@@ -146,7 +146,7 @@ def measure_rows(
         start = time.perf_counter()
         result = measure_row(measures[row[0]], *row[1:], device, num_it, busy)
         seconds = time.perf_counter() - start
-        records[row] = dict(row=result, seconds=seconds, forward_ms=forward[row[1:]])
+        records[row] = dict(row=result, seconds=seconds, forward_pass_ms=forward[row[1:]])
         save(row, records[row])
         said = f'; {_left(todo[i:])} more on an idle machine' if todo[i:] else ''
         say(f"{i} of {len(todo)}: {row_name(row)}: {result.get('error') or duration(seconds)}{said}")
@@ -165,7 +165,7 @@ def print_report(
 ):
     "Measure all rows that `path` does not hold. The report goes to standard output, progress to standard error."
     try: path.open('a').close()
-    except OSError as e: raise Mistake(f"--report: {path} can't be written ({e.strerror}); run it in another folder")
+    except OSError as e: raise UsageError(f"--report: {path} can't be written ({e.strerror}); run it in another folder")
     machine = f"channelslast {version('channelslast')}, torchvision {torchvision.__version__}; {machine}"
     def _key(row): return machine, str(device), num_it, busy, *row
     rows, saved = plan(kinds, names, size, bs, device), load_records(path)

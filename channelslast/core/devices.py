@@ -13,7 +13,7 @@ from fastai.torch_core import default_device
 from fastcore.basics import noop
 from torch import nn
 
-__all__ = ['model_device', 'fit_device', 'unwrapped', 'accelerates', 'weakness', 'fp32_setting',
+__all__ = ['model_device', 'fit_device', 'unwrap_model', 'autocast_is_fast', 'known_problem', 'fp32_setting',
            'fp32_precision', 'is_out_of_memory', 'free_memory', 'synchronize', 'elapsed_ms']
 
 
@@ -36,7 +36,7 @@ def fit_device(learn) -> torch.device:
     return model_device(learn.model) if learn.dls.device is None else torch.device(learn.dls.device)
 
 
-def unwrapped(model) -> nn.Module:
+def unwrap_model(model) -> nn.Module:
     "The user's own module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`."
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
@@ -44,7 +44,7 @@ def unwrapped(model) -> nn.Module:
         else: return model
 
 
-def accelerates(
+def autocast_is_fast(
     device, # A `torch.device` or its name: `'cpu'`, `'cuda:1'`, `'mps'`, …
     amp_mode: AMPMode,
 ) -> bool:
@@ -92,7 +92,7 @@ def _emulates_bf16() -> bool:
     return _has('avx512') and not _has('avx512_bf16') and not _has('amx_tile')
 
 
-def weakness(device: torch.device) -> str: # `''` where there is none
+def known_problem(device: torch.device) -> str: # `''` where there is none
     """A sentence on why channels last is wrong or slow on this device with the installed PyTorch, and on the remedy.
 
     MPS: PyTorch issues 175189 (batch norm; the fix is in 2.14's wheels) and 193349 (convolutions; in 2.15's)."""

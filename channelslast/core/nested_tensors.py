@@ -9,7 +9,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-__all__ = ['leaves', 'tensors_of', 'map_tensors', 'half_of']
+__all__ = ['leaves_of', 'tensors_of', 'map_tensors', 'first_half']
 
 SEQUENCES = tuple, list, deque
 OPAQUE = Tensor, str, bytes, type, ModuleType
@@ -29,7 +29,7 @@ def _attributes(x) -> dict:
 
 # no closures that call themselves: such a cycle would keep tensors alive until the garbage collector runs
 
-def leaves(x) -> list:
+def leaves_of(x) -> list:
     "All that is no container in `x`, tensors and others, in order. An object that occurs twice is walked once."
     _walk(x, found := [], set())
     return found
@@ -45,7 +45,7 @@ def _walk(x, found, seen):
 
 def tensors_of(x) -> list:
     "The tensors in `x`, in order."
-    return [t for t in leaves(x) if isinstance(t, Tensor)]
+    return [t for t in leaves_of(x) if isinstance(t, Tensor)]
 
 
 def map_tensors(
@@ -71,7 +71,7 @@ def _mapped(f, x, known):
     new_items, new_attributes = ({k: v for k, v in new.items() if v is not old[k]}
                                  for new, old in zip((items, attributes), parts))
     if not new_items and not new_attributes: return x
-    if isinstance(x, tuple): new = _tuple(x, items.values())
+    if isinstance(x, tuple): new = _rebuild_tuple(x, items.values())
     else:
         new = copy(x)
         for k, v in new_items.items(): new[k] = v
@@ -79,7 +79,7 @@ def _mapped(f, x, known):
     return new
 
 
-def _tuple(x, items):
+def _rebuild_tuple(x, items):
     "A tuple of the type of `x`, whatever arguments the type takes."
     try: new = tuple.__new__(type(x), items)
     except TypeError: return type(x)(items)  # `torch.return_types`
@@ -87,7 +87,7 @@ def _tuple(x, items):
     return new
 
 
-def half_of(
+def first_half(
     batch, # Tensors, nested as you like; or a tuple of lists, as detectors take them
     bs, # Number of its items
 ):

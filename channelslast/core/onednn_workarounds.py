@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-__all__ = ['overruns', 'unstrided', 'is_padded', 'misreads', 'padded', 'cropped', 'safely']
+__all__ = ['hits_onednn_6035', 'slice_first', 'pads_in_kernel', 'misreads_padding', 'pad_first', 'crop_last', 'safe_forward']
 
 BLOCK = 16  # channels that oneDNN's kernel takes at a time: 16 with AVX-512, 8 with AVX2
 
 
-def overruns(m: nn.Module) -> bool:
+def hits_onednn_6035(m: nn.Module) -> bool:
     """True if this layer's backward pass in channels last, on a CPU, writes past its memory.
 
     oneDNN's gradient of a 1×1 convolution's weights does, with a stride, without padding and with fewer input channels
@@ -20,7 +20,7 @@ def overruns(m: nn.Module) -> bool:
             and set(m.kernel_size) == {1} and max(m.stride) > 1 and m.padding in ('valid', (0, 0)))
 
 
-def unstrided(m: nn.Conv2d, forward):
+def slice_first(m: nn.Conv2d, forward):
     "`forward` of a 1×1 convolution without stride, on a slice of the input: the same result, by a safe kernel."
     def _forward(x, *args, **kwargs):
         h, w = stride = m.stride
@@ -30,9 +30,9 @@ def unstrided(m: nn.Conv2d, forward):
     return _forward
 
 
-def is_padded(m: nn.Module) -> bool:
+def pads_in_kernel(m: nn.Module) -> bool:
     "True if this layer pads its input (or crops its output, if transposed) in a kernel for CPUs with AVX-512."
-    return (isinstance(m, nn.modules.conv._ConvNd) and _has_tuples(m) and m.padding_mode == 'zeros' and any(_sides(m))
+    return (isinstance(m, nn.modules.conv._ConvNd) and _has_tuples(m) and m.padding_mode == 'zeros' and any(_zeros_per_side(m))
             and torch.cpu._is_avx512_supported())
 
 
@@ -41,13 +41,13 @@ def _has_tuples(m) -> bool:
     return all(isinstance(o, tuple) for o in (m.kernel_size, m.stride)) and isinstance(m.padding, (tuple, str))
 
 
-def _sides(m) -> list:
+def _zeros_per_side(m) -> list:
     "Zeros that a convolution adds, as `torch.nn.functional.pad` takes them: from the last dimension, before and after."
     if m.padding == 'same': return m._reversed_padding_repeated_twice
     return [] if m.padding == 'valid' else [p for p in reversed(m.padding) for _ in range(2)]
 
 
-def misreads(
+def misreads_padding(
     kernel, stride, padding, size, # Of each spatial dimension; `padding` before it, `size` of the input
     half:bool, # In bf16 or fp16?
 ) -> bool:
@@ -68,9 +68,9 @@ def misreads(
     return n == 3 and 1 < s[0] < p[0] and i[0] < k[0] + s[0]
 
 
-def _needs_help(m, x, size) -> bool:
+def _is_misread(m, x, size) -> bool:
     half = torch.is_autocast_enabled('cpu') or x.dtype in (torch.bfloat16, torch.float16)
-    return x.device.type == 'cpu' and misreads(m.kernel_size, m.stride, _sides(m)[::-2], size, half)
+    return x.device.type == 'cpu' and misreads_padding(m.kernel_size, m.stride, _zeros_per_side(m)[::-2], size, half)
 
 
 @contextmanager
@@ -80,30 +80,30 @@ def _unpadded(m):
     finally: m.padding = padding
 
 
-def padded(m, forward):
-    "`forward` of a convolution that gets its zeros from `torch.nn.functional.pad` where its kernel `misreads`."
+def pad_first(m, forward):
+    "`forward` of a convolution that gets its zeros from `torch.nn.functional.pad` where its kernel `misreads_padding`."
     def _forward(x, *args, **kwargs):
-        if not _needs_help(m, x, x.shape[-len(m.kernel_size):]): return forward(x, *args, **kwargs)
-        zeros = pad(x, _sides(m))
+        if not _is_misread(m, x, x.shape[-len(m.kernel_size):]): return forward(x, *args, **kwargs)
+        zeros = pad(x, _zeros_per_side(m))
         with _unpadded(m): return forward(zeros, *args, **kwargs)
     return _forward
 
 
-def cropped(m, forward):
-    """`forward` of a transposed convolution whose output is cropped by a slice where its kernel `misreads`: the
+def crop_last(m, forward):
+    """`forward` of a transposed convolution whose output is cropped by a slice where its kernel `misreads_padding`: the
     gradient of its weights is that of a convolution from its output to its input."""
     def _forward(x, output_size=None):
         n = len(m.kernel_size)
         each = zip(x.shape[-n:], m.stride, m.padding, m.dilation, m.kernel_size, m.output_padding)
         size = output_size[-n:] if output_size else [(i - 1)*s - 2*p + d*(k - 1) + o + 1 for i, s, p, d, k, o in each]
-        if not _needs_help(m, x, size): return forward(x, output_size)
-        sides = _sides(m)
+        if not _is_misread(m, x, size): return forward(x, output_size)
+        sides = _zeros_per_side(m)
         if output_size: output_size = [o + 2*p for o, p in zip(size, m.padding)]
         with _unpadded(m): out = forward(x, output_size)
         return pad(out, [-q for q in sides])
     return _forward
 
 
-def safely(m, forward):
-    "`forward` by kernels that are right, for a layer that `overruns` or `is_padded`."
-    return (unstrided if overruns(m) else cropped if m.transposed else padded)(m, forward)
+def safe_forward(m, forward):
+    "`forward` by kernels that are right, for a layer that `hits_onednn_6035` or `pads_in_kernel`."
+    return (slice_first if hits_onednn_6035(m) else crop_last if m.transposed else pad_first)(m, forward)

@@ -2,10 +2,10 @@
 import copyreg
 from copy import deepcopy
 
-__all__ = ['pickled_as']
+__all__ = ['pickle_as']
 
 
-def pickled_as(base):
+def pickle_as(base):
     """Class decorator: instances pickle as `base`, fastai's own class, so that an exported Learner loads where this
     library is not installed. Copies keep their class."""
     def _decorate(cls):

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from fastai.torch_core import set_seed
 
-__all__ = ['keep_random_states', 'less_random']
+__all__ = ['restore_random_states', 'less_random']
 
 
 @contextmanager
-def keep_random_states():
+def restore_random_states():
     """Restore the states of `random`, NumPy and PyTorch (all devices) and cuDNN's flags on leaving, however that
     happens.
 
@@ -45,7 +45,7 @@ def less_random(
     are reported to fail (what the flags do: https://docs.pytorch.org/docs/stable/notes/randomness.html). Some kernels,
     in CUDA mostly, add in any order; with those, losses agree to rounding only, unless you pass
     `deterministic=True`."""
-    with keep_random_states():
+    with restore_random_states():
         set_seed(seed)
         if deterministic is not None: torch.backends.cudnn.deterministic = deterministic
         if benchmark is not None: torch.backends.cudnn.benchmark = benchmark

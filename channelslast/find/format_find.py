@@ -12,15 +12,15 @@ from fastprogress.fastprogress import progress_bar
 from ..core import devices
 from ..core.autocast import DTYPES
 from ..core.devices import fit_device, free_memory
-from ..core.distributed import rank0s
-from ..learner.fused_optimizer import fused_line
+from ..core.distributed import broadcast_from_rank0
+from ..learner.fused_optimizer import fused_argument
 from ..learner.mixed_precision import check_scaler
-from ..learner.preserve_learner import check_model, untouched
-from .candidates import FORMATS, PRECISIONS, Candidate, apply, current
-from .predict_benchmark import LOOK, PredictionTrial
+from ..learner.preserve_learner import check_model, preserve_learner
+from .candidates import FORMATS, PRECISIONS, Candidate, apply_timing, current_setting
+from .predict_benchmark import ROUNDS_UNFOLDED, PredictBenchmark
 from .results import FormatTimings, label
 from .selection import TIE, fastest
-from .train_benchmark import Trial, load_batches
+from .train_benchmark import TrainBenchmark, load_batches
 
 __all__ = []
 
@@ -81,7 +81,7 @@ def _asked(name, asked, possible) -> list:
 
 def _pairs(device, formats, precisions) -> list:
     "The formats and precisions to measure: contiguous fp32, the baseline, always and first."
-    fast = [p for p in PRECISIONS if p == 'fp32' or devices.accelerates(device, AMPMode(p))]
+    fast = [p for p in PRECISIONS if p == 'fp32' or devices.autocast_is_fast(device, AMPMode(p))]
     precisions, formats = _asked('precisions', precisions, fast), _asked('formats', formats, FORMATS)
     asked = [(f, p) for f in FORMATS for p in PRECISIONS if f in formats and p in precisions]
     return list(dict.fromkeys([('contiguous', 'fp32'), *asked]))
@@ -161,37 +161,37 @@ def format_find(self:Learner,
         raise ValueError(f'num_it={num_it!r}: use a whole number from 1')
     _check(self, train)
     loader = _loader(self, train, dl)
-    pairs, has = rank0s(_pairs(fit_device(self), formats, precisions)), current(self)
-    candidates, advice = [Candidate(f, p, kwargs) for f, p in pairs], fused_line(self) if train else None
+    pairs, incumbent = broadcast_from_rank0(_pairs(fit_device(self), formats, precisions)), current_setting(self)
+    candidates, advice = [Candidate(f, p, kwargs) for f, p in pairs], fused_argument(self) if train else None
     tuned = [p for f, p in pairs if layers and f == 'channels_last' and p != 'fp32']
     n = len(pairs) + len(tuned)
-    steps = n*(1 + rounds) if train else n*(2*(1 + rounds) + LOOK)  # as they are, and folded
+    steps = n*(1 + rounds) if train else n*(2*(1 + rounds) + ROUNDS_UNFOLDED)  # as they are, and folded
     bar = progress_bar(range(steps), leave=False) if hasattr(self, 'progress') else None  # `no_bar` takes it away
-    tick = (lambda i: bar.update(min(i, steps))) if bar else noop
-    tick(0)
+    on_step = (lambda i: bar.update(min(i, steps))) if bar else noop
+    on_step(0)
     bs = getattr(loader, 'bs', None) or getattr(loader, 'batch_size', None)
-    with untouched(self, STEP_CALLBACKS if train else (), eager=False, loader=loader) as originals:
+    with preserve_learner(self, STEP_CALLBACKS if train else (), eager=False, loader=loader) as originals:
         def _set_up():
             batches, loader_ms = _batches(self, loader, train)
             if train and self.opt is None: self.create_opt()
             if train: self.opt.set_hypers(lr=0.) # weights stay, so that every candidate steps on the same ones
             self.n_iter = steps
-            return (Trial if train else PredictionTrial)(self, candidates, batches, originals, tick, bs), loader_ms
+            return (TrainBenchmark if train else PredictBenchmark)(self, candidates, batches, originals, on_step, bs), loader_ms
         with torch.set_grad_enabled(train):
-            trial, loader_ms = candidates[0].attempt(self, _set_up)
+            trial, loader_ms = candidates[0].run_or_eliminate(self, _set_up)
             frozen = _frozen(self.opt) if train else None
             trial.warm_up(candidates)
-            layer_rows = trial.tune(kwargs) if layers else []
+            layer_rows = trial.add_mixed_precisions(kwargs) if layers else []
             trial.check_numbers()
             if train: trial.time_optimizer()
             else: trial.add_folded(kwargs)
-            decision = trial.run(rounds, has if not train else (*has[:2], False), more)
+            decision = trial.run(rounds, incumbent if not train else (*incumbent[:2], False), more)
     result = _result(candidates, decision, loader_ms=loader_ms, layers=layer_rows,
                      optimizer_ms=trial.optimizer_ms, advice=advice, train=train, frozen=frozen,
                      notes=_notes(self, bs, trial.bs))
     del trial, candidates, decision, originals, _set_up  # which hold batches and folded weights
     free_memory(fit_device(self))
-    result.__dict__.update(rank0s(vars(result)))
+    result.__dict__.update(broadcast_from_rank0(vars(result)))
     if bar: bar.on_iter_end()
     if show_plot: result.plot()
     return result
@@ -217,7 +217,7 @@ def to_fastest(self:Learner, *,
     timings = self.format_find(show_plot=show_plot, **kwargs)
     own = 'precisions', 'formats', 'num_it', 'layers', 'train', 'dl'
     scaler = {k: v for k, v in kwargs.items() if k not in own}
-    apply(self, timings.best, timings.layers, **scaler)
+    apply_timing(self, timings.best, timings.layers, **scaler)
     self.format_timings = timings
     what = 'Training' if timings.train else 'Predictions'
     said = f'{what} in {label(timings.best)}: {timings.best.speedup:.2f}× contiguous fp32'

@@ -7,10 +7,10 @@ from torch import nn
 
 from ..core.autocast import fp32_forward
 from ..core.devices import elapsed_ms
-from ..core.onednn_workarounds import is_padded, overruns, safely
+from ..core.onednn_workarounds import hits_onednn_6035, pads_in_kernel, safe_forward
 from .selection import fastest
 
-__all__ = ['LayerTiming', 'record_inputs', 'signature', 'time_layers', 'fp32_names']
+__all__ = ['LayerTiming', 'record_inputs', 'layer_key', 'time_layers', 'fp32_names']
 
 KINDS = nn.modules.conv._ConvNd, nn.Linear  # what autocast runs in half; transposed convolutions are among the first
 MARGIN, WARM_UP, ROUNDS, PASSES = 0.9, 1, 4, 10  # fp32 has to take less than this part of the time in half
@@ -41,7 +41,7 @@ def record_inputs(model: nn.Module, run) -> dict:
     return seen
 
 
-def signature(m, x) -> tuple:
+def layer_key(m, x) -> tuple:
     "Layers that agree in this take the same time."
     conv = (getattr(m, o, None) for o in ('stride', 'padding', 'dilation', 'groups', 'output_padding', 'padding_mode'))
     return type(m), x, m.weight.shape, m.weight.requires_grad, m.bias is not None, *conv
@@ -50,7 +50,7 @@ def signature(m, x) -> tuple:
 def layer_ms(m, x, device, half, in_fp32) -> float:
     """Milliseconds of one forward and backward pass of a layer inside autocast, or outside it with the casts that this
     needs. On a GPU the mean of several passes: one is computed while the next one is launched."""
-    forward = safely(m, m.forward) if device.type == 'cpu' and (overruns(m) or is_padded(m)) else m.forward
+    forward = safe_forward(m, m.forward) if device.type == 'cpu' and (hits_onednn_6035(m) or pads_in_kernel(m)) else m.forward
     if in_fp32: forward = fp32_forward(forward, device.type, half)
     def _pass():
         with torch.autocast(device.type, half): out = forward(x)
@@ -71,7 +71,7 @@ def time_layers(
     names, groups = {m: n for n, m in model.named_modules()}, defaultdict(list)
     for m, xs in inputs.items():
         # a shared layer of several shapes has no one answer
-        if len(set(xs)) == 1: groups[signature(m, xs[0])].append(m)
+        if len(set(xs)) == 1: groups[layer_key(m, xs[0])].append(m)
     xs, runs = {}, defaultdict(list)
     for _ in range(WARM_UP + ROUNDS):  # layer after layer: a burst of other work spoils one round of many layers
         for key, (m, *_) in groups.items():

@@ -9,25 +9,25 @@ from fastai.callback.core import Callback, CancelBatchException
 from fastai.torch_core import set_seed
 from torch import nn
 
-from ..core.compare import difference, nudge, numbers_of
+from ..core.compare import numbers_of, perturb, relative_error
 from ..core.devices import fit_device, fp32_precision
-from ..core.distributed import everyones
+from ..core.distributed import gather_from_ranks
 from ..core.nested_tensors import map_tensors, tensors_of
-from ..core.random_state import keep_random_states
-from ..core.undo import keep_dict
-from ..learner.step_callbacks import takes_part
-from .candidates import Out
+from ..core.random_state import restore_random_states
+from ..core.undo import restore_dict
+from ..learner.step_callbacks import is_part_of_step
+from .candidates import Eliminated
 from .step_replay import Record, Replay
 
-__all__ = ['TOLERANCE', 'PREDICTIONS', 'stop_before_step', 'not_finite', 'check_numbers', 'check_predictions']
+__all__ = ['TOLERANCE', 'PREDICTION_TOLERANCE', 'stop_before_step', 'not_finite', 'check_numbers', 'check_predictions']
 
 # Relative differences from fp32 that rounding explains: of the loss, of an operation's result, of a weight's gradient,
 # of a vector's (biases, norms). Vectors' gradients are sums over all pixels: in bf16 one in Swin3D differed by 0.6.
 TOLERANCE = dict(fp32=(1e-3, 1e-2, 5e-2, 5e-2), fp16=(2e-2, 1e-2, 5e-2, 0.2), bf16=(5e-2, 2e-2, 0.12, 0.8))
 ROUNDING = dict(fp32=2**-18, fp16=2**-11, bf16=2**-8)  # a sum's in fp32
-EXPLAINED = 3  # times the difference that such rounding errors make
+ROUNDING_FACTOR = 3  # times the difference that such rounding errors make
 
-PREDICTIONS = dict(fp32=1e-3, fp16=2e-2, bf16=1e-1)  # relative differences of all outputs
+PREDICTION_TOLERANCE = dict(fp32=1e-3, fp16=2e-2, bf16=1e-1)  # relative differences of all outputs
 
 
 class StopBeforeStep(Callback):
@@ -111,7 +111,7 @@ def _loss_and_grads(learn, batch, stop, make_mode) -> tuple: # Loss, gradients, 
 def _no_graphs_kept(model):
     "Restore modules that keep results with their graph, as LeViT does in eval mode: the next backward pass would fail."
     kept = [(vars(m), ExitStack()) for m in model.modules()]
-    for own, undo in kept: keep_dict(undo, own)
+    for own, undo in kept: restore_dict(undo, own)
     yield
     for own, undo in kept:
         if any(t.grad_fn is not None for t in tensors_of([*own.values()])): undo.close()
@@ -130,12 +130,12 @@ class Comparison:
     "One step of contiguous fp32, and candidates' steps on the same batch. Nothing here communicates with other ranks."
     def __init__(self, learn, baseline, cbs, batch):
         self.learn, self.baseline, self.batch, self.stop = learn, baseline, batch, stop_before_step(learn)
-        self.cbs = [self.stop, *filter(takes_part, cbs)]
+        self.cbs = [self.stop, *filter(is_part_of_step, cbs)]
         self.params = dict(learn.model.named_parameters())
         self.computed = fp32_precision(fit_device(learn))
 
     def step(self, c, make_mode) -> tuple: # Loss, gradients, the mode
-        c.switch(self.learn, self.cbs)
+        c.activate(self.learn, self.cbs)
         return _loss_and_grads(self.learn, self.batch, self.stop, make_mode)
 
     def set_up(self) -> bool: # True if the step had to be one in training mode
@@ -149,7 +149,7 @@ class Comparison:
             else:
                 if training or any(g is not None for g in grads): break
         self.reference = [g if g is None else g.cpu() for g in grads]  # device memory is for the steps
-        self.known, self.norm = failing_metrics(self.learn), _norm(g for g in self.reference if g is not None)
+        self.known, self.norm = metric_errors(self.learn), _norm(g for g in self.reference if g is not None)
         return training
 
     def look(self, c) -> tuple: # What `explain` needs
@@ -164,11 +164,11 @@ class Comparison:
         c.grad_diff = _norm(a - b.to(a.device) for a, b in pairs)/(self.norm or 1)
         name = '' if math.isfinite(loss) else 'loss'
         if name := name or (f'gradient of {n}' if (n := not_finite(zip(self.params, grads))) else ''):
-            raise Out(f'{name} is not finite')
-        if note := failing_metric(self.learn, self.known): raise Out(note)
+            raise Eliminated(f'{name} is not finite')
+        if note := new_metric_error(self.learn, self.known): raise Eliminated(note)
         replayed, wrong = self.replay(c, record)
-        if not c.loss_diff <= TOLERANCE[self.precision(c)][0]: raise Out('numbers differ from contiguous fp32 (loss)')
-        if wrong: raise Out(f'numbers differ from contiguous fp32 (result of {wrong[0]})')
+        if not c.loss_diff <= TOLERANCE[self.precision(c)][0]: raise Eliminated('numbers differ from contiguous fp32 (loss)')
+        if wrong: raise Eliminated(f'numbers differ from contiguous fp32 (result of {wrong[0]})')
         return record, replayed, _errors(grads, replayed)
 
     def unexplained(self, c, errors) -> list:
@@ -180,40 +180,40 @@ class Comparison:
         "Repeat the replay with rounding errors. A candidate is out if these do not explain its gradients either."
         by = dict(zip(self.params, _errors(self.replay(c, record, rounded=True)[0], replayed)))
         for n, e in self.unexplained(c, errors):
-            if not e <= EXPLAINED*by[n]: raise Out(f'numbers differ from contiguous fp32 (gradient of {n})')
+            if not e <= ROUNDING_FACTOR*by[n]: raise Eliminated(f'numbers differ from contiguous fp32 (gradient of {n})')
 
     def replay(self, c, record, rounded=False) -> tuple: # Gradients of contiguous fp32; products that differ
         precision = self.precision(c)
         generator = torch.Generator(fit_device(self.learn)).manual_seed(0)  # the step's own random numbers stay
-        _round = partial(nudge, eps=ROUNDING[precision], generator=generator)
+        _round = partial(perturb, eps=ROUNDING[precision], generator=generator)
         def _mode(model):
-            return Replay(model, record, self.counts, _round, TOLERANCE[precision][1], EXPLAINED, rounded)
+            return Replay(model, record, self.counts, _round, TOLERANCE[precision][1], ROUNDING_FACTOR, rounded)
         _, grads, mode = self.step(self.baseline, _mode)
         return grads, mode.wrong
 
-    def precision(self, c) -> str: return self.computed if c.half == 'fp32' else c.half
+    def precision(self, c) -> str: return self.computed if c.base_precision == 'fp32' else c.base_precision
 
 
 def check_numbers(
-    learn, # Inside `untouched`
+    learn, # Inside `preserve_learner`
     candidates, # `Candidate`s, contiguous fp32 first
     cbs, # Of the Learner, without format and precision
     batch,
-    heal, # Restores weights, buffers and optimizer state
+    restore_values, # Restores weights, buffers and optimizer state
 ):
     """Fill `loss_diff` and `grad_diff`, and drop candidates whose numbers differ from contiguous fp32's by more than
     rounding explains, or with which a metric fails."""
     modes = [(m, m.training, m.dropout if isinstance(m, nn.RNNBase) else None) for m in learn.model.modules()]
     baseline, beside = candidates[0], Comparison(learn, candidates[0], cbs, batch)
-    training = baseline.attempt(learn, beside.set_up)
+    training = baseline.run_or_eliminate(learn, beside.set_up)
     baseline.loss_diff = baseline.grad_diff = 0.
     for c in candidates[1:]:
-        if not c.running or (found := c.attempt(learn, partial(beside.look, c))) is None: continue
+        if not c.running or (found := c.run_or_eliminate(learn, partial(beside.look, c))) is None: continue
         # all ranks run the same number of passes, since a model may communicate in them
-        if any(everyones(bool(beside.unexplained(c, found[-1])))): c.attempt(learn, partial(beside.explain, c, *found))
+        if any(gather_from_ranks(bool(beside.unexplained(c, found[-1])))): c.run_or_eliminate(learn, partial(beside.explain, c, *found))
         found = None  # the pass and the gradients that it holds, before the next ones are made
     learn.model.zero_grad(set_to_none=True)
-    if training: heal()
+    if training: restore_values()
     for m, was, dropout in modes:
         m.training = was
         if dropout is not None: m.dropout = dropout
@@ -221,24 +221,24 @@ def check_numbers(
 
 # metrics
 
-def failing_metrics(learn) -> dict: # Errors by place
+def metric_errors(learn) -> dict: # Errors by place
     "The Learner's metrics that fail on what it just predicted; their state stays."
     errors = {}
     pred, loss = learn.pred, learn.loss
-    with ExitStack() as undo, keep_random_states(), torch.no_grad(), warnings.catch_warnings():
+    with ExitStack() as undo, restore_random_states(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         learn.pred, learn.loss = map_tensors(torch.Tensor.detach, (pred, loss))
         for i, m in enumerate(learn.metrics if len(learn.yb) else ()):
-            keep_dict(undo, vars(m))
+            restore_dict(undo, vars(m))
             try: m.reset(); m.accumulate(learn); m.value
             except Exception as e: errors[i] = e
     learn.pred, learn.loss = pred, loss
     return errors
 
 
-def failing_metric(learn, known) -> str: # `''` where there is none
+def new_metric_error(learn, known) -> str: # `''` where there is none
     "The first metric that fails here, but not in contiguous fp32, and its error."
-    for i, e in failing_metrics(learn).items():
+    for i, e in metric_errors(learn).items():
         if i not in known: return f'metric {learn.metrics[i].name} fails: {type(e).__name__}: {str(e).strip()[:100]}'
     return ''
 
@@ -252,26 +252,26 @@ def _outputs(learn, batch):
 
 
 def check_predictions(
-    learn, # Inside `untouched`, evaluating
+    learn, # Inside `preserve_learner`, evaluating
     candidates, # `Candidate`s
     cbs, # Of the Learner, without format and precision
     batch,
     truth=None, # Outputs and failing metrics of contiguous fp32; None: the first candidate is that one
 ): # The same
     "Fill `pred_diff`, and drop candidates whose outputs differ by more than rounding explains, or can't be compared."
-    cbs, computed = [*filter(takes_part, cbs)], fp32_precision(fit_device(learn))
+    cbs, computed = [*filter(is_part_of_step, cbs)], fp32_precision(fit_device(learn))
     def _look(c):
-        c.switch(learn, cbs)
+        c.activate(learn, cbs)
         if c.folded: learn.one_batch(0, batch)
         found = _outputs(learn, batch)
-        if c.baseline: return found, failing_metrics(learn)
-        c.pred_diff = difference(found, truth[0])
-        if not numbers_of(truth[0]): raise Out("outputs hold no numbers: they can't be compared with contiguous fp32")
-        if not c.pred_diff <= PREDICTIONS[computed if c.half == 'fp32' else c.half]:
-            raise Out('numbers differ from contiguous fp32')
-        if note := failing_metric(learn, truth[1]): raise Out(note)
+        if c.baseline: return found, metric_errors(learn)
+        c.pred_diff = relative_error(found, truth[0])
+        if not numbers_of(truth[0]): raise Eliminated("outputs hold no numbers: they can't be compared with contiguous fp32")
+        if not c.pred_diff <= PREDICTION_TOLERANCE[computed if c.base_precision == 'fp32' else c.base_precision]:
+            raise Eliminated('numbers differ from contiguous fp32')
+        if note := new_metric_error(learn, truth[1]): raise Eliminated(note)
     for c in candidates:
         if not c.running: continue
-        if c.baseline: c.pred_diff, truth = 0., c.attempt(learn, partial(_look, c))
-        else: c.attempt(learn, partial(_look, c))
+        if c.baseline: c.pred_diff, truth = 0., c.run_or_eliminate(learn, partial(_look, c))
+        else: c.run_or_eliminate(learn, partial(_look, c))
     return truth

@@ -8,17 +8,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ['TIE', 'LOOK', 'FAR', 'Decision', 'fastest', 'doubt', 'ahead', 'early', 'beaten', 'decide', 'enough']
+__all__ = ['TIE', 'MIN_ROUNDS', 'FAR_FACTOR', 'Decision', 'fastest', 'uncertainty', 'wins_sign_test', 'too_early', 'eliminated', 'decide', 'should_stop']
 
 TIE = 0.02  # times this near are the same
 # after so many rounds, or milliseconds, a gain below this is not worth the search; after twice as many, twice it
-NEAR, PATIENCE, LONG = 0.05, 6, 10_000
-LOOK = 3  # rounds before anything is decided, but for
-HOPELESS = 5  # times the fastest
-PHASE = 500  # milliseconds that a slow phase may last
-FAR = 1.5  # times the fastest: worth a word
-CHANCE = 0.025  # that a lead, round for round, means nothing
-HOME = 1/5  # of its doubt in favour of what the user has: to stay by mistake costs as much as to leave
+SMALL_GAIN, PATIENCE_ROUNDS, PATIENCE_MS = 0.05, 6, 10_000
+MIN_ROUNDS = 3  # rounds before anything is decided, but for
+HOPELESS_FACTOR = 5  # times the fastest
+MIN_TOTAL_MS = 500  # milliseconds that a slow phase may last
+FAR_FACTOR = 1.5  # times the fastest: worth a word
+SIGN_TEST_ALPHA = 0.025  # that a lead, round for round, means nothing
+INCUMBENT_BONUS = 1/5  # of its doubt in favour of what the user has: to stay by mistake costs as much as to leave
 
 
 def fastest(ms: list) -> float:
@@ -26,7 +26,7 @@ def fastest(ms: list) -> float:
     return min(ms)
 
 
-def doubt(
+def uncertainty(
     ms: list, # Milliseconds of one candidate's steps
 ) -> float: # A fraction of the fastest
     """How far below the fastest step seen an undisturbed one may still lie.
@@ -39,12 +39,12 @@ def doubt(
     return min((more[:2][-1]/first - 1) * (1 + 2/(n - 2) if n > 2 else 6), 0.9)
 
 
-def least(ms: list) -> float:
+def lower_bound(ms: list) -> float:
     "What an undisturbed step takes at the least."
-    return fastest(ms)*(1 - doubt(ms))
+    return fastest(ms)*(1 - uncertainty(ms))
 
 
-def ahead(
+def wins_sign_test(
     a: list, b: list, # Milliseconds of two candidates' steps, round by round to the last
 ) -> bool:
     """Was `a` the faster one in more of the rounds that both ran in than chance explains?
@@ -52,17 +52,17 @@ def ahead(
     A machine's slow phases slow a whole round, so who leads it says something where no two steps agree (sign test)."""
     rounds = list(zip(a[::-1], b[::-1]))
     n, won = len(rounds), sum(x < y for x, y in rounds)
-    return sum(math.comb(n, k) for k in range(won, n + 1)) <= CHANCE*2**n
+    return sum(math.comb(n, k) for k in range(won, n + 1)) <= SIGN_TEST_ALPHA*2**n
 
 
-def early(
+def too_early(
     times: dict, # Milliseconds of the steps of each candidate in the race
 ) -> bool:
     "Is it too early to judge? What one slow phase may hold whole may agree, and be slow all the same."
-    return sum(map(sum, times.values())) < PHASE
+    return sum(map(sum, times.values())) < MIN_TOTAL_MS
 
 
-def beaten(
+def eliminated(
     times: dict, # Milliseconds of the steps of each candidate in the race
 ) -> list: # Their keys
     """Who cannot win any more: beyond a tie with the fastest even undisturbed, or round for round. Of two steps, both
@@ -70,8 +70,8 @@ def beaten(
     first = min(times.values(), key=fastest)
     tie = fastest(first)*(1 + TIE)
     def _is(ms):
-        if len(ms) < LOOK: return len(ms) == 2 and fastest(ms) > HOPELESS*fastest(first)
-        return fastest(ms) > tie and (least(ms) > tie or ahead(first, ms))
+        if len(ms) < MIN_ROUNDS: return len(ms) == 2 and fastest(ms) > HOPELESS_FACTOR*fastest(first)
+        return fastest(ms) > tie and (lower_bound(ms) > tie or wins_sign_test(first, ms))
     return [k for k, ms in times.items() if _is(ms)]
 
 
@@ -88,27 +88,27 @@ class Decision:
 
 def decide(
     times: dict, # Milliseconds of the steps of each candidate in the race, the simplest one first
-    has: Any = None, # The key of what is left only for what is clearly faster
+    incumbent: Any = None, # The key of what is left only for what is clearly faster
 ) -> Decision:
     """Of those that tie with the fastest the simplest; but what the user has, unless it is clearly slower.
 
     Sure is what no other that is not beaten can beat by more than a tie."""
-    lost = beaten(times)
+    lost = eliminated(times)
     times = {k: ms for k, ms in times.items() if k not in lost}
     best = min(map(fastest, times.values()))
     pick = next(k for k, ms in times.items() if fastest(ms) <= best*(1 + TIE))
-    if has in times and fastest(times[has])*(1 - HOME*doubt(times[has])) <= fastest(times[pick]): pick = has
+    if incumbent in times and fastest(times[incumbent])*(1 - INCUMBENT_BONUS*uncertainty(times[incumbent])) <= fastest(times[pick]): pick = incumbent
     mine = fastest(times[pick])
-    others = {k: mine/least(ms) - 1 for k, ms in times.items() if k != pick}
+    others = {k: mine/lower_bound(ms) - 1 for k, ms in times.items() if k != pick}
     rival = max(others, key=others.get, default=None)
     return Decision(pick, rival, max(others.get(rival, 0.), 0.))
 
 
-def enough(
+def should_stop(
     decision: Decision,
     times: dict, # Milliseconds of the steps of each candidate in the race
 ) -> bool:
     "May the race end? When it is sure, or when what may still be gained is little for what it takes to find out."
     rounds, took = max(map(len, times.values())), sum(map(sum, times.values()))
-    effort = max(rounds/PATIENCE, took/LONG)
-    return rounds >= LOOK and (decision.sure or effort >= 1 and decision.by <= NEAR*effort)
+    effort = max(rounds/PATIENCE_ROUNDS, took/PATIENCE_MS)
+    return rounds >= MIN_ROUNDS and (decision.sure or effort >= 1 and decision.by <= SMALL_GAIN*effort)

@@ -74,14 +74,14 @@ class Replay(Pass):
     def __init__(self, model,
         record: Record, # Of the step to replay
         plain: Record, # Of this step as it is: operations that do not occur as often in both are left alone
-        nudge, # Function of a tensor: the same with rounding errors
+        perturb, # Function of a tensor: the same with rounding errors
         most, # Relative difference of a product that needs no explanation
         explained, # Times the difference that rounding errors of the factors make: such a product is right
         rounded=False,
     ):
         super().__init__(model)
         self.values = {k: iter(v) for k, v in record.values.items() if len(v) == len(plain.values[k])}
-        self.nudge, self.most, self.explained, self.rounded, self.wrong = nudge, most, explained, rounded, []
+        self.perturb, self.most, self.explained, self.rounded, self.wrong = perturb, most, explained, rounded, []
 
     def look(self, key, made, *call):
         if (value := next(self.values.get(key, iter(())), None)) is None: return
@@ -92,11 +92,11 @@ class Replay(Pass):
     def _differs(self, value, made, func, args, kwargs) -> bool:
         "True if a product is further from the recorded value than rounding explains."
         if (off := _relative(value, made)) <= self.most: return False
-        rounded = func(*map_tensors(self.nudge, args), **kwargs)
+        rounded = func(*map_tensors(self.perturb, args), **kwargs)
         return not off <= self.explained*_relative(rounded, made)
 
     def run(self, func, args, kwargs):
         "An operation whose result is not replayed."
         views = any(r.alias_info is not None for r in func._schema.returns)
         if not self.rounded or views: return func(*args, **kwargs)
-        return map_tensors(self.nudge, func(*map_tensors(self.nudge, args), **kwargs))
+        return map_tensors(self.perturb, func(*map_tensors(self.perturb, args), **kwargs))

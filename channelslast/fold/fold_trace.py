@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.nested_tensors import tensors_of
 
-__all__ = ['WEIGHTS', 'STATISTICS', 'HOOKS', 'Pair', 'Cast', 'ForwardTrace', 'memory_of', 'state_of',
-           'foreign', 'is_complete']
+__all__ = ['WEIGHTS', 'STATISTICS', 'HOOKS', 'Pair', 'Cast', 'ForwardTrace', 'memory_ref', 'layer_tensors',
+           'foreign_forward', 'is_complete']
 
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 NORM = nn.modules.batchnorm._BatchNorm  # in eval mode `SyncBatchNorm` is like any other
@@ -28,7 +28,7 @@ Cast = namedtuple('Cast', 'module name dtype')      # a parameter that each pass
 Op = namedtuple('Op', 'name call ins named out dtype')
 
 
-def memory_of(t: Tensor):
+def memory_ref(t: Tensor):
     "The same for views of one memory; keeps nothing alive, and is no other memory's as long as somebody holds it."
     return StorageWeakRef(t.untyped_storage()) if t.layout is torch.strided and not t.is_nested else id(t)
 
@@ -36,7 +36,7 @@ def memory_of(t: Tensor):
 def _hooks(m) -> bool: return any(vars(m).get(k) for k in HOOKS)
 
 
-def foreign(m):
+def foreign_forward(m):
     "What anybody but this library put in place of this one module's forward, if so."
     own = vars(m).get('forward')
     ours = (getattr(own, '__module__', None) or '').partition('.')[0] == __name__.partition('.')[0]
@@ -46,7 +46,7 @@ def foreign(m):
 def _plain(t) -> bool: return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_inference()
 
 
-def state_of(m) -> dict:
+def layer_tensors(m) -> dict:
     "The tensors that a layer computes with. What a parametrization computes is not among them."
     return {k: t for k in WEIGHTS + STATISTICS if (t := m._parameters.get(k, m._buffers.get(k))) is not None}
 
@@ -54,7 +54,7 @@ def state_of(m) -> dict:
 def is_complete(o) -> bool:
     "Is there, in plain tensors, what this pair is folded from, or this parameter cast?"
     if isinstance(o, Cast): return _plain(o.module._parameters.get(o.name))
-    conv, norm = state_of(o.conv), state_of(o.norm)
+    conv, norm = layer_tensors(o.conv), layer_tensors(o.norm)
     return 'weight' in conv and {*STATISTICS} <= {*norm} and all(map(_plain, (*conv.values(), *norm.values())))
 
 
@@ -62,7 +62,7 @@ class Call:
     "One call of a module: what it got and gave, its own operations, and the calls in it."
     def __init__(self, module, args=()):
         self.module, self.ops, self.inner, self.gave, self.dtype = module, [], [], None, None
-        self.got = memory_of(args[0]) if len(args) == 1 and isinstance(args[0], Tensor) else None
+        self.got = memory_ref(args[0]) if len(args) == 1 and isinstance(args[0], Tensor) else None
 
 
 class ForwardTrace(TorchDispatchMode):
@@ -75,7 +75,7 @@ class ForwardTrace(TorchDispatchMode):
     ):
         super().__init__()
         state = (*model.parameters(), *model.buffers())
-        self.own, self.old = {id(t) for t in state}, {memory_of(t) for t in (*state, *tensors_of(inputs))}
+        self.own, self.old = {id(t) for t in state}, {memory_ref(t) for t in (*state, *tensors_of(inputs))}
         self.calls, self.stack, self.reads, self.source = [], [Call(model)], defaultdict(list), {}
         self.shown, self.writes, self.found = set(), False, 0  # shown to users' hooks
 
@@ -96,24 +96,24 @@ class ForwardTrace(TorchDispatchMode):
 
     def _leave_module(self, m, args, *rest): # keywords and output; after an error the output alone
         call, out = self.stack.pop(), rest[-1]
-        if isinstance(out, Tensor): call.gave, call.dtype = memory_of(out), out.dtype
+        if isinstance(out, Tensor): call.gave, call.dtype = memory_ref(out), out.dtype
         if len(rest) > 1 and rest[0]: call.got = None
-        if _hooks(m): self.shown |= {memory_of(t) for t in tensors_of((args, rest))}
+        if _hooks(m): self.shown |= {memory_ref(t) for t in tensors_of((args, rest))}
 
-    def _key(self, t): return (id(t) if id(t) in self.own else memory_of(t)) if isinstance(t, Tensor) else t
+    def _key(self, t): return (id(t) if id(t) in self.own else memory_ref(t)) if isinstance(t, Tensor) else t
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         slots, call, made = func._schema.arguments, self.stack[-1], next(iter(tensors_of(out)), None)
         named = {s.name: self._key(a) for s, a in zip(slots, args) if isinstance(a, (Tensor, bool, float))}
         op = Op(func.overloadpacket.__name__, call, {self._key(t) for t in tensors_of((args, kwargs))}, named,
-                *((None, None) if made is None else (memory_of(made), made.dtype)))
+                *((None, None) if made is None else (memory_ref(made), made.dtype)))
         call.ops.append(op)
         for i in op.ins: self.reads[i].append(op)
         if op.name in COPIES: self.source[op.out] = self._key(args[0])
         written = [a for s, a in zip(slots, args) if s.alias_info is not None and s.alias_info.is_write]
         if 'batch_norm' in op.name and named.get('training'): written += args[3:5]  # which its schema doesn't say
-        self.writes |= any(memory_of(t) in self.old for t in tensors_of(written))
+        self.writes |= any(memory_ref(t) in self.old for t in tensors_of(written))
         return out
 
     def plan(self) -> tuple: # Of `Pair`s and `Cast`s
@@ -134,7 +134,7 @@ class ForwardTrace(TorchDispatchMode):
         "The `Pair` of two calls, unless something could tell the model folded from the model as it is."
         pair = Pair(conv.module, norm.module, tuple(c.module for c in norm.inner), conv.dtype)
         if pair.norm.training or not is_complete(pair) or conv.inner: return None
-        if any(_hooks(m) or foreign(m) for m in pair[:2]): return None
+        if any(_hooks(m) or foreign_forward(m) for m in pair[:2]): return None
         ops = self._computed(pair, conv, norm)
         if not ops or not self._ends_with(norm, ops[1], conv.dtype) or not self._unseen(conv, norm, *ops): return None
         return pair._replace(dtype=ops[0].dtype)
@@ -146,7 +146,7 @@ class ForwardTrace(TorchDispatchMode):
     def _computed(self, pair, conv, norm):
         """The two operations. Whatever the layers' classes: one convolution in the layer's own weights, one batch norm
         in its own statistics."""
-        wanted = [{k: id(t) for k, t in state_of(m).items()} for m in pair[:2]]
+        wanted = [{k: id(t) for k, t in layer_tensors(m).items()} for m in pair[:2]]
         weights = {*wanted[0].values()}
         made = [o for o in conv.ops if o.name not in COPIES and (o.name in CONVOLUTIONS or o.ins & weights)]
         normed = [o for o in norm.ops if o.ins and (norm.inner or o.name not in COPIES)]

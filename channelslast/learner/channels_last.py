@@ -8,18 +8,18 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from ..core.devices import fit_device, model_device, weakness
-from ..core.memory_format import align_optimizer, cast_module, cast_tree, kernel_dims, modules_of
-from ..core.onednn_workarounds import is_padded, overruns, safely
-from ..core.pickle_as import pickled_as
-from ..core.undo import replace_forwards
+from ..core.devices import fit_device, known_problem, model_device
+from ..core.memory_format import align_optimizer, convert_module, convert_nested, kernel_dims, unique_modules
+from ..core.onednn_workarounds import hits_onednn_6035, pads_in_kernel, safe_forward
+from ..core.pickle_as import pickle_as
+from ..core.undo import ForwardPatch
 from ..fold.fold_batch_norm import FoldBatchNorm
-from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler, layer_names
+from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler, resolve_layers
 
 __all__ = ['ChannelsLast']
 
 
-@pickled_as(_FastaiChannelsLast)
+@pickle_as(_FastaiChannelsLast)
 class ChannelsLast(_FastaiChannelsLast):
     """Train and predict in PyTorch's channels-last memory format.
 
@@ -29,13 +29,15 @@ class ChannelsLast(_FastaiChannelsLast):
     convolutions (clips for a 2-D network over frames stay as they are). Tensors in their format are not touched."""
     order, dims = -1, ()  # before any callback that wraps or copies the model
     measured = False  # True if `format_find` has compared its numbers and speed, so that no warning is due
-    _told, _layers, _made, _undo = (), (), None, None
+    _warned, _patch = (), ForwardPatch()
 
     def before_fit(self):
-        if cast_module(self.model): align_optimizer(self.learn.opt)
-        modules, device = modules_of(self.model), model_device(self.model).type
+        self.leave()  # of a fit that this one interrupts
+        if convert_module(self.model): align_optimizer(self.learn.opt)
+        modules, device = unique_modules(self.model), model_device(self.model).type
         self.dims = {*kernel_dims(modules).values()}
-        self._made, self._layers = {}, [m for m in modules if device == 'cpu' and (overruns(m) or is_padded(m))]
+        layers = [m for m in modules if device == 'cpu' and (hits_onednn_6035(m) or pads_in_kernel(m))]
+        self._patch = ForwardPatch(layers, safe_forward)
         cudnn = torch.backends.cudnn
         if device == 'cuda' and cudnn.deterministic and not cudnn.benchmark:
             self._warn("cuDNN is deterministic and may not benchmark (fastai's `no_random` sets it so): convolutions "
@@ -43,27 +45,25 @@ class ChannelsLast(_FastaiChannelsLast):
 
     def before_train(self):
         align_optimizer(self.learn.opt)  # predictions need not look at its state
-        if fault := weakness(model_device(self.model)): self._warn(fault)
+        if fault := known_problem(model_device(self.model)): self._warn(fault)
 
     def _warn(self, message):
         "Say this once, unless the format was chosen by measuring."
-        if message in self._told or self.measured: return
-        self._told = *self._told, message
+        if message in self._warned or self.measured: return
+        self._warned = *self._warned, message
         warnings.warn(message, stacklevel=3)
 
     def before_batch(self):
-        self.leave()
-        self.learn.xb = cast_tree(self.xb, self.dims)
-        self._undo = replace_forwards(self._layers, safely, self._made)
+        self.learn.xb = convert_nested(self.xb, self.dims)
+        self._patch.apply()
 
     def leave(self):
         "Give layers whose forward was replaced their own back."
-        if self._undo: self._undo()
-        self._undo = None
+        self._patch.undo()
 
     def after_fit(self):
         self.leave()
-        self._layers, self._made = (), None
+        self._patch = ForwardPatch()  # holds layers of the model
 
 
 @patch
@@ -87,7 +87,7 @@ def to_channelslast(self:Learner,
         raise ValueError(f"to_fp16={to_fp16!r}: use True or False (the type goes into `amp_mode`)")
     check_scaler(**kwargs)
     mode = AMPMode.FP16 if amp_mode is None else check_amp_mode(amp_mode)
-    layers = () if fp32_layers is None else layer_names(self.model, fp32_layers)
+    layers = () if fp32_layers is None else resolve_layers(self.model, fp32_layers)
     named = [k for k, v in dict(amp_mode=amp_mode, fp32_layers=fp32_layers).items() if v is not None] + list(kwargs)
     kept, foreign = self._grab_cbs(MixedPrecision), self._grab_cbs(NonNativeMixedPrecision)
 
@@ -117,7 +117,7 @@ def to_contiguous(self:Learner,
     """Cast model, gradients and optimizer state back to contiguous at once and remove `ChannelsLast`; with `to_fp32`,
     mixed precision and `FoldBatchNorm` too. Returns the Learner."""
     if to_fp32 not in (True, False): raise ValueError(f"to_fp32={to_fp32!r}: use True or False")
-    cast_module(self.model, channels_last=False)
+    convert_module(self.model, channels_last=False)
     align_optimizer(self.opt)
     self.remove_cb(_FastaiChannelsLast)
     return self.remove_cbs([MixedPrecision, FoldBatchNorm]) if to_fp32 else self

@@ -5,30 +5,31 @@
 | `one_batch` | when the model or the loss raises, leaves autocast on for the whole session | it ends with the batch |
 | `to_fp16`, `to_bf16` | add a second mixed precision to the one that is there: the loss is scaled twice | replace it |
 | `load` | gives the optimizer the strides of the Learner that saved | those of the parameters it is loaded for |
-| `NOTED` | raise `view` errors that don't say that channels last is why | a note says where, why, and what to do |"""
+| `EXPLAINED_METHODS` | raise `view` errors that don't say that channels last is why | a note says where, why, and what to do |"""
+from contextlib import nullcontext
 from weakref import WeakKeyDictionary
 
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
-from fastcore.basics import noop, patch
+from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import nn
 
-from ..core.autocast import keep_autocast
+from ..core.autocast import restore_autocast
 from ..core.devices import fit_device
-from ..core.memory_format import align_optimizer, modules_of
-from ..core.onednn_workarounds import is_padded, safely
-from ..core.undo import replace_forwards
+from ..core.memory_format import align_optimizer, unique_modules
+from ..core.onednn_workarounds import pads_in_kernel, safe_forward
+from ..core.undo import ForwardPatch
 from ..fold.fold_batch_norm import FoldBatchNorm
 from .channels_last import ChannelsLast
 from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler
-from .view_errors import with_view_note
+from .view_errors import explain_view_errors
 
 __all__ = []
 
 CONVS_3D = nn.Conv3d, nn.ConvTranspose3d
 # all that runs a model, loss function, metric, callback or optimizer; the rest of fastai's methods call these
-NOTED = 'fit', 'validate', 'get_preds', 'predict', 'tta', 'show_results', 'one_batch', 'create_opt'
+EXPLAINED_METHODS = 'fit', 'validate', 'get_preds', 'predict', 'tta', 'show_results', 'one_batch', 'create_opt'
 _one_batch, _to_fp16, _load = Learner.one_batch, Learner.to_fp16, Learner.load
 
 
@@ -40,21 +41,20 @@ def one_batch(self:Learner, i, b):
     # backward pass is over: checkpointing calls them again there. The last one put on is the first one off.
     ours = [cb for kind in (FoldBatchNorm, DeviceMixedPrecision, ChannelsLast) for cb in self._grab_cbs(kind)]
     own = any(isinstance(cb, (DeviceMixedPrecision, ChannelsLast)) for cb in ours)  # they replace forwards themselves
-    undo = noop if own or fit_device(self).type != 'cpu' else _replace_in_fp32(self)
-    with keep_autocast(fit_device(self).type):
+    convs = nullcontext() if own or fit_device(self).type != 'cpu' else _safe_convs_3d(self)
+    with restore_autocast(fit_device(self).type), convs:
         try: _one_batch(self, i, b)
         finally:
             for cb in ours: cb.leave()
-            undo()
 
 
-_made = WeakKeyDictionary()
+_caches = WeakKeyDictionary()
 
 
-def _replace_in_fp32(learn):
+def _safe_convs_3d(learn):
     "Give 3-D convolutions, which PyTorch's CPU kernels compute wrongly in contiguous fp32 too, a safe forward."
-    layers = [m for m in modules_of(learn.model) if isinstance(m, CONVS_3D) and is_padded(m)]
-    return replace_forwards(layers, safely, _made.setdefault(learn, {}))
+    layers = [m for m in unique_modules(learn.model) if isinstance(m, CONVS_3D) and pads_in_kernel(m)]
+    return ForwardPatch(layers, safe_forward, _caches.setdefault(learn, {}))
 
 
 @patch
@@ -91,4 +91,4 @@ def load(self:Learner,
     return self
 
 
-for o in NOTED: setattr(Learner, o, with_view_note(getattr(Learner, o)))
+for o in EXPLAINED_METHODS: setattr(Learner, o, explain_view_errors(getattr(Learner, o)))

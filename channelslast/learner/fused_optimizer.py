@@ -10,14 +10,14 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from ..core.memory_format import like
+from ..core.memory_format import match_strides
 
-__all__ = ['fused', 'fused_line']
+__all__ = ['fused', 'fused_argument']
 
 
 def _kept(ps, states, name):
     "The states' tensors of this name, new ones where there are none, in the strides of their parameters."
-    for p, s in zip(ps, states): s[name] = like(s[name], p) if name in s else torch.zeros_like(p)
+    for p, s in zip(ps, states): s[name] = match_strides(s[name], p) if name in s else torch.zeros_like(p)
     return [s[name] for s in states]
 
 
@@ -83,7 +83,7 @@ class FusedOptimizer(Optimizer):
             for do_wd in True, False:
                 ps = [p for p in pg if p.grad is not None and self.state[p].get('do_wd', True) == do_wd]
                 if not ps: continue
-                grads, states = [like(p.grad, p) for p in ps], [self.state[p] for p in ps]
+                grads, states = [match_strides(p.grad, p) for p in ps], [self.state[p] for p in ps]
                 self.kernel(ps, grads, states, **{**hyper, 'wd': hyper['wd']*do_wd})
 
 
@@ -106,7 +106,7 @@ class fused(partial):
     def __deepcopy__(self, memo): return self
 
 
-def fused_line(
+def fused_argument(
     learn, # A `Learner`; it is only looked at
 ) -> str|None: # An argument of `Learner`
     "Code for the same optimizer with a fused step, `opt_func=fused(Adam)`; None where none is proven equal."

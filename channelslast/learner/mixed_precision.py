@@ -2,6 +2,7 @@
 import math
 import operator
 import warnings
+from contextlib import ExitStack
 from difflib import get_close_matches
 from itertools import accumulate
 
@@ -11,14 +12,14 @@ from fastcore.foundation import L
 from torch import nn
 
 from ..core import devices
-from ..core.autocast import DTYPES, HALF, cast_floats, fp32_forward
-from ..core.devices import model_device, unwrapped
-from ..core.memory_format import modules_of
-from ..core.onednn_workarounds import is_padded, safely
-from ..core.pickle_as import pickled_as
-from ..core.undo import replace_forwards
+from ..core.autocast import DTYPES, HALF_DTYPES, cast_floats, fp32_forward
+from ..core.devices import model_device, unwrap_model
+from ..core.memory_format import unique_modules
+from ..core.onednn_workarounds import pads_in_kernel, safe_forward
+from ..core.pickle_as import pickle_as
+from ..core.undo import ForwardPatch
 
-__all__ = ['check_amp_mode', 'check_scaler', 'layer_names', 'DeviceMixedPrecision']
+__all__ = ['check_amp_mode', 'check_scaler', 'resolve_layers', 'DeviceMixedPrecision']
 
 # what users ask for
 
@@ -58,12 +59,12 @@ def _means(asked, name, module) -> bool:
     return isinstance(module, asked) if isinstance(asked, type) else asked(module)
 
 
-def layer_names(
+def resolve_layers(
     model: nn.Module,
     layers, # Names as in `named_modules`, modules, classes of modules, or functions of a module; one or several
 ) -> list: # Names, in the model's order
     "The names of the modules meant; `ValueError` for one that the model does not have or that can't run on its own."
-    modules = dict(unwrapped(model).named_modules())
+    modules = dict(unwrap_model(model).named_modules())
     asked = [layers] if isinstance(layers, str) or callable(layers) else list(layers)
     for o in asked:
         if isinstance(o, str) and o in modules and o or any(m is o for m in modules.values()): continue
@@ -85,13 +86,13 @@ def layer_names(
 
 # the callback
 
-@pickled_as(MixedPrecision)
+@pickle_as(MixedPrecision)
 class DeviceMixedPrecision(MixedPrecision):
     """fastai's `MixedPrecision` on the device the model is on (fastai's own names `'cuda'` whatever the device), with
     every `GradScaler` argument kept. Where the device has no fast arithmetic of the asked type it trains in fp32 and
     says so once."""
     name, fp32_layers = 'mixed_precision', ()
-    _told, _entered, _layers, _wrap, _made, _undo = False, False, (), None, None, None
+    _warned, _entered, _patch = False, ExitStack(), ForwardPatch()
 
     def __init__(self,
         amp_mode: str|AMPMode = AMPMode.FP16, # `'fp16'` or `'bf16'`
@@ -104,24 +105,24 @@ class DeviceMixedPrecision(MixedPrecision):
     def before_fit(self):
         self.leave()  # of a fit that this one interrupts
         where = model_device(self.model)
-        device, fast = where.type, devices.accelerates(where, self.amp_mode)
-        if not fast: self._tell(where)
+        device, fast = where.type, devices.autocast_is_fast(where, self.amp_mode)
+        if not fast: self._warn_once(where)
         self.autocast = torch.autocast(device, DTYPES[self.amp_mode], enabled=fast)
-        names = layer_names(self.model, self.fp32_layers) if fast else ()
-        kept = [unwrapped(self.model).get_submodule(n) for n in names]
-        padded = [m for m in modules_of(self.model) if device == 'cpu' and is_padded(m)]
+        names = resolve_layers(self.model, self.fp32_layers) if fast else ()
+        kept = [unwrap_model(self.model).get_submodule(n) for n in names]
+        padded = [m for m in unique_modules(self.model) if device == 'cpu' and pads_in_kernel(m)]
         def _wrap(m, forward):
-            if m in padded: forward = safely(m, forward)
+            if m in padded: forward = safe_forward(m, forward)
             return fp32_forward(forward, device, DTYPES[self.amp_mode]) if m in kept else forward
-        self._made, self._layers, self._wrap = {}, [*{*padded, *kept}], _wrap
+        self._patch = ForwardPatch({*padded, *kept}, _wrap)
         # bf16 has the range of fp32: nothing to scale
         enabled = fast and self.amp_mode is AMPMode.FP16 and self.kwargs.get('enabled', True)
         self.learn.scaler, self.scales = torch.amp.GradScaler(device, **{**self.kwargs, 'enabled': enabled}), L()
 
-    def _tell(self, device):
-        if self._told: return
-        self._told = True
-        other = next((o for o in AMPMode if o is not self.amp_mode and devices.accelerates(device, o)), None)
+    def _warn_once(self, device):
+        if self._warned: return
+        self._warned = True
+        other = next((o for o in AMPMode if o is not self.amp_mode and devices.autocast_is_fast(device, o)), None)
         use = f"use `amp_mode='{other.value}'`, which it has, or `to_fp16=False`" if other else (
               "use `to_fp16=False` to say so yourself (`amp_mode='bf16'` needs a CPU with AVX512-BF16 or AMX)")
         warnings.warn(f"This {device.type} has no fast {self.amp_mode.value}: training stays in fp32. "
@@ -129,27 +130,24 @@ class DeviceMixedPrecision(MixedPrecision):
 
     def before_batch(self):
         self.leave()  # a callback may have cancelled the last batch before its loss
-        self.autocast.__enter__()
-        self._entered = True
+        self._entered = ExitStack()
+        self._entered.enter_context(self.autocast)
         # on the instance and for this batch alone: outside it the model is as it was
-        self._undo = replace_forwards(self._layers, self._wrap, self._made)
+        self._patch.apply()
 
     # fastai's casts float64 too, and takes every output for tensors in lists and dictionaries
-    def after_pred(self): self.learn.pred = cast_floats(self.pred, torch.float32, HALF)
+    def after_pred(self): self.learn.pred = cast_floats(self.pred, torch.float32, HALF_DTYPES)
 
-    def after_loss(self):
-        if self._entered: self.autocast.__exit__(None, None, None)
-        self._entered = False
+    def after_loss(self): self._entered.close()
 
     def leave(self):
         "Leave autocast if it is still on, and give its layers their own forward back."
         self.after_loss()
-        if self._undo: self._undo()
-        self._undo = None
+        self._patch.undo()
 
     after_cancel_batch = leave
 
     def after_fit(self):
         self.leave()
-        self._layers, self._wrap, self._made = (), None, None
+        self._patch = ForwardPatch()
         super().after_fit()

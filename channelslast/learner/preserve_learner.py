@@ -10,16 +10,16 @@ from fastai.optimizer import OptimWrapper
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-from ..core.autocast import keep_autocast
-from ..core.devices import fit_device, unwrapped
+from ..core.autocast import restore_autocast
+from ..core.devices import fit_device, unwrap_model
 from ..core.exception_note import add_note
-from ..core.memory_format import by_memory
+from ..core.memory_format import group_by_memory
 from ..core.nested_tensors import tensors_of
-from ..core.random_state import keep_random_states
-from ..core.undo import keep_dict
-from .step_callbacks import changes_step, takes_part
+from ..core.random_state import restore_random_states
+from ..core.undo import restore_dict
+from .step_callbacks import changes_step, is_part_of_step
 
-__all__ = ['untouched', 'learner_modules', 'check_model']
+__all__ = ['preserve_learner', 'learner_modules', 'check_model']
 
 
 def learner_modules(learn, cbs=()) -> list:
@@ -76,7 +76,7 @@ def _run_on_copies(undo, tensors):
     """Put a copy of its memory behind each tensor, one copy behind tied ones, until `undo` puts the original back,
     which nothing can have changed; returns the tensors with their originals."""
     originals = []
-    for group in by_memory(tensors):
+    for group in group_by_memory(tensors):
         memory = group[0].untyped_storage().clone() if len(group) > 1 else None
         for t in group:
             def _restore(t=t, data=t.data, grad=t.grad if t.is_leaf else None, needs_grad=t.requires_grad):
@@ -97,10 +97,10 @@ def _keep_optimizer(undo, opt):
     originals = []
     while opt is not None:
         own = vars(opt)
-        keep_dict(undo, own)
-        for group in (*own.get('param_groups', ()), *own.get('hypers', ())): keep_dict(undo, group)
+        restore_dict(undo, own)
+        for group in (*own.get('param_groups', ()), *own.get('hypers', ())): restore_dict(undo, group)
         for state in getattr(opt, 'state', {}).values():
-            if isinstance(state, dict): keep_dict(undo, state)
+            if isinstance(state, dict): restore_dict(undo, state)
         originals += _run_on_copies(undo, tensors_of([own.get('state'), *map(list, own.get('slow_weights') or ())]))
         inner = own.get('opt', own.get('optimizer'))
         opt = inner if hasattr(inner, 'state') else None
@@ -108,7 +108,7 @@ def _keep_optimizer(undo, opt):
 
 
 @contextmanager
-def untouched(learn,
+def preserve_learner(learn,
     classes=(), # Of callbacks that stay, beside those that a step needs
     eager=True, # Run compiled models as the modules they were made from?
     loader=None, # That is used inside; None: the training loader
@@ -120,17 +120,17 @@ def untouched(learn,
 
     Gives the tensors with their originals' memory. What a module keeps deeper than in objects among its attributes is
     not known here."""
-    stay = [o for o in learn.cbs if takes_part(o, classes)]
+    stay = [o for o in learn.cbs if is_part_of_step(o, classes)]
     users = [o for o in stay if changes_step(o)]
     try: loader, modules = learn.dls.train if loader is None else loader, learner_modules(learn, users)
     except IndexError:
         raise ValueError("The Learner's DataLoaders hold no loader: there is nothing to run on.") from None
-    with keep_random_states(), keep_autocast(fit_device(learn).type), torch.enable_grad(), ExitStack() as undo:
+    with restore_random_states(), restore_autocast(fit_device(learn).type), torch.enable_grad(), ExitStack() as undo:
         if eager: undo.enter_context(torch.compiler.set_stance('force_eager'))
         plain_loss = not isinstance(learn.loss_func, nn.Module) and hasattr(learn.loss_func, '__dict__')
         owners = [*modules, learn.loss_func] if plain_loss else modules
-        for o in (learn, *learn.cbs, *[loader]*hasattr(loader, '__dict__'), *owners): keep_dict(undo, vars(o))
-        for o in _held([*modules, *users]): keep_dict(undo, vars(o))
+        for o in (learn, *learn.cbs, *[loader]*hasattr(loader, '__dict__'), *owners): restore_dict(undo, vars(o))
+        for o in _held([*modules, *users]): restore_dict(undo, vars(o))
         for m in modules:
             for k, v in _in_cpp(m).items(): undo.callback(m._c.setattr, k, v)
         for o in (loader, getattr(loader, 'sampler', None), *users): _keep_generators(undo, o)
@@ -144,7 +144,7 @@ def untouched(learn,
             undo.callback(setattr, learn.dls, 'device', learn.dls.device)
             learn.dls.device = device
         left_out, learn.cbs = [o for o in learn.cbs if o not in stay], L(stay)
-        if eager: learn.model = unwrapped(learn.model)
+        if eager: learn.model = unwrap_model(learn.model)
         try: yield originals
         except Exception as e:
             _name_left_out(e, left_out)

@@ -7,9 +7,9 @@ from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.learner import CastToTensor
 
-__all__ = ['TAKE_PART', 'changes_step', 'takes_part']
+__all__ = ['ESSENTIAL_CALLBACKS', 'changes_step', 'is_part_of_step']
 
-TAKE_PART = TrainEvalCallback, CastToTensor, ChannelsLast, MixedPrecision  # without these, a step is another one
+ESSENTIAL_CALLBACKS = TrainEvalCallback, CastToTensor, ChannelsLast, MixedPrecision  # without these, a step is another one
 STEP = {'xb', 'yb', 'x', 'y', 'pred', 'loss', 'loss_grad', 'loss_func'}  # of the Learner
 
 
@@ -38,6 +38,6 @@ def changes_step(cb) -> bool:
     return not isinstance(cb, NonNativeMixedPrecision) and any(_assigns(f.__code__) for f in _functions(cb))
 
 
-def takes_part(cb, classes=()) -> bool:
+def is_part_of_step(cb, classes=()) -> bool:
     "True if a step without this callback would be another one, or if the callback is of one of these classes."
-    return isinstance(cb, (*TAKE_PART, *classes)) or changes_step(cb)
+    return isinstance(cb, (*ESSENTIAL_CALLBACKS, *classes)) or changes_step(cb)

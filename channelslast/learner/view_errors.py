@@ -11,11 +11,11 @@ from fastai.learner import Metric
 from fastai.optimizer import Optimizer, OptimWrapper
 
 
-from ..core.devices import unwrapped
+from ..core.devices import unwrap_model
 from ..core.exception_note import add_note
 from .preserve_learner import learner_modules
 
-__all__ = ['with_view_note']
+__all__ = ['explain_view_errors']
 
 VIEW = re.compile('view size is not compatible|Cannot view a tensor with shape')  # the latter inside `torch.compile`
 OPTIMIZERS = torch.optim.Optimizer, Optimizer, OptimWrapper
@@ -24,7 +24,7 @@ LIBRARIES = {'torch', 'fastai', 'fastcore', 'channelslast'}
 
 def _part(learn, frame):
     "Description of the part of the Learner whose method or function this is; None for any other."
-    o, model, loss = frame.f_locals.get('self', learn), unwrapped(learn.model), learn.loss_func
+    o, model, loss = frame.f_locals.get('self', learn), unwrap_model(learn.model), learn.loss_func
     name, function = type(o).__name__, getattr(loss, 'func', loss)
     if at := next((n for n, m in model.named_modules() if m is o), None): return f'module {at!r} ({name})'
     if o is model or o is learn.model: return f'the model ({name})'
@@ -55,7 +55,7 @@ def _add_note(learn, e):
     add_note(e, note)
 
 
-def with_view_note(f):
+def explain_view_errors(f):
     "A method of `Learner` whose `view` errors say that channels last is the cause, and where."
     @wraps(f)
     def _f(self, *args, **kwargs):

@@ -13,7 +13,7 @@ from fastcore.foundation import L
 
 from ..core.devices import fit_device
 from ..core.nested_tensors import tensors_of
-from ..learner.preserve_learner import check_model, untouched
+from ..learner.preserve_learner import check_model, preserve_learner
 from .format_trace import Conversion, FormatTrace
 
 __all__ = ['FormatSummary']
@@ -175,7 +175,7 @@ def format_summary(self:Learner,
         raise ValueError(f'max_rows={max_rows!r}: use a whole number from 1')
     check_model(self)
     model = self.model
-    with untouched(self), ExitStack() as stack:
+    with preserve_learner(self), ExitStack() as stack:
         batch = self._set_device(_batch_of(self, batch))
         self._split(batch)
         self.opt = None # nothing steps, nothing of it is touched

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..core.memory_format import castable
+from ..core.memory_format import has_channels_last_format
 from ..core.nested_tensors import tensors_of
 
 __all__ = ['Conversion', 'FormatTrace', 'layout_of']
@@ -125,7 +125,7 @@ class FormatTrace(TorchDispatchMode):
         self.stack = []  # modules that are running
         self.idle = self.last = self.root  # who owns what no module runs
         self.since, self.owners = [], []  # from which autograd sequence number on who creates the nodes
-        self.has_images = any(map(castable, tensors_of(inputs)))
+        self.has_images = any(map(has_channels_last_format, tensors_of(inputs)))
         self.past = {_ref(t): Past(*[layout_of(t) == 'channels_last']*2, False)
                      for t in tensors_of(inputs)}
 
@@ -182,7 +182,7 @@ class FormatTrace(TorchDispatchMode):
         if not sources: return
         made, sources = _made(func, ins, outs, sources)
         self._remember(outs, made, sources)
-        self.has_images = self.has_images or any(castable(t) for t, _ in outs)
+        self.has_images = self.has_images or any(has_channels_last_format(t) for t, _ in outs)
         new, layouts = [t for t, _ in made], {layout_of(t) for t, _ in made} - {None}
         last = [t for t, _ in sources if layout_of(t) == 'channels_last']
         if not last and (last := _rearranged(func, new, sources)): layouts = {'other'}
