@@ -1,4 +1,4 @@
-"Everything stands in settings.ini; this hands it to setuptools."
+"Pass the settings in settings.ini to setuptools."
 from configparser import ConfigParser
 from pathlib import Path
 

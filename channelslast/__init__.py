@@ -1,11 +1,17 @@
 "Train and predict faster with fastai in PyTorch's channels-last memory format, with the same numbers."
+from fastai.learner import Learner as _Learner
+
+from .core.glibc_malloc import keep_memory
+from .core.random_state import less_random
+from .find.format_find import FormatTimings
+from .fold.fold_batch_norm import FoldBatchNorm
 from .learner import fastai_patches  # fastai's own methods, for every Learner
 from .learner.channels_last import ChannelsLast
-from .fold.fold_batch_norm import FoldBatchNorm
-from .find.format_find import FormatTimings
-from .summary.format_summary import FormatSummary
-from .core.glibc_malloc import keep_memory
 from .learner.fused_optimizer import fused
-from .core.random_state import less_random
+from .summary.format_summary import FormatSummary
 
 __all__ = ['ChannelsLast', 'FoldBatchNorm', 'fused', 'keep_memory', 'less_random']
+
+# doctest does not find patched methods itself
+__test__ = {o: getattr(_Learner, o) for o in ('to_channelslast', 'to_contiguous', 'to_fp16', 'to_bf16', 'load',
+                                              'format_summary', 'format_find', 'to_fastest')}

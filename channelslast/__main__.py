@@ -1,4 +1,4 @@
-"The command line: which part of the command runs, with what it was given."
+"The command line: runs the demo or, with `bench`, the benchmark."
 import sys
 
 from fastcore.script import anno_parser
@@ -6,8 +6,8 @@ from fastcore.script import anno_parser
 from .command.common import UsageError
 
 
-def _spelled(option, usage) -> str:
-    "An option with a dash, as fastcore before 2.0 wrote it: with an underscore."
+def _with_underscores(option, usage) -> str:
+    "Replace the dashes in an option's name if `usage` has it with underscores only, as fastcore before 2.0 does."
     name, eq, value = option.partition('=')
     other = '--' + name[2:].replace('-', '_')
     return other + eq + value if name.startswith('--') and name not in usage and other in usage else option
@@ -21,9 +21,8 @@ def cli():
     else: from .command.demo import main
     parser = anno_parser(main, prog='channelslast')
     usage = parser.format_usage()
-    sys.argv[1:] = [_spelled(o, usage) for o in sys.argv[1:]]
-    args = vars(parser.parse_args())
-    args.pop('pdb', None), args.pop('xtra', None)
+    sys.argv[1:] = [_with_underscores(o, usage) for o in sys.argv[1:]]
+    args = {k: v for k, v in vars(parser.parse_args()).items() if k not in ('pdb', 'xtra')}
     try: main(**args)
     except UsageError as e:
         print(f'channelslast: {e}', file=sys.stderr)

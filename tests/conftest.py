@@ -8,10 +8,12 @@ from fastai.vision.all import CrossEntropyLossFlat, DataLoader, DataLoaders, Lea
 from channelslast import less_random
 from channelslast.core import devices
 
+collect_ignore = ['two_processes.py', 'conv_fuzz.py', 'notebooks.py']  # scripts, which doctest would import
+
 
 def pytest_addoption(parser):
-    parser.addoption('--accelerates', default='native', help="run as on a machine that accelerates just these: "
-                     "'bf16', 'fp16,bf16', 'none'; 'native', the default: as this machine is. Notebooks run natively")
+    parser.addoption('--accelerates', default='native', help="pretend that the machine accelerates only these "
+                     "dtypes: 'bf16', 'fp16,bf16' or 'none'. 'native' (default) pretends nothing. Notebooks always run natively")
 
 
 def pytest_configure(config):
@@ -19,12 +21,13 @@ def pytest_configure(config):
     if asked not in ('native', 'none') and not {*asked.split(',')} <= {'fp16', 'bf16'}:
         raise pytest.UsageError(f"--accelerates {asked}: use native, none, fp16, bf16 or fp16,bf16")
     config.addinivalue_line('markers', 'cuda: needs a CUDA GPU')
-    config.addinivalue_line('markers', 'zoo: an architecture; without `-m zoo`, each tenth runs')
-    config.option.nbmake, config.option.nbmake_timeout = True, 300  # nbs/*.ipynb are tests, each run in a kernel
+    config.addinivalue_line('markers', 'zoo: one test per architecture; without `-m zoo`, every tenth runs')
+    config.option.nbmake, config.option.nbmake_timeout = True, 300  # each notebook in nbs/ runs as a test
+    config.option.doctestmodules = True  # the examples in docstrings
 
 
 def pytest_collection_modifyitems(config, items):
-    if 'zoo' not in config.option.markexpr: # all of it takes a quarter of an hour: a fixed tenth
+    if 'zoo' not in config.option.markexpr: # all would take a quarter of an hour, so run a fixed tenth
         zoo = [o for o in items if o.get_closest_marker('zoo')]
         left = {*zoo} - {*zoo[::10]} if len(zoo) > 10 else set()
         items[:] = [o for o in items if o not in left]
@@ -39,7 +42,7 @@ ZOO = pytest.StashKey()
 
 @pytest.fixture
 def zoo_report(pytestconfig, capsys):
-    "Write down one architecture, `heading` names the columns; all are printed at the end."
+    "Print one architecture as a table row whose columns `heading` names. All rows are printed again at the end."
     writer = pytestconfig.get_terminal_writer()
     def _report(heading, *cells):
         row = ' | '.join(['', *map(str, cells), '']).strip()
@@ -57,7 +60,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    "No progress bars; each test starts from one seed."
+    "No progress bars, and the same seed for each test."
     from fastai.vision.all import ProgressCallback, defaults
     monkeypatch.setattr(defaults, 'callbacks', [o for o in defaults.callbacks if o is not ProgressCallback])
     with less_random(): yield
@@ -65,14 +68,14 @@ def quiet(monkeypatch):
 
 @pytest.fixture
 def has(monkeypatch):
-    "Pretend that the device accelerates just these: `has('bf16')`; `has()`: none."
+    "Pretend that the device accelerates only these dtypes: `has('bf16')`, or none: `has()`."
     def _has(*modes): monkeypatch.setattr(devices, 'autocast_is_fast', lambda device, amp_mode: amp_mode.value in modes)
     return _has
 
 
 @pytest.fixture(autouse=True)
 def machine(pytestconfig, has):
-    "What `--accelerates` asks for, unless the test itself says what it pretends."
+    "Apply `--accelerates`. A test that calls `has` itself overrides it."
     asked = pytestconfig.getoption('accelerates')
     if asked != 'native': has(*asked.replace('none', '').split(','))
     return asked
@@ -84,7 +87,7 @@ def convnet(c=3, n=4):
 
 
 class Steep(torch.autograd.Function):
-    "The identity, whose gradient is much larger, so that it overflows in fp16 while the scale is large."
+    "The identity with a much larger gradient, which overflows in fp16 while the scale is large."
     @staticmethod
     def forward(ctx, x): return x.clone()
     @staticmethod
@@ -92,7 +95,7 @@ class Steep(torch.autograd.Function):
 
 
 class Mixed(nn.Module):
-    "Convolutions of one, two and three dimensions, whose parameters all get gradients."
+    "1-D, 2-D and 3-D convolutions whose parameters all get gradients."
     def __init__(self):
         super().__init__()
         self.c3, self.c2, self.c1 = nn.Conv3d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1), nn.Conv1d(8, 8, 3)
@@ -103,7 +106,7 @@ class Mixed(nn.Module):
 
 
 def shake(model):
-    "Random statistics and weights for batch norms: fresh ones hide mistakes."
+    "Give batch norms random running statistics and weights, since fresh ones hide mistakes."
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             with torch.no_grad():

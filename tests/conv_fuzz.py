@@ -1,8 +1,9 @@
-"""Random convolutions, as trained by this library, beside float64: `python -m tests.conv_fuzz seed cases seconds`.
+"""Compare random convolutions, trained as by this library, with float64: `python -m tests.conv_fuzz seed cases seconds`.
 
-Each runs in a process of its own, since a wrong kernel may end it; freed memory is overwritten (glibc's MALLOC_PERTURB_),
-so that what was never written shows. Small maps, large kernels, strides and paddings, 1-D to 3-D, plain and transposed,
-both formats, fp32 and bf16. Prints a line per wrong one, then how many ran."""
+Each convolution runs in its own process, since a wrong kernel may crash it. Freed memory is overwritten (glibc's
+MALLOC_PERTURB_), which reveals values that were never written. The cases have small spatial sizes, large kernels, strides
+and paddings, 1-D to 3-D, plain and transposed, both formats, fp32 and bf16. Prints one line per wrong convolution, then
+how many ran."""
 import json
 import os
 import random
@@ -19,11 +20,11 @@ from channelslast.core.undo import ForwardPatch
 
 CONVS = {(1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,
          (1, True): nn.ConvTranspose1d, (2, True): nn.ConvTranspose2d, (3, True): nn.ConvTranspose3d}
-MOST = dict(fp32=1e-3, bf16=5e-2)  # of the largest number
+TOLERANCE = dict(fp32=1e-3, bf16=5e-2)  # relative to the largest number
 
 
 def convolution(rng):
-    "A random layer and its input; None where its kernel does not fit."
+    "A random layer, its input and the gradient of its output, or None if the kernel does not fit."
     n, transposed = rng.choice([1, 2, 2, 3, 3, 3]), rng.random() < 0.25
     def _each(values): return [rng.choice(values) for _ in range(n)]
     k, s, size = _each([1, 2, 3, 3, 5, 7]), _each([1, 1, 2, 2, 3]), _each([1, 1, 2, 2, 3, 4, 5, 6])
@@ -36,17 +37,17 @@ def convolution(rng):
         with torch.no_grad(): y = m.double()(x.double())
     except RuntimeError: return None
     m.float()
-    with torch.no_grad():  # numbers that bf16 holds
+    with torch.no_grad():  # values that are exact in bf16
         for p in (*m.parameters(), x): p.copy_(p.bfloat16())
     return (m, x, torch.randn(y.shape).bfloat16()) if 0 < y.numel() < 2e5 else None
 
 
 def trained(m, x, g, half=False, last=False, replaced=True):
-    "Output and gradients of input, weights and bias."
+    "Output, and gradients of input, weights and bias."
     m, x = deepcopy(m), x.clone().to(next(m.parameters()).dtype)
     if last: convert_module(m); x = convert_nested(x)
     x.requires_grad_()
-    faulty = replaced and (pads_in_kernel(m) or last and hits_onednn_6035(m))
+    faulty = replaced and (pads_in_kernel(m) or (last and hits_onednn_6035(m)))
     with ForwardPatch([m] if faulty else [], safe_forward):
         with torch.autocast('cpu', torch.bfloat16, enabled=half): y = m(x)
         y.backward(g.to(y.dtype))
@@ -54,43 +55,45 @@ def trained(m, x, g, half=False, last=False, replaced=True):
 
 
 def errors(seed, replaced=True) -> dict:
-    "What is wrong, for each format and precision."
+    "Names of the wrong tensors, by format and precision."
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    if (case := convolution(rng)) is None: return {}
+    case = convolution(rng)
+    if case is None: return {}
     m, x, g = case
     truth, found = trained(deepcopy(m).double(), x.double(), g, replaced=False), {}
     for last in False, True:
         for p in 'fp32', 'bf16':
             parts = zip(('result', 'dx', 'dw', 'db'), trained(m, x, g, p == 'bf16', last, replaced), truth)
             offs = {k: ((a - b).abs().max()/b.abs().max().clamp_min(1e-30)).item() for k, a, b in parts}
-            found['channels last' if last else 'contiguous', p] = [k for k, off in offs.items() if not off <= MOST[p]]
+            found['channels last' if last else 'contiguous', p] = [k for k, off in offs.items() if not off <= TOLERANCE[p]]
     return {f'{k}, {m}, {tuple(x.shape)}': v for k, v in found.items()}
 
 
-def alone(f):
-    "What `f()` gives in a process of its own; the signal that ended it."
+def in_own_process(f):
+    "The result of `f()` in its own process, or the signal that ended the process."
     read, write = os.pipe()
-    if not (pid := os.fork()):
+    pid = os.fork()
+    if pid == 0:
         try: out = f()
         except BaseException as e: out = {repr(e): ['error']}
         os.write(write, json.dumps(out).encode())
         os._exit(0)
     os.close(write)
-    with os.fdopen(read) as f: said = f.read()
+    with os.fdopen(read) as f: result = f.read()
     status = os.waitpid(pid, 0)[1]
-    return {f'signal {status}': ['crash']} if status else json.loads(said)
+    return {f'signal {status}': ['crash']} if status else json.loads(result)
 
 
 if __name__ == '__main__':
     first, cases, seconds = map(int, sys.argv[1:4])
     torch.set_num_threads(1)
-    nn.Conv2d(3, 8, 3)(torch.randn(1, 3, 8, 8))  # what all need
+    nn.Conv2d(3, 8, 3)(torch.randn(1, 3, 8, 8))  # load what every process needs
     end, ran, wrong = time.monotonic() + seconds, 0, 0
     for seed in range(first, first + cases):
         if time.monotonic() > end: break
-        out = alone(lambda: errors(seed, 'plain' not in sys.argv))
-        ran += bool(out)
+        out = in_own_process(lambda: errors(seed, 'plain' not in sys.argv))
+        if out: ran += 1
         for k, v in out.items():
             if v: print(seed, k, *v); wrong += 1
     print(f'{ran} convolutions, {wrong} wrong')

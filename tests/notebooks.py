@@ -1,5 +1,4 @@
-"""Run the notebooks and store what they print: `python -m tests.notebooks [name …]`; the README's charts come from them
-too."""
+"""Run the notebooks and store their outputs: `python -m tests.notebooks [name …]`. It also writes the README's charts."""
 import base64
 import re
 import sys
@@ -9,30 +8,30 @@ import nbformat
 from nbclient import NotebookClient
 
 folder = Path(__file__).parent.parent/'nbs'
-charts = [folder/'candidates.png', folder/'panel.png']  # the first plots of 05_benchmarks, for the README
+charts = [folder/'candidates.png', folder/'panel.png']  # the first plots of 05_benchmarks, shown in the README
 
-# what a stored output must not hold: it would say where and how it was made, or that it failed
+# stored outputs must not contain paths of the machine that ran them, or progress bars
 PATH = re.compile(r'(?<![\w.:/])(/(?!/)(?:[\w.+-]+/)+[\w.+-]+|[A-Za-z]:\\\w+)')
 PROGRESS = re.compile(r'<progress|progress::|█|\d+%\|')
 
 
 def text(output) -> str:
-    "Everything readable in an output."
+    "All text in an output."
     data = {k: v for k, v in output.get('data', {}).items() if k.startswith('text/')}
     return '\n'.join(map(str, (output.get('text', ''), *data.values(), *output.get('traceback', ()))))
 
 
 def problems(nb) -> list:
-    "What is wrong with the stored outputs of a notebook."
-    found, cells = [], [c for c in nb.cells if c.cell_type == 'code']
-    if [c.execution_count for c in cells] != list(range(1, len(cells) + 1)): found.append('not run from top to bottom')
+    "The problems in the stored outputs of a notebook."
+    messages, cells = [], [c for c in nb.cells if c.cell_type == 'code']
+    if [c.execution_count for c in cells] != list(range(1, len(cells) + 1)): messages.append('not run from top to bottom')
     for c in cells:
         for o in c.outputs:
             where = f'cell {c.execution_count}'
-            if o.output_type == 'error' or 'Traceback' in text(o): found.append(f'{where}: a traceback')
-            if m := PATH.search(re.sub(r'https?://\S+', '', text(o))): found.append(f'{where}: a path, {m[0]}')
-            if PROGRESS.search(text(o)): found.append(f'{where}: a progress bar')
-    return found
+            if o.output_type == 'error' or 'Traceback' in text(o): messages.append(f'{where}: a traceback')
+            if m := PATH.search(re.sub(r'https?://\S+', '', text(o))): messages.append(f'{where}: a path, {m[0]}')
+            if PROGRESS.search(text(o)): messages.append(f'{where}: a progress bar')
+    return messages
 
 
 def plots(nb) -> list:
@@ -41,7 +40,7 @@ def plots(nb) -> list:
 
 
 def tidy(nb):
-    "Without progress bars, and without what differs from run to run for no reason."
+    "Remove progress bars, and metadata and warnings that differ from run to run for no reason."
     nb.metadata = nbformat.from_dict(dict(kernelspec=dict(display_name='Python 3', language='python', name='python3'), language_info=dict(name='python')))
     for c in nb.cells:
         c.metadata = nbformat.NotebookNode()

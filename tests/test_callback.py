@@ -25,7 +25,7 @@ from tests.conftest import Mixed, convnet, learner, loaders, strides
 CL, CL3 = torch.channels_last, torch.channels_last_3d
 
 
-def raises_untouched(learn, error, match, **kwargs):
+def raises_unchanged(learn, error, match, **kwargs):
     cbs, before = list(learn.cbs), strides(learn)
     with pytest.raises(error, match=match): learn.to_channelslast(**kwargs)
     assert list(learn.cbs) == cbs and strides(learn) == before
@@ -59,7 +59,7 @@ def test_casts_whatever_runs(run):
 
 
 class Frames(nn.Module):
-    "A 2-D network over the frames of a clip; `view` takes no other strides than it was given."
+    "A 2-D network over the frames of a clip, whose `view` fails if the clip's strides change."
     def __init__(self): super().__init__(); self.c = nn.Conv2d(3, 4, 3)
     def forward(self, x): return self.c(x.view(-1, *x.shape[2:])).mean((2, 3)).view(*x.shape[:2], -1).mean(1)
 
@@ -70,7 +70,7 @@ def test_inputs_of_other_dimensions_than_the_weights_stay():
 
 
 class Bank(nn.Module):
-    "A 2-D network over the frames of a clip, with a bank of kernels; with `module`, one of its convolutions is a module."
+    "A 2-D network over the frames of a clip, with a bank of kernels. With `module`, one of its convolutions is a module."
     def __init__(self, module):
         super().__init__()
         self.bank, self.kernel = nn.Parameter(torch.randn(2, 4, 3, 3, 3)), nn.Parameter(torch.randn(4, 3, 3, 3))
@@ -83,13 +83,13 @@ class Bank(nn.Module):
 
 @pytest.mark.parametrize('module', [False, True])
 def test_banks_of_kernels_are_no_3d_convolutions(module):
-    "✗ Converted as such, the bank fails in its `view`, and so do the clips."
+    "✗ Converted as 3-D kernels, the bank fails in its `view`, and so do the clips."
     (learn := learner(Bank(module), loaders((5, 3, 8, 8)), cbs=ChannelsLast())).fit(1)
     assert learn.model.kernel.is_contiguous(memory_format=CL) and learn.model.out.is_contiguous(memory_format=CL)
 
 
 class Seen(Callback):
-    "What the model gets and gives."
+    "Stores the model's inputs and predictions."
     order = 95
     def before_batch(self): self.batch = self.learn.xb
     def after_pred(self): self.p = self.learn.pred
@@ -101,7 +101,7 @@ def test_batch_is_cast_and_keeps_its_types():
         def __init__(self): super().__init__(); self.c = nn.Conv2d(3, 4, 3)
         def forward(self, x): return self.c(x[0]).mean((2, 3)) + x[1].sum()
     class Types(Callback):
-        order = 0 # before fastai makes tensors of them
+        order = 0 # before fastai casts them to plain tensors
         def before_batch(self): self.batch = self.learn.xb[0]
     learn = learner(Two(), DataLoaders(*[DataLoader(ds, bs=4)]*2), cbs=[ChannelsLast(), types := Types()])
     learn.fit(1)
@@ -118,7 +118,7 @@ def test_predictions_are_channels_last():
 
 @pytest.mark.parametrize('cb', [ChannelsLast, fastai_cl.ChannelsLast])
 def test_unet_stays_channels_last_to_its_last_layer(cb):
-    "✗ Under fastai's callback the UNet concatenates the contiguous batch at full resolution and falls back."
+    "✗ With fastai's callback, the UNet concatenates the contiguous batch at full resolution, and the result is contiguous."
     from torchvision.models import resnet18
     ds = [(torch.randn(3, 32, 32), torch.randint(0, 2, (32, 32))) for _ in range(4)]
     learn = unet_learner(DataLoaders(*[DataLoader(ds, bs=2)]*2), resnet18, n_out=2, pretrained=False, normalize=False,
@@ -132,7 +132,7 @@ def test_unet_stays_channels_last_to_its_last_layer(cb):
 
 @pytest.mark.parametrize('kw', [dict(), dict(fused=True), dict(foreach=True)], ids=str)
 def test_optimizer_state_follows_a_switch_in_mid_training(kw):
-    "✗ With fastai's callback, `AdamW(fused=True)` goes wrong by 6e-2. In float64."
+    "✗ With fastai's callback, `AdamW(fused=True)` is wrong by 6e-2. In float64."
     dls, model = loaders(dtype=torch.float64), convnet().double()
     runs = []
     for switch in False, True:
@@ -148,7 +148,7 @@ def test_optimizer_state_follows_a_switch_in_mid_training(kw):
 
 @pytest.mark.parametrize('into', ['channels last', 'contiguous'])
 def test_checkpoints_load_across_formats(tmp_path, into):
-    "The state loads with the other format's strides and has its parameters' before the first step."
+    "The state was saved with the other format's strides and has its parameters' strides before the first step."
     learn = learner(path=tmp_path)
     if into == 'contiguous': learn.to_channelslast(to_fp16=False)
     learn.fit(1); learn.save('a')
@@ -164,12 +164,12 @@ def test_checkpoints_load_across_formats(tmp_path, into):
 
 
 def test_state_that_comes_in_between():
-    "Of the other format, straight into the optimizer: it has its parameters' strides in the next step, not before."
+    "State of the other format, loaded straight into the optimizer, gets its parameters' strides when training starts."
     plain, learn = learner(), learner().to_channelslast(to_fp16=False)
     for o in plain, learn: o.fit(1)
     learn.opt.load_state_dict(plain.opt.state_dict())
     learn.validate()
-    assert any(s != p for p, ss in zip(strides(learn)[0], strides(learn)[2]) for s in ss)  # predictions don't look
+    assert any(s != p for p, ss in zip(strides(learn)[0], strides(learn)[2]) for s in ss)  # predictions leave the state alone
     class Look(Callback):
         def before_batch(self): self.seen = strides(self.learn)
     learn.fit(1, cbs=(look := Look()))
@@ -178,7 +178,7 @@ def test_state_that_comes_in_between():
 
 
 def image_folder(path, n=16):
-    "Data whose transforms pickle, as `export` needs."
+    "DataLoaders whose transforms can be pickled, as `export` needs."
     for i in range(n):
         (d := path/'data'/'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.randint(0, 255, (16, 16, 3), dtype=np.uint8)).save(d/f'{i}.png')
@@ -187,8 +187,8 @@ def image_folder(path, n=16):
 
 @pytest.mark.parametrize('cpu', [True, False])
 def test_export_loads_where_this_library_is_not_installed(has, tmp_path, cpu):
-    "✗ A callback class of our own would end in `UnboundLocalError: … 'res'`."
-    has()  # what is loaded predicts in fp32
+    "✗ With a callback class of this library, loading would raise `UnboundLocalError: … 'res'`."
+    has()  # the loaded Learner predicts in fp32
     learn = Learner(image_folder(tmp_path), convnet(n=2), path=tmp_path).to_channelslast(amp_mode='bf16')
     with warnings.catch_warnings(): warnings.simplefilter('ignore'); learn.fit(1)
     expected = learn.predict(tmp_path/'data'/'a'/'0.png')[2]
@@ -209,7 +209,7 @@ if {cpu}: print('predicted', learn.predict({str(tmp_path/'data'/'a'/'0.png')!r})
 
 @pytest.mark.parametrize('into', [True, False], ids=['channels last', 'contiguous'])
 def test_training_goes_on_from_a_checkpoint_of_the_other_format(tmp_path, into):
-    "In float64, fused: against a run that stays contiguous."
+    "In float64, with a fused optimizer, compared with a run that stays contiguous."
     dls, model, opt = loaders(dtype=torch.float64), convnet().double(), partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True))
     runs = []
     for switch in False, True:
@@ -217,7 +217,7 @@ def test_training_goes_on_from_a_checkpoint_of_the_other_format(tmp_path, into):
         if switch and not into: learn.to_channelslast(to_fp16=False)
         learn.fit(1); learn.save('a'); learn.fit(1)
         if switch: learn.to_channelslast(to_fp16=False) if into else learn.to_contiguous()
-        class Load(Callback): # in the middle of a fit, as SaveModelCallback may
+        class Load(Callback): # in the middle of a fit, as with SaveModelCallback
             def before_epoch(self): self.learn.load('a')
         learn.fit(1, cbs=Load())
         runs.append([p.detach() for p in learn.model.parameters()])
@@ -299,14 +299,14 @@ def test_mixed_precision_is_kept_unless_the_call_names_it(call, kept):
 
 
 def test_kept_cuda_only_mixed_precision_is_said():
-    with pytest.warns(UserWarning, match='works on CUDA only'): learner().to_fp16().to_channelslast()
+    with pytest.warns(UserWarning, match=r"to_channelslast\(\) keeps fastai's own `MixedPrecision`, which works on CUDA only"): learner().to_fp16().to_channelslast()
 
 
 @pytest.mark.parametrize('first', [lambda o: o, lambda o: o.to_fp16(), lambda o: o.to_bf16(), lambda o: o.to_channelslast(amp_mode='bf16')])
 @pytest.mark.parametrize('then, mode', [(lambda o: o.to_fp16(), AMPMode.FP16), (lambda o: o.to_bf16(), AMPMode.BF16),
                                         (lambda o: o.to_fp16(amp_mode=AMPMode.BF16), AMPMode.BF16), (lambda o: o.to_fp16(init_scale=8.), AMPMode.FP16)])
 def test_one_mixed_precision_at_a_time(first, then, mode):
-    "✗ fastai adds a second callback: the loss is scaled twice. Of this library's kind, if that one was."
+    "✗ fastai adds a second callback: the loss is scaled twice. The new one is of this library's class if the old one was."
     learn = first(learner())
     ours = any(isinstance(o, DeviceMixedPrecision) for o in learn.cbs)
     assert then(learn) is learn
@@ -321,21 +321,21 @@ def test_mixed_precision_of_any_name_is_kept():
     learn = learner(cbs=OwnPrecision()).to_channelslast()
     assert [type(o) for o in learn._grab_cbs(MixedPrecision)] == [OwnPrecision] and hasattr(learn, 'channels_last')
     learn = learner().to_channelslast()
-    del learn.mixed_precision  # what a `MixedPrecision` in `fit(cbs=…)` does
+    del learn.mixed_precision  # as a `MixedPrecision` in `fit(cbs=…)` does
     assert len(learn.to_channelslast()._grab_cbs(MixedPrecision)) == 1
 
 
 def test_no_second_precision_beside_the_non_native_one():
     learn = learner(cbs=NonNativeMixedPrecision())
     assert not learn.to_channelslast()._grab_cbs(MixedPrecision)
-    with pytest.warns(UserWarning, match='amp_mode: no effect beside'): learn.to_channelslast(amp_mode='fp16')
+    with pytest.warns(UserWarning, match='ignores amp_mode: the Learner has `NonNativeMixedPrecision`'): learn.to_channelslast(amp_mode='fp16')
     assert not learn._grab_cbs(MixedPrecision)
 
 
 @pytest.mark.parametrize('kwargs, match', [
-    (dict(amp_mode='bf16', init_scale=2., enabled=False), 'init_scale, enabled: no effect in bf16'),
-    (dict(to_fp16=False, growth_factor=3.), 'growth_factor: no effect with `to_fp16=False`'),
-    (dict(to_fp16=False, amp_mode='bf16'), 'amp_mode: no effect with')])
+    (dict(amp_mode='bf16', init_scale=2., enabled=False), 'ignores init_scale, enabled: bf16 needs no gradient scaling'),
+    (dict(to_fp16=False, growth_factor=3.), 'ignores growth_factor: `to_fp16=False` adds no mixed precision'),
+    (dict(to_fp16=False, amp_mode='bf16'), 'ignores amp_mode: `to_fp16=False` adds no mixed precision')])
 def test_arguments_without_effect_are_said(kwargs, match):
     with pytest.warns(UserWarning, match=match): learner().to_channelslast(**kwargs)
 
@@ -343,27 +343,27 @@ def test_arguments_without_effect_are_said(kwargs, match):
 @pytest.mark.parametrize('kwargs, error, match', [
     (dict(initscale=1.), TypeError, "'initscale'.*init_scale, growth_factor, backoff_factor, growth_interval, enabled"),
     (dict(device='cpu'), TypeError, "'device'"),
-    (dict(growth_factor=1.), ValueError, 'growth_factor=1.0: use a number above 1'),
+    (dict(growth_factor=1.), ValueError, r'to_channelslast\(growth_factor=1.0\): use a number above 1'),
     (dict(growth_factor=float('nan')), ValueError, 'growth_factor=nan'),
-    (dict(backoff_factor=0.), ValueError, 'backoff_factor=0.0: use a number between 0 and 1'),
+    (dict(backoff_factor=0.), ValueError, r'to_channelslast\(backoff_factor=0.0\): use a number between 0 and 1'),
     (dict(backoff_factor=1.), ValueError, 'backoff_factor=1.0'),
-    (dict(init_scale=0.), ValueError, 'init_scale=0.0: use a number above 0'),
+    (dict(init_scale=0.), ValueError, r'to_channelslast\(init_scale=0.0\): use a number above 0'),
     (dict(init_scale=-1), ValueError, 'init_scale=-1'), (dict(init_scale='big'), ValueError, "init_scale='big'"),
     (dict(init_scale=None), ValueError, 'init_scale=None'), (dict(init_scale=float('inf')), ValueError, 'init_scale=inf'),
-    (dict(growth_interval=0), ValueError, 'growth_interval=0: use a whole number from 1'),
+    (dict(growth_interval=0), ValueError, r'to_channelslast\(growth_interval=0\): use a whole number from 1'),
     (dict(growth_interval=1e3), ValueError, 'growth_interval=1000.0'), (dict(init_scale=1e39), ValueError, 'init_scale=1e.39'),
-    (dict(enabled='yes'), ValueError, "enabled='yes': use True or False"),
-    (dict(amp_mode='fp8'), ValueError, "amp_mode='fp8': use 'fp16' or 'bf16'"),
+    (dict(enabled='yes'), ValueError, r"to_channelslast\(enabled='yes'\): use True or False"),
+    (dict(amp_mode='fp8'), ValueError, r"to_channelslast\(amp_mode='fp8'\): pass 'fp16' or 'bf16'"),
     (dict(amp_mode=torch.float16), ValueError, 'amp_mode=torch.float16'),
-    (dict(to_fp16='bf16'), ValueError, "to_fp16='bf16': use True or False"),
+    (dict(to_fp16='bf16'), ValueError, r"to_channelslast\(to_fp16='bf16'\): use True or False"),
     (dict(use_amp='fp16'), ValueError, "to_fp16='fp16'")])
-def test_wrong_arguments_fail_at_the_call(kwargs, error, match): raises_untouched(learner(), error, match, **kwargs)
+def test_wrong_arguments_fail_at_the_call(kwargs, error, match): raises_unchanged(learner(), error, match, **kwargs)
 
 
 # to_contiguous
 
 def test_there_and_back_leaves_no_stride_changed():
-    "✗ fastai leaves the optimizer state channels last."
+    "✗ fastai leaves the optimizer state in channels last."
     learn = learner(Mixed())
     learn.fit(1)
     before = strides(learn)
@@ -409,22 +409,25 @@ def test_star_import_shadows_one_name():
     assert all(hasattr(channelslast, o) for o in channelslast.__all__)
 
 
-# weights on one memory
+# weights that share memory
 
 class Shared(nn.Module):
-    "A 1×1 convolution and a linear layer on one memory, and a 3×3 one whose middle is a second 1×1 convolution."
+    "A 1×1 convolution that shares its memory with a linear layer, and a 3×3 one whose center is a second 1×1 convolution."
     def __init__(self):
         super().__init__()
         self.c3, self.c1, self.middle, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(3, 4, 1), nn.Linear(4, 4)
         self.head.weight.data, self.middle.weight.data = self.c1.weight.data.view(4, 4).t(), self.c3.weight.data[..., 1:2, 1:2]
     @property
-    def ptrs(self): return [o.weight.data_ptr() - 16*(o is self.middle) for o in (self.c3, self.middle, self.c1, self.head)]
+    def ptrs(self):
+        ptrs = [o.weight.data_ptr() for o in (self.c3, self.middle, self.c1, self.head)]
+        ptrs[1] -= 16  # the center of the 3×3 kernel
+        return ptrs
     def forward(self, x): return self.head(self.c1(self.c3(x) + self.middle(x)[..., 1:-1, 1:-1]).relu().mean((2, 3)))
 
 
 @pytest.mark.parametrize('opt', [partial(SGD, mom=0.9), Adam, partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True))], ids=['SGD', 'Adam', 'AdamW'])
 def test_shared_memory_stays_shared(tmp_path, opt):
-    "✗ Torn, the two weights of a pair drift apart. Everything that copies or converts weights is done to them here."
+    "✗ If sharing ends, the two weights of a pair differ. This test runs all calls that copy or convert weights."
     runs = []
     for last in False, True:
         with less_random():
@@ -451,7 +454,7 @@ def test_shared_memory_stays_shared(tmp_path, opt):
 
 
 def test_measuring_keeps_what_is_shared():
-    "Inside, as outside, a step of one weight is one of the other."
+    "Memory is shared inside `preserve_learner` too: a change of one weight changes the other."
     learn = learner(Shared())
     m, ptrs, before, own = learn.model, learn.model.ptrs, [p.detach().clone() for p in learn.model.parameters()], strides(learn)
     with preserve_learner(learn):
@@ -467,7 +470,7 @@ def test_measuring_keeps_what_is_shared():
 
 
 def test_one_channel_images_are_not_copied():
-    "Both formats have one order in memory: the batch gets other strides."
+    "Both formats have the same order in memory, so only the strides of the batch change."
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 4))
     class Given(Seen): order = ChannelsLast.order - 1
     learner(net, loaders((1, 8, 8)), cbs=[ChannelsLast(), given := Given(), seen := Seen()]).fit(1)

@@ -1,4 +1,4 @@
-"One walker of containers: all kinds, types kept."
+"Walk and map containers of all kinds; their types stay."
 import gc
 import weakref
 from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
@@ -25,12 +25,14 @@ class Frozen: a: object; b: int = 1
 class Slots: a: object; b: int = 1
 
 class ModelOutput(OrderedDict):
-    "Its items are its attributes too, as in Hugging Face's."
-    def __init__(self, **kw): super().__init__(); [self.__setitem__(k, v) for k, v in kw.items()]
+    "A dictionary whose items are also its attributes, as in Hugging Face's."
+    def __init__(self, **kw):
+        super().__init__()
+        for k, v in kw.items(): self[k] = v
     def __setitem__(self, k, v): super().__setitem__(k, v); object.__setattr__(self, k, v)
 
 class Boxes:
-    "An object that holds tensors, as torchvision's `ImageList`, with one of its own kind inside."
+    "An object that holds tensors, like torchvision's `ImageList`, and may hold another such object."
     def __init__(self, t, inner=None): self.tensors, self.sizes, self.inner = t, [(1, 2)], inner
 
 def half(): return torch.ones(2, 3, dtype=torch.bfloat16)
@@ -75,7 +77,7 @@ def test_an_object_that_holds_itself():
 
 
 def test_nothing_is_kept_alive():
-    "Without waiting for the garbage collector: these are activations."
+    "Activations are freed without waiting for the garbage collector."
     gc.collect(); gc.disable()
     try:
         t = torch.ones(2)

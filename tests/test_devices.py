@@ -1,4 +1,4 @@
-"Conditions of GPUs, pretended on a CPU: skipped steps, worker processes, TF32, cuDNN's errors, too little memory, other devices."
+"GPU conditions simulated on a CPU: skipped steps, worker processes, TF32, cuDNN's errors, too little memory, other devices."
 import gc
 import subprocess
 import sys
@@ -21,7 +21,7 @@ from channelslast.command.reference_timing import plain_loop, timed_fit_step
 from channelslast.core import devices
 from channelslast.core.devices import autocast_is_fast, fit_device, fp32_precision, is_out_of_memory, known_problem, synchronize
 from channelslast.core.nested_tensors import first_half
-from channelslast.find import candidates, layer_timing as layers, number_check as same_numbers, predict_benchmark as prediction_trial, train_benchmark as trial
+from channelslast.find import candidates, layer_timing, number_check, predict_benchmark, train_benchmark
 from channelslast.find.results import Timing
 from channelslast.learner import channels_last as callback
 from channelslast.learner.preserve_learner import preserve_learner
@@ -35,7 +35,7 @@ CUDA = torch.device('cuda:1')
 # steps that the gradient scaler skips
 
 class Steeper(nn.Module):
-    "Gradients that overflow in fp16 while the scale is large, in training mode alone, where no comparison looks."
+    "Gradients that overflow in fp16 while the scale is large, only in training mode: numbers are compared in eval mode."
     def forward(self, x): return Steep.apply(x) if self.training else x
 
 
@@ -44,46 +44,49 @@ def steep(): return nn.Sequential(nn.Conv2d(3, 8, 3), Steeper(), nn.Conv2d(8, 8,
 
 @pytest.fixture
 def skipping(has, monkeypatch):
-    "Steps of 20 ms, skipped ones of 2; lists the latter."
-    real, found = trial.step_ms, []
+    "Steps of 20 ms, skipped ones of 2 ms; has one item per skipped step."
+    real, found = train_benchmark.step_ms, []
     def _ms(learn, batch):
         real(learn, batch)
         if skipped := any(cb.skipped for cb in learn._grab_cbs(MixedPrecision)): found.append(1)
         return 2. if skipped else 20.
-    monkeypatch.setattr(trial, 'step_ms', _ms)
+    monkeypatch.setattr(train_benchmark, 'step_ms', _ms)
     has('fp16')
     return found
 
 
 @pytest.mark.parametrize('scaler', [{}, dict(growth_interval=1)])
 def test_a_skipped_step_is_no_step(skipping, scaler):
-    "✗ The fastest step of a candidate was one in which no optimizer had run."
+    "✗ The fastest step of a candidate was one without the optimizer."
     t = find(learner(steep()), **scaler)
     assert skipping and {r.precision for r in t.rows} == {'fp32', 'fp16'}
     assert all(r.ms == 20. for r in t.rows if r.valid) and [r.valid for r in t.rows] == [True]*4
 
 
 def test_accumulated_batches_are_not_skipped(has):
-    "They never come to the scaler, whose word on the step before stayed."
+    "They never reach the scaler, whose flag for the step before stayed set."
     has('fp16')
     t = find(learner(steep(), cbs=GradientAccumulation(64)))
     assert [r.valid for r in t.rows] == [True]*4, t
 
 
 def test_who_skips_each_step_is_out(skipping, monkeypatch):
-    monkeypatch.setattr(trial, 'MAX_SKIPS', 3)
+    monkeypatch.setattr(train_benchmark, 'MAX_SKIPS', 3)
     t = find(learner(steep()))
     assert [r.note for r in t.rows] == ['', 'the gradient scaler skipped 3 steps in a row']*2 and not t.rows[1].valid
 
 
 def test_the_judge_counts_no_skipped_step(has, monkeypatch):
-    "Neither a Learner's, nor one of the plain loop beside it, nor the demo's."
+    "Neither of a Learner, nor of the plain loop, nor of the demo."
     has('fp16')
     ran = []
     def _opt(params, **kw):
         opt = Adam(params, **kw)
         real = opt.step
-        opt.step = lambda *a, **k: (ran.append(1), real(*a, **k))
+        def _step(*args, **kwargs):
+            ran.append(1)
+            return real(*args, **kwargs)
+        opt.step = _step
         return opt
     learn = learner(steep(), opt_func=_opt).to_channelslast()
     batch = learn.dls.one_batch()
@@ -110,28 +113,28 @@ class Slow:
 
 @pytest.mark.parametrize('workers, n', [(0, 64), (2, 64), (3, 200), (3, 8)])
 def test_worker_processes_do_not_hide_a_slow_loader(workers, n):
-    "✗ Eight workers that make a batch every 20 ms were measured as 0.2 ms: their first wave was ready at once."
+    "✗ Eight workers that load a batch every 20 ms were measured as 0.2 ms, since their first batches were already loaded."
     dl = DataLoader(Slow(n, 0.03), bs=2, num_workers=workers)
-    _, ms = trial.load_batches(learner(dls=DataLoaders(dl, dl, device=torch.device('cpu'))), dl)
-    assert ms > 0.9*60/max(workers, 1)  # a busy machine only makes it slower
+    _, ms = train_benchmark.load_batches(learner(dls=DataLoaders(dl, dl, device=torch.device('cpu'))), dl)
+    assert ms > 0.9*60/max(workers, 1)  # other load only makes it slower
 
 
 def waves(workers, n, ms): return [ms*(1 + i//workers) for i in range(n)]
 
 
 @pytest.mark.parametrize('came, workers, complete, ms', [
-    ([], 0, False, 0.), ([50.], 0, False, 50.), ([50., 60., 70., 90.], 0, False, 10.),  # the first sets up
+    ([], 0, False, 0.), ([50.], 0, False, 50.), ([50., 60., 70., 90.], 0, False, 10.),  # the first batch includes the setup
     (waves(4, 16, 100.), 4, True, 25.), (waves(16, 64, 400.), 16, True, 25.), (waves(1, 10, 30.), 1, True, 30.),
-    (waves(4, 6, 100.), 4, False, 200/6),  # a short epoch counts whole
-    ([21000.], 16, False, 21000/16), (waves(2, 8, 7000.)[:5], 2, False, 21000/5)])  # the time was over
+    (waves(4, 6, 100.), 4, False, 200/6),  # of a short epoch, all batches count
+    ([21000.], 16, False, 21000/16), (waves(2, 8, 7000.)[:5], 2, False, 21000/5)])  # the time limit was reached
 def test_milliseconds_of_a_batch(came, workers, complete, ms):
-    assert trial._per_batch(came, workers, complete) == pytest.approx(ms)
+    assert train_benchmark._ms_per_batch(came, workers, complete) == pytest.approx(ms)
 
 
 # TF32
 
 def on(monkeypatch, capability=(8, 0), name='NVIDIA A100', bf16=True):
-    "Pretend that there is such a GPU."
+    "Simulate a GPU; returns the list of devices that it is asked about."
     monkeypatch.setattr(torch.cuda, 'device', lambda d: nullcontext(asked.append(d)))
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d=None: capability)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda d=None: name)
@@ -148,7 +151,7 @@ def test_where_cuda_computes_in_tf32(monkeypatch, capability, precision):
 
 
 def test_settings_of_the_new_api_are_read():
-    "✗ After `torch.backends.fp32_precision = 'ieee'`, reading `cudnn.allow_tf32` raises, and folding raised with it."
+    "✗ After `torch.backends.fp32_precision = 'ieee'`, reading `cudnn.allow_tf32` raises, and so did folding."
     code = '''if True:
         import torch, warnings
         from unittest import mock
@@ -181,7 +184,7 @@ def test_settings_of_the_new_api_are_read():
 
 
 class Rounded(nn.Module):
-    "Off by what TF32 in one format alone does to a ResNet-50."
+    "Outputs differ in channels last as much as a ResNet-50's do if only one format uses TF32."
     def __init__(self): super().__init__(); self.net = convnet()
     def forward(self, x): return 20*self.net(x)*(1.004 if self.net[0].weight.stride(1) == 1 else 1)
 
@@ -190,7 +193,7 @@ class Rounded(nn.Module):
 @pytest.mark.parametrize('computed', ['fp32', 'fp16'])
 def test_fp32_in_tf32_has_the_limits_of_fp16(has, monkeypatch, train, computed):
     has()
-    monkeypatch.setattr(same_numbers, 'fp32_precision', lambda d: computed)
+    monkeypatch.setattr(number_check, 'fp32_precision', lambda d: computed)
     t = find(learner(Rounded()), train=train)
     assert t.rows[1].valid == (computed == 'fp16')
 
@@ -201,7 +204,7 @@ def tf32(t):
 
 
 class InTF32(nn.Conv2d):
-    "In channels last, as cuDNN may choose for one format alone."
+    "TF32 only in channels last: cuDNN may choose it for one format alone."
     def reset_parameters(self): nn.init.kaiming_normal_(self.weight)
     def forward(self, x):
         return self._conv_forward(tf32(x), tf32(self.weight), self.bias) if self.weight.stride(1) == 1 else super().forward(x)
@@ -210,7 +213,7 @@ class InTF32(nn.Conv2d):
 @pytest.mark.parametrize('train', [True, False])
 def test_convolutions_in_tf32(has, monkeypatch, train):
     has()
-    monkeypatch.setattr(same_numbers, 'fp32_precision', lambda d: 'fp16')
+    monkeypatch.setattr(number_check, 'fp32_precision', lambda d: 'fp16')
     deep = [m for _ in range(8) for m in (InTF32(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())]
     t = find(learner(nn.Sequential(InTF32(3, 8, 3, bias=False), *deep, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))), train=train)
     off = t.rows[1].grad_diff if train else t.rows[1].pred_diff
@@ -220,7 +223,7 @@ def test_convolutions_in_tf32(has, monkeypatch, train):
 # recurrent layers
 
 class Cudnn(nn.LSTM):
-    "Raises as cuDNN does, in the backward pass of eval mode."
+    "Raises in the backward pass in eval mode, as cuDNN does."
     def forward(self, x):
         out, state = super().forward(x)
         def _raise(g): raise RuntimeError('cudnn RNN backward can only be called in training mode')
@@ -241,15 +244,15 @@ modes = []
 
 
 def test_recurrent_layers_on_cuda(has, monkeypatch):
-    "✗ The comparison in eval mode raised. Batch norms beside them are still compared in eval mode."
+    "✗ The comparison in eval mode raised. Batch norms in the same model are still compared in eval mode."
     has()
-    learn, real = learner(Recurrent()), same_numbers.check_numbers
+    learn, real = learner(Recurrent()), number_check.check_numbers
     def _check(*args):
         modes.clear()
         real(*args)
         assert {*modes} == {(False, True, 0.)}
         modes.clear()
-    monkeypatch.setattr(trial, 'check_numbers', _check)
+    monkeypatch.setattr(train_benchmark, 'check_numbers', _check)
     before = state(learn)
     t = find(learn)
     assert [r.valid for r in t.rows] == [True]*2 and {*modes} == {(True, True, 0.5)} and t.rows[1].grad_diff < 1e-3
@@ -260,7 +263,7 @@ def test_recurrent_layers_on_cuda(has, monkeypatch):
 # too little memory
 
 class Large(nn.Module):
-    "Runs out of memory in fp32 with more than so many images."
+    "Runs out of memory in fp32 with more than `most` images."
     seen = []
     def __init__(self, most): super().__init__(); self.most = most
     def forward(self, x):
@@ -309,7 +312,7 @@ def test_what_has_no_half_stays(batch): assert first_half(batch, 4) is batch
 
 
 class Fragile(nn.Module):
-    "Fails where the backward pass begins, in channels last, when all activations are alive; one of them is watched."
+    "In channels last, fails at the start of the backward pass, when all activations are alive. `refs` watches one of them."
     def __init__(self): super().__init__(); self.conv, self.net = nn.Conv2d(3, 3, 3, padding=1), convnet()
     def forward(self, x):
         x = self.conv(x)
@@ -347,31 +350,31 @@ def test_what_is_out_of_memory(e, oom): assert is_out_of_memory(e) == oom
 
 
 def test_peak_memory_is_of_the_step_alone(monkeypatch):
-    "Not of the kernels tried while warming up, nor of the copies that the search itself made."
+    "Without the memory of the warm-up, which tries kernels, and without the copies of `preserve_learner`."
     monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', lambda d: None)
     monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda d: 50*2**20)
-    c, me = SimpleNamespace(memory=40.), SimpleNamespace(device=CUDA, copied=20*2**20)
-    with trial.TrainBenchmark.peak_memory(me, c): pass
+    c, me = SimpleNamespace(memory=40.), SimpleNamespace(device=CUDA, copied_bytes=20*2**20)
+    with train_benchmark.TrainBenchmark.peak_memory(me, c): pass
     assert c.memory == 40.
     c.memory = None
-    with trial.TrainBenchmark.peak_memory(me, c): pass
+    with train_benchmark.TrainBenchmark.peak_memory(me, c): pass
     assert c.memory == 30.
 
 
 def test_memory_of_the_warm_up_does_not_count(has, monkeypatch):
     has()
-    real = trial.TrainBenchmark.run
+    real = train_benchmark.TrainBenchmark.run
     def _run(self, *args):
         for c in self.candidates: c.memory = 1e6
         return real(self, *args)
-    monkeypatch.setattr(trial.TrainBenchmark, 'run', _run)
+    monkeypatch.setattr(train_benchmark.TrainBenchmark, 'run', _run)
     assert [r.memory for r in find().rows] == [None]*2
 
 
 def test_the_copies_of_the_search_are_counted(has, monkeypatch):
     has()
-    real, found = trial.TrainBenchmark.run, []
-    monkeypatch.setattr(trial.TrainBenchmark, 'run', lambda self, *args: (found.append(self.copied), real(self, *args))[1])
+    real, found = train_benchmark.TrainBenchmark.run, []
+    monkeypatch.setattr(train_benchmark.TrainBenchmark, 'run', lambda self, *args: (found.append(self.copied_bytes), real(self, *args))[1])
     learn = learner()
     find(learn)
     held = [*learn.model.parameters(), *learn.model.buffers()]
@@ -381,7 +384,7 @@ def test_the_copies_of_the_search_are_counted(has, monkeypatch):
 # which device
 
 def test_each_device_is_waited_for(monkeypatch):
-    "✗ `torch.cuda.synchronize()` waits for the current device, so that launches on `cuda:1` were timed."
+    "✗ `torch.cuda.synchronize()` waits for the current device, so only the launches were timed on `cuda:1`."
     waited = []
     for m in torch.cuda, torch.xpu: monkeypatch.setattr(m, 'synchronize', lambda d: waited.append(d))
     monkeypatch.setattr(torch.mps, 'synchronize', lambda: waited.append('mps'))
@@ -392,8 +395,8 @@ def test_each_device_is_waited_for(monkeypatch):
 def test_peak_memory_of_xpu(monkeypatch):
     monkeypatch.setattr(torch.xpu, 'reset_peak_memory_stats', lambda d: None)
     monkeypatch.setattr(torch.xpu, 'max_memory_allocated', lambda d: 50*2**20)
-    c, me = SimpleNamespace(memory=None), SimpleNamespace(device=torch.device('xpu'), copied=20*2**20)
-    with trial.TrainBenchmark.peak_memory(me, c): pass
+    c, me = SimpleNamespace(memory=None), SimpleNamespace(device=torch.device('xpu'), copied_bytes=20*2**20)
+    with train_benchmark.TrainBenchmark.peak_memory(me, c): pass
     assert c.memory == 30.
 
 
@@ -402,7 +405,7 @@ def test_peak_memory_of_xpu(monkeypatch):
     ('NVIDIA GeForce GTX 1660 Ti', (7, 5), False, set()), ('Quadro T1000', (7, 5), False, set()), ('NVIDIA T400 4GB', (7, 5), False, set()),
     ('NVIDIA GeForce MX450', (7, 5), False, set()), ('Quadro RTX 4000', (7, 5), False, {'fp16'}), ('Tesla P100', (6, 0), False, set())])
 def test_what_cuda_accelerates(monkeypatch, name, capability, bf16, fast):
-    "fp16 needs tensor cores; each GPU is asked for itself."
+    "fp16 needs tensor cores. The GPU in question is asked, not the current one."
     asked = on(monkeypatch, capability, name, bf16)
     monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda d: True)
     assert {m.value for m in AMPMode if autocast_is_fast(CUDA, m)} == fast and {*asked} == {CUDA}
@@ -417,21 +420,21 @@ def test_what_mps_accelerates(monkeypatch, chip, fast):
 
 @pytest.mark.parametrize('fp64', [True, False])
 def test_fp16_on_xpu_needs_fp64(monkeypatch, fp64):
-    "The gradient scaler computes in it."
+    "The gradient scaler computes in fp64."
     monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda d: True)
     monkeypatch.setattr(torch.xpu, 'get_device_properties', lambda d: SimpleNamespace(has_fp64=fp64))
     assert autocast_is_fast('xpu', AMPMode.FP16) == fp64 and autocast_is_fast('xpu', AMPMode.BF16)
 
 
 def test_pytorchs_own_loaders_have_no_device(monkeypatch):
-    "fastai moves the model to its default device then."
+    "fastai then moves the model to its default device."
     monkeypatch.setattr(devices, 'default_device', lambda: CUDA)
     learn = learner()
     assert fit_device(learn) == torch.device('cpu')
     plain = torch.utils.data.DataLoader([(torch.zeros(3, 8, 8), 0)])
     assert fit_device(learner(dls=DataLoaders(plain, plain))) == CUDA
     learn.dls._device = None
-    assert fit_device(learn) == torch.device('cpu')  # it stays where it is
+    assert fit_device(learn) == torch.device('cpu')  # the model stays where it is
 
 
 def test_a_cpus_learner_does_not_start_cuda(monkeypatch):
@@ -441,11 +444,11 @@ def test_a_cpus_learner_does_not_start_cuda(monkeypatch):
 
 
 def test_batches_wait_on_the_device(monkeypatch):
-    "✗ Before a first fit they were copied back to the CPU, where the model was, so that each step copied its batch again."
-    monkeypatch.setattr(trial, 'synchronize', lambda d: None)
+    "✗ Before a first fit, batches went to the CPU, where the model still was, so each step copied its batch again."
+    monkeypatch.setattr(train_benchmark, 'synchronize', lambda d: None)
     dls = loaders()
     dls.device = torch.device('meta')
-    batches, _ = trial.load_batches(learner(dls=dls), dls.train)
+    batches, _ = train_benchmark.load_batches(learner(dls=dls), dls.train)
     assert all(t.is_meta for b in batches for t in b)
 
 
@@ -455,12 +458,12 @@ def test_a_chip_without_a_name():
 
 
 class OnAnother(Callback):
-    "Holds the device of this process, as `DistributedTrainer` does."
+    "Holds the device of its process, as `DistributedTrainer` does."
     def __init__(self): self.accelerator = SimpleNamespace(device=torch.device('cpu:0'))
 
 
 def test_each_process_measures_on_its_own_device():
-    "✗ Loaders made before the processes know each other sit on the first GPU in all of them."
+    "✗ Loaders made before the process group is initialized are on the first GPU in all processes."
     learn = learner(cbs=OnAnother())
     assert fit_device(learn) == torch.device('cpu:0') != learn.dls.device
     with preserve_learner(learn):
@@ -487,28 +490,28 @@ def test_cudnns_flag_is_said(fake, monkeypatch):
 
 @pytest.mark.parametrize('ms, num_it, rounds', [(3., None, 60), (10., None, 25), (3., 4, 4)])
 def test_very_short_steps_take_more_rounds(has, fake, ms, num_it, rounds):
-    "✗ Fifteen rounds of 3 ms fit into one slow phase of the machine, so that nothing was ever sure."
-    has(); fake(lambda key, n: ms*(1 + 0.3/(1 + n)))  # never two alike
+    "✗ Fifteen rounds of 3 ms fit into one slow phase of the machine, so the choice was never certain."
+    has(); fake(lambda key, n: ms*(1 + 0.3/(1 + n)))  # no two steps take equally long
     find(num_it=num_it)
     assert len(fake.steps) == 2*(1 + rounds)
 
 
 @pytest.mark.parametrize('kind, ms', [('cpu', 100.), ('cuda', 10.)])
 def test_layers_on_a_gpu_are_launched_one_behind_the_other(monkeypatch, kind, ms):
-    monkeypatch.setattr(layers, 'elapsed_ms', lambda device, f: (f(), 100.)[1])
+    monkeypatch.setattr(layer_timing, 'elapsed_ms', lambda device, f: (f(), 100.)[1])
     m, ran = nn.Conv2d(3, 3, 1), []
     m.register_forward_hook(lambda *args: ran.append(1))
     x = torch.randn(1, 3, 4, 4, requires_grad=True)
     with pytest.MonkeyPatch.context() as mp:
         mp.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext())
         m.forward = lambda x, f=m.forward: (ran.append(1), f(x))[1]
-        assert layers.layer_ms(m, x, SimpleNamespace(type=kind), torch.bfloat16, False) == ms
+        assert layer_timing.layer_ms(m, x, SimpleNamespace(type=kind), torch.bfloat16, False) == ms
     assert len(ran) == 100/ms and x.grad is None and m.weight.grad is None
 
 
 @pytest.mark.parametrize('firsts, apart, steps', [((2001.,)*3, {}, 3), ((2001.,)*2, {}, 2 + 1 + 3), ((2001.,)*2, {'cpu'}, 2)])
 def test_elsewhere_a_second_step_may_be_slow_too(has, fake, monkeypatch, firsts, apart, steps):
-    monkeypatch.setattr(trial, 'SYNCHRONOUS', apart)
+    monkeypatch.setattr(train_benchmark, 'SYNCHRONOUS', apart)
     half = 'contiguous', 'bf16'
     has('bf16'); fake(lambda key, n: 100. if key != half else firsts[k - 1] if (k := fake.steps.count(half)) <= len(firsts) else 80.)
     find(formats='contiguous')
@@ -516,7 +519,7 @@ def test_elsewhere_a_second_step_may_be_slow_too(has, fake, monkeypatch, firsts,
 
 
 def test_fused_steps_copy_no_list(monkeypatch):
-    "A GPU waits for such a copy, up to twice a group and step."
+    "A GPU waits for such a copy, up to twice per group and step."
     learn = learner(opt_func=fused(Adam))
     with learn.no_logging(): learn.fit(1)
     x, y = learn.dls.one_batch()
@@ -530,7 +533,7 @@ def test_fused_steps_copy_no_list(monkeypatch):
 
 
 def test_the_backward_pass_is_traced_in_one_thread():
-    "CUDA's has one of its own, whose sequence numbers mean other modules."
+    "CUDA's backward pass has its own thread, whose sequence numbers belong to other modules."
     seen = []
     class Look(nn.Module):
         def forward(self, x):
@@ -544,7 +547,7 @@ def test_the_backward_pass_is_traced_in_one_thread():
 # random states
 
 def test_no_device_is_started_for_its_random_states(monkeypatch):
-    "✗ In a forked process that raised, also for a model on the CPU."
+    "✗ Starting CUDA raised in a forked process, even for a model on the CPU."
     def _raise(): raise RuntimeError('Cannot re-initialize CUDA in forked subprocess')
     seeds, was = [], torch.initial_seed()
     for name, f in dict(is_available=lambda: True, is_initialized=lambda: False, get_rng_state_all=_raise, manual_seed_all=seeds.append).items():
@@ -554,15 +557,15 @@ def test_no_device_is_started_for_its_random_states(monkeypatch):
 
 
 def test_norms_without_float64(monkeypatch):
-    "Intel's Arc and Apple's GPUs have none."
+    "Intel Arc and Apple GPUs have no float64."
     asked = []
     monkeypatch.setattr(torch.linalg, 'vector_norm', lambda t, dtype: (asked.append(dtype), 3.)[1])
     for kind in 'xpu', 'mps', 'cuda', 'cpu':
-        same_numbers._norm([SimpleNamespace(is_cpu=kind == 'cpu', is_cuda=kind == 'cuda', dtype=torch.float32)])
+        number_check._norm([SimpleNamespace(is_cpu=kind == 'cpu', is_cuda=kind == 'cuda', dtype=torch.float32)])
     assert asked == [None, None, torch.float64, torch.float64]
 
 
-# devices on which channels last is wrong or slow
+# devices where channels last is wrong or slow
 
 @pytest.mark.parametrize('kind, version, hip, told, miopen, said', [
     ('mps', '2.6.0', None, None, 0, 'wrong gradients'), ('mps', '2.13.0', None, None, 0, 'wrong gradients'),
@@ -593,7 +596,7 @@ def test_a_weakness_is_said_once_and_not_of_what_was_measured(has, fake, monkeyp
 
 
 def test_measuring_warns_of_nothing(has, monkeypatch):
-    "The measured numbers and times tell, and a candidate is no choice yet."
+    "Numbers and times are measured anyway, and a candidate is not chosen yet."
     has()
     monkeypatch.setattr(callback, 'model_device', lambda m: CUDA)
     with less_random(deterministic=True, benchmark=False), warnings.catch_warnings():
@@ -609,7 +612,7 @@ def test_fp16_on_mps_needs_a_scaler_that_works(monkeypatch, version, fast):
 
 
 def test_the_reference_leaves_the_device(has, monkeypatch):
-    "Its gradients would be one more copy of the model beside each candidate's."
+    "On the device, its gradients would be one more copy of the model."
     has()
     moved, real = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, 'cpu', lambda t: (moved.append(t.shape), real(t))[1])
@@ -619,41 +622,42 @@ def test_the_reference_leaves_the_device(has, monkeypatch):
 
 
 def test_one_comparison_is_over_before_the_next(has, monkeypatch):
-    "A pass in main memory, and its gradients on the device, stayed while the next ones were made."
+    "Otherwise a recorded pass in main memory and its gradients on the device stay during the next comparison."
     has('bf16')
-    refs, real = [], same_numbers.Comparison.look
-    def _look(self, c):
+    refs, real = [], number_check.Comparison.run_candidate
+    def _run(self, c):
         assert not [r for r in refs if r() is not None]
         found = real(self, c)
         refs.append(weakref.ref(found[0]))
         return found
-    monkeypatch.setattr(same_numbers.Comparison, 'look', _look)
+    monkeypatch.setattr(number_check.Comparison, 'run_candidate', _run)
     find()
     assert len(refs) == 3
 
 
 def test_folded_weights_of_one_candidate_at_a_time(has, monkeypatch):
-    "Elsewhere than on a CPU: five copies of the model stood in each candidate's peak memory."
+    "Otherwise, on GPUs, each candidate's peak memory includes five copies of the model."
     has('bf16')
-    monkeypatch.setattr(prediction_trial, 'SYNCHRONOUS', {})
-    real, held = prediction_trial.step_ms, []
+    monkeypatch.setattr(predict_benchmark, 'SYNCHRONOUS', {})
+    monkeypatch.setattr(predict_benchmark.selection, 'FAR_FACTOR', 1e9)  # all are folded too, however busy the machine
+    real, held = predict_benchmark.step_ms, []
     def _ms(learn, batch):
-        held.append(sum(c.folded and c.fold.works for c in mine[0].candidates))
+        held.append(sum(c.folded and c.fold.works for c in benchmarks[0].candidates))
         return real(learn, batch)
-    mine, init = [], prediction_trial.PredictBenchmark.__init__
-    monkeypatch.setattr(prediction_trial.PredictBenchmark, '__init__', lambda self, *args: (mine.append(self), init(self, *args))[1])
-    monkeypatch.setattr(prediction_trial, 'step_ms', _ms)
+    benchmarks, init = [], predict_benchmark.PredictBenchmark.__init__
+    monkeypatch.setattr(predict_benchmark.PredictBenchmark, '__init__', lambda self, *args: (benchmarks.append(self), init(self, *args))[1])
+    monkeypatch.setattr(predict_benchmark, 'step_ms', _ms)
     t = find(train=False)
     assert sum(r.folded for r in t.rows) > 1 and max(held) == 1
 
 
 def test_nothing_of_a_search_is_alive_when_memory_goes_back(has, monkeypatch):
     has()
-    refs, real = [], trial.TrainBenchmark.__init__
+    refs, real = [], train_benchmark.TrainBenchmark.__init__
     def _init(self, *args):
         refs.append(weakref.ref(self))
         real(self, *args)
-    monkeypatch.setattr(trial.TrainBenchmark, '__init__', _init)
+    monkeypatch.setattr(train_benchmark.TrainBenchmark, '__init__', _init)
     def _free(device):
         gc.collect()
         assert refs and refs[0]() is None
@@ -673,7 +677,7 @@ def on_gpu(model, n=64, bs=16, **kwargs): return learner(model, loaders((3, 32, 
 
 @pytest.mark.cuda
 def test_cuda_measures_everything():
-    "Training with an LSTM (cuDNN's), and predictions; all candidates are right, and memory is told."
+    "Training with cuDNN's LSTM, and predictions: all candidates are valid and report their memory."
     class Rows(nn.Module):
         def __init__(self):
             super().__init__()
@@ -688,7 +692,7 @@ def test_cuda_measures_everything():
 
 @pytest.mark.cuda
 def test_cuda_tf32_is_no_wrong_number():
-    "In a network deep enough, with TF32 on."
+    "In a deep network with TF32 enabled."
     from torchvision.models import resnet50
     with pytest.MonkeyPatch.context() as mp:
         mp.setattr(torch.backends.cudnn, 'allow_tf32', True)
@@ -698,10 +702,10 @@ def test_cuda_tf32_is_no_wrong_number():
 
 @pytest.mark.cuda
 def test_cuda_batches_wait_there():
-    "Also before a first fit, when the model is still on the CPU; and with PyTorch's own loaders, which have no device."
+    "Before a first fit, when the model is still on the CPU, and with PyTorch's own loaders, which have no device."
     from torch.utils.data import DataLoader as Plain
     learn = on_gpu(convnet())
-    batches, _ = trial.load_batches(learn, learn.dls.train)
+    batches, _ = train_benchmark.load_batches(learn, learn.dls.train)
     assert all(t.device == GPU for b in batches for t in b)
     dl = Plain([(torch.randn(3, 32, 32), torch.tensor(1)) for _ in range(16)], batch_size=8)
     assert find(learner(convnet(), DataLoaders(dl, dl)), num_it=2).rows[0].memory > 0
@@ -715,7 +719,7 @@ def test_cuda_skips_no_step():
 
 @pytest.mark.cuda
 def test_cuda_without_memory_halves_the_batches():
-    "With so much of the GPU's memory that one image in fp32 fits, and 64 do not."
+    "With GPU memory for one image in fp32, but not for 64."
     class Wide(nn.Module):
         def __init__(self): super().__init__(); self.conv, self.head = nn.Conv2d(3, 256, 3, padding=1), nn.Linear(256, 4)
         def forward(self, x): return self.head(self.conv(nn.functional.interpolate(x, size=256)).relu().mean((2, 3)))
@@ -740,7 +744,7 @@ def test_cuda_fused_steps_wait_for_nothing():
 
 @pytest.mark.cuda
 def test_cuda_backward_conversions_have_their_modules():
-    "The same modules as on the CPU."
+    "They belong to the same modules as on the CPU."
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     def _names(learn): return {(r.module, r.backward) for r in learn.to_channelslast(to_fp16=False).format_summary().lost}
     assert _names(on_gpu(net)) == _names(learner(net.cpu(), loaders((3, 32, 32))))

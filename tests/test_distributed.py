@@ -1,4 +1,4 @@
-"fastai's `distrib_ctx` with two processes over gloo, as on two machines or GPUs."
+"fastai's `distrib_ctx` with two processes that communicate over gloo."
 import json
 import os
 import subprocess
@@ -13,7 +13,7 @@ here = Path(__file__).parent
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
-    "What both processes wrote, and what they printed."
+    "The weights and facts that each process wrote, and all that they printed."
     folder = tmp_path_factory.mktemp('two')
     path = os.pathsep.join([str(here.parent), os.environ.get('PYTHONPATH', '')])
     out = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(here/'two_processes.py'), str(folder)],
@@ -36,18 +36,18 @@ def test_as_the_contiguous_run(two, how):
 
 
 def test_gradients_match_their_buckets(two):
-    "✗ PyTorch warns, and copies each gradient, where the format changes after DDP has wrapped the model."
+    "✗ If the format changes after DDP has wrapped the model, PyTorch warns and copies each gradient."
     assert 'bucket' not in two[2]
 
 
 def test_one_decision_for_all(two):
-    "Though the second process measured the opposite."
+    "Although the second process measured the opposite."
     _, (first, second), _ = two
     assert first['best'] == second['best'] == ['contiguous', 1.0] and first['cbs'] == second['cbs']
 
 
 def test_one_decision_for_all_predictions(two):
-    "Also on what is worth folding, since each candidate's steps talk to the other process."
+    "Also on which candidates to fold, since steps of each candidate communicate."
     _, (first, second), _ = two
     assert first['predictions'] == second['predictions'] == 'contiguous'
     assert first['tried'] == second['tried'] and ['contiguous', 'fp32', True] in sum(first['tried'], [])
@@ -70,15 +70,16 @@ DIFFER = 'numbers differ from contiguous fp32'
     ('infinite', [FINE, ['fp32', 'loss is not finite', False]]), ('numbers', [FINE, ['fp32', DIFFER, False]]),
     ('other_predictions', [FINE, ['fp32', DIFFER, False]]), ('halves', [FINE, FINE])])
 def test_what_goes_wrong_in_one_process_is_known_to_both(two, name, rows):
-    "✗ A process that ran out of memory alone dropped the candidate alone; the other one waited."
+    "✗ When one process ran out of memory, only this one dropped the candidate, and the other one waited."
     first, second = (facts['alone'][name] for facts in two[1])
     assert first == second
-    for found, (*_, note, valid) in zip(first[0], rows): assert found[2] == valid and found[1].startswith(note) and bool(found[1]) == bool(note)
+    for found, (_, note, valid) in zip(first[0], rows):
+        assert found[2] == valid and found[1].startswith(note) and bool(found[1]) == bool(note)
     assert ('Measured on 2 of the 4 items' in first[1][0]) == (name == 'halves')
 
 
 def test_one_choice_of_layers_in_fp32(two):
-    "✗ TypeError, or a hang: each process chose by its own times."
+    "✗ Each process chose by its own times: TypeError, or a hang."
     first, second = (facts['alone']['layers'][0] for facts in two[1])
     assert first == second and [r[0] for r in first].count('bf16+fp32') == 1
 
@@ -89,7 +90,7 @@ def test_an_error_of_one_process_ends_both(two):
 
 
 def test_two_errors_end_both(two):
-    "✗ The process without memory tried half a batch, and waited for the other one."
+    "✗ The process without memory tried half a batch and waited for the other one."
     assert [facts['alone']['two_errors'] for facts in two[1]] == ["KeyError: 'mine'", 'OutOfMemoryError: out of memory']
 
 

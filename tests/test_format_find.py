@@ -1,4 +1,4 @@
-"`format_find` and `to_fastest`, with fake times where speed is not the subject."
+"`format_find` and `to_fastest`, mostly with fake times."
 import pickle
 import random
 from copy import deepcopy
@@ -13,7 +13,7 @@ from fastai.vision.all import (Adam, Callback, DataLoader, DataLoaders, Gradient
 from torch import nn
 
 from channelslast import ChannelsLast
-from channelslast.find import layer_timing as layers_module, train_benchmark as module
+from channelslast.find import layer_timing, train_benchmark
 from channelslast.find.candidates import FORMATS, PRECISIONS
 from channelslast.find.results import FormatTimings, Timing
 from tests.conftest import convnet, learner, loaders, strides
@@ -26,16 +26,16 @@ ALL = [(f, p) for f in FORMATS for p in PRECISIONS]
 
 @pytest.fixture
 def fake(monkeypatch):
-    "`fake(times)`: each candidate's step really runs, and takes so many milliseconds."
+    "`fake(times)` replaces the measured milliseconds of each candidate's step; the step still runs."
     def _fake(times):
-        real = module.step_ms
+        real = train_benchmark.step_ms
         def _ms(learn, batch):
             real(learn, batch)
             mp = learn._grab_cbs(MixedPrecision)
             key = FORMATS[bool(learn._grab_cbs(ChannelsLast))], mp[0].amp_mode.value if mp else 'fp32'
             steps.append(key)
             return times.get(key, 100.) if isinstance(times, dict) else times(key, len(steps))
-        monkeypatch.setattr(module, 'step_ms', _ms)
+        monkeypatch.setattr(train_benchmark, 'step_ms', _ms)
     steps = _fake.steps = []
     return _fake
 
@@ -53,20 +53,20 @@ def test_candidates(has, fake, fast, pairs):
     has(*fast); fake({})
     t = find()
     assert [(r.memory_format, r.precision) for r in t.rows] == [ALL[i] for i in pairs]
-    assert len(fake.steps) == (1 + 3)*len(t.rows)  # all are equal: after three rounds that is sure
+    assert len(fake.steps) == (1 + 3)*len(t.rows)  # all are equally fast: certain after three rounds
 
 
 @pytest.mark.parametrize('kw, pairs', [(dict(precisions='bf16'), [0, 2, 5]), (dict(formats='channels_last'), [0, 3, 5]),
                                        (dict(precisions=['fp32'], formats=['contiguous']), [0])])
 def test_arguments_choose_fewer(has, fake, kw, pairs):
-    "Contiguous fp32, the baseline, is always among them."
+    "The baseline, contiguous fp32, is always measured."
     has('bf16'); fake({})
     assert [(r.memory_format, r.precision) for r in find(**kw).rows] == [ALL[i] for i in pairs]
 
 
 @pytest.mark.parametrize('ms, rounds', [(100., 3), (20., 13), (5., 15)])
 def test_what_lasts_no_longer_than_a_slow_phase_decides_nothing(fake, ms, rounds):
-    "Three short steps may agree since something slowed all of them."
+    "Short steps may agree because something slowed all of them."
     fake(lambda key, n: ms)
     find(num_it=15, formats='channels_last', precisions='fp32')
     assert len(fake.steps) == 2*(1 + rounds)
@@ -100,7 +100,7 @@ def test_hopeless_candidates_are_dropped_early(has, fake):
 
 @pytest.mark.parametrize('firsts, steps', [((2001., 2001.), 2), ((2001., 80.), 1 + 1 + 3), ((1999.,), 1 + 3)])
 def test_who_is_emulated_is_out_after_two_steps(has, fake, firsts, steps):
-    "Not who compiles in its first step, or is disturbed in it."
+    "A candidate that is only slow in its first step, because it compiles or is disturbed, stays."
     half = 'contiguous', 'bf16'
     has('bf16'); fake(lambda key, n: 100. if key != half else firsts[k - 1] if (k := fake.steps.count(half)) <= len(firsts) else 80.)
     t = find(formats='contiguous')
@@ -118,10 +118,10 @@ def test_the_fastest_counts_speedups_and_the_choice(has, fake):
 
 
 def test_the_learners_own_step(has, monkeypatch):
-    "Its loss, optimizer, clipping, accumulation and MixUp take part, others don't; the learning rate is 0."
-    monkeypatch.setattr(module, 'SYNCHRONOUS', {})
+    "Its loss, optimizer, clipping, accumulation and MixUp take part, other callbacks don't; the learning rate is 0."
+    monkeypatch.setattr(train_benchmark, 'SYNCHRONOUS', {})
     seen = []
-    class Mine(Callback):
+    class Other(Callback):
         def before_batch(self): raise AssertionError('not part of a step')
     def loss(p, y, reduction='mean'):
         seen.append(('loss', p.shape[0]))
@@ -129,10 +129,10 @@ def test_the_learners_own_step(has, monkeypatch):
     class Opt(torch.optim.AdamW):
         def step(self, *a): seen.append(('opt', [g['lr'] for g in self.param_groups])); return super().step(*a)
     loss.y_int = True
-    learn = Learner(loaders(), convnet(), loss, opt_func=partial(OptimWrapper, opt=Opt), cbs=[Mine(), GradientClip(1e-9), MixUp(), GradientAccumulation(16)])
+    learn = Learner(loaders(), convnet(), loss, opt_func=partial(OptimWrapper, opt=Opt), cbs=[Other(), GradientClip(1e-9), MixUp(), GradientAccumulation(16)])
     find(learn, num_it=2)
     assert ('loss', 8) in seen and ('opt', [0.]) in seen
-    assert seen.count(('opt', [0.])) < seen.count(('loss', 8))/1.5  # every other batch of 8
+    assert seen.count(('opt', [0.])) < seen.count(('loss', 8))/1.5  # the optimizer steps after every other batch of 8
 
 
 # the loader
@@ -141,13 +141,13 @@ def test_the_learners_own_step(has, monkeypatch):
 def test_input_bound(fake, step, bound):
     fake(lambda key, n: step)
     t = find()
-    assert t.loader_ms > 0 and t.input_bound == bound and ('input-bound' in repr(t)) == bound
+    assert t.loader_ms > 0 and t.input_bound == bound and ('limited by data loading' in repr(t)) == bound
 
 
 # numbers
 
 class WrongInChannelsLast(nn.Module):
-    "PyTorch issue 67239 and its like."
+    "Wrong results in channels last, as in PyTorch issue 67239."
     def forward(self, x): return x.flip(1) if x.is_contiguous(memory_format=torch.channels_last) else x
 
 
@@ -213,7 +213,7 @@ def test_an_error_of_the_baseline_is_the_users():
 # nothing changes
 
 class Bomb(Net):
-    "Raises in its k-th call."
+    "Raises in its k-th forward pass."
     def __init__(self, k, error): super().__init__(); self.k, self.error, self.n = k, error, [0]
     def forward(self, x):
         self.n[0] += 1
@@ -222,7 +222,7 @@ class Bomb(Net):
 
 
 OPTS = dict(none=None, adam={}, fused=dict(opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True))), ranger=dict(opt_func=ranger))
-# warm-up, timed steps and check of five candidates; one to see what layers get, one to time the optimizer
+# warm-up, timed steps and number check of five candidates; one step to record layer inputs, one to time the optimizer
 TOTAL = (1 + 2 + 1)*5 + 1 + 1
 
 
@@ -230,7 +230,7 @@ TOTAL = (1 + 2 + 1)*5 + 1 + 1
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
 def test_a_failure_at_any_step_leaves_everything_as_it_was(has, fake, monkeypatch, k, error):
     has('bf16'); fake({})
-    monkeypatch.setattr(layers_module, 'layer_ms', lambda m, x, d, h, in_fp32: 1. if in_fp32 == isinstance(m, nn.Conv2d) else 2.)
+    monkeypatch.setattr(layer_timing, 'layer_ms', lambda m, x, d, h, in_fp32: 1. if in_fp32 == isinstance(m, nn.Conv2d) else 2.)
     opt = OPTS[[*OPTS][k % len(OPTS)]]
     learn = learner(Bomb(0, error), loaders(shuffle=True), **(opt or {}))
     if opt is not None: learn.fit(1)
@@ -261,7 +261,7 @@ def test_training_goes_on_as_if_nothing_had_been_measured(name):
 
 
 def test_a_ready_made_optimizer_is_untouched():
-    "`opt_func` may be an optimizer already."
+    "`opt_func` may be an existing optimizer."
     model = convnet()
     opt = torch.optim.AdamW(model.parameters(), lr=0.5)
     learn = learner(model, opt_func=OptimWrapper(opt=opt))
@@ -276,29 +276,29 @@ def test_it_prints_renders_and_plots(has, fake, tmp_path):
     from matplotlib import pyplot as plt
     plt.close('all')
     t = find(show_plot=True)
-    assert plt.get_fignums() and plt.gca().get_xlabel().startswith('speed-up') and len(plt.gca().patches) == 4
+    assert plt.get_fignums() and plt.gca().get_xlabel().startswith('speedup') and len(plt.gca().patches) == 4
     assert repr(t).splitlines()[4].lstrip().startswith('→ channels last') and '1.43×' in repr(t)
-    assert 'Fastest: channels last, bf16, 1.43× contiguous fp32 (differences below 2% are a tie).' in repr(t)
+    assert 'Use channels last in bf16: 1.43× as fast as contiguous fp32 (differences below 2% count as a tie).' in repr(t)
     assert '<table' in t._repr_html_() and 'MiB' not in repr(t) and 'note' not in repr(t)
     assert list(t.to_frame().precision) == ['fp32', 'bf16', 'fp32', 'bf16'] and t.to_frame().ms[3] == 70.
     with pytest.raises(AttributeError): t.best.ms = 1
 
 
 @pytest.mark.parametrize('opt, ms, said', [
-    (ranger, 5., None), (ranger, 30., 'The optimizer takes 30.0 ms of the step, 30%.'),
-    (Adam, 30., 'The optimizer takes 30.0 ms of the step, 30%; a fused one gives the same weights: `opt_func=fused(Adam)`.')])
+    (ranger, 5., None), (ranger, 30., 'The optimizer takes 30.0 ms of each step (30%).'),
+    (Adam, 30., 'ms of each step (30%). Pass `opt_func=fused(Adam)` to `Learner`: the same weights in less time.')])
 def test_the_optimizers_part_is_said_where_it_is_much(fake, monkeypatch, opt, ms, said):
-    "With the line that helps, where one is known that gives the same weights."
+    "With the argument of `Learner` that helps, if one is known that gives the same weights."
     fake({})
-    monkeypatch.setattr(module, 'elapsed_ms', lambda device, f: (f(), ms)[1])
+    monkeypatch.setattr(train_benchmark, 'elapsed_ms', lambda device, f: (f(), ms)[1])
     t = find(learner(opt_func=opt))
     assert t.optimizer_ms == ms and (said in t.verdict if said else 'optimizer' not in t.verdict)
 
 
 @pytest.fixture
 def timed(has, monkeypatch):
-    """`timed(**kwargs)`: what is measured of two candidates, and how often the optimizer ran, whose `fails`th step is an
-    error. Alone it takes 70 ms, then 40; anything else takes 100, and 40 more if the optimizer is part of it."""
+    """`timed(fails, **kwargs)` measures two candidates, and returns the result and how often the optimizer ran. Its
+    `fails`th step raises. Alone it takes 70 ms, then 40; a step takes 100 ms, and 40 more with the optimizer."""
     def _ms(device, f):
         before = len(ran)
         f()
@@ -317,11 +317,11 @@ def timed(has, monkeypatch):
             return opt
         return find(learner(opt_func=_opt, **kwargs)), len(ran)
     alone, ran = [], []
-    has(); monkeypatch.setattr(module, 'elapsed_ms', _ms)
+    has(); monkeypatch.setattr(train_benchmark, 'elapsed_ms', _ms)
     return _timed
 
 
-N = module.OPTIMIZER_STEPS  # after two to warm up; three rounds decide
+N = train_benchmark.OPTIMIZER_STEPS  # after two warm-up steps; the choice takes three rounds
 
 
 def test_on_a_cpu_the_optimizer_is_timed_once_and_added(timed):
@@ -330,8 +330,8 @@ def test_on_a_cpu_the_optimizer_is_timed_once_and_added(timed):
 
 
 def test_elsewhere_the_optimizer_is_part_of_each_step(timed, monkeypatch):
-    "A GPU has its work when all of it was launched, not when it is done: times don't add up. Its part is a difference."
-    monkeypatch.setattr(module, 'SYNCHRONOUS', {})
+    "On a GPU, calls return before the work is done, so times don't add up: the optimizer's part is a difference."
+    monkeypatch.setattr(train_benchmark, 'SYNCHRONOUS', {})
     t, ran = timed()
     assert t.optimizer_ms == 40. and [r.ms for r in t.rows] == [140.]*2 and ran == 2 + 1 + N + 2*3
 
@@ -351,7 +351,7 @@ def test_what_comes_before_the_optimizer_stays_in_the_step(timed):
 
 
 def test_the_optimizer_is_added_only_where_it_would_run(timed):
-    "Every other batch of 8, here; the fastest batch is one without."
+    "Here after every other batch of 8; the fastest step is one without."
     t, ran = timed(cbs=GradientAccumulation(16))
     assert [r.ms for r in t.rows] == [100.]*2 and {r.doubt for r in t.rows} != {0.} and t.optimizer_ms == 40.
 
@@ -375,7 +375,7 @@ def test_to_fastest_applies_the_winner(has, fake, capsys, start, win):
         if win[1] == 'bf16': assert learn.mixed_precision.amp_mode.value == 'bf16'
         assert (learn.format_timings.best.memory_format, learn.format_timings.best.precision) == win
     said = capsys.readouterr().out.strip().splitlines()[-1]
-    assert said.endswith(f"{win[0].replace('_', ' ')}, {win[1]}: {1 if win == ('contiguous', 'fp32') else 10:.2f}× contiguous fp32")
+    assert said.endswith(f"{win[0].replace('_', ' ')}, {win[1]}: {1 if win == ('contiguous', 'fp32') else 10:.2f}× as fast as contiguous fp32.")
     learn.fit(1)
 
 
@@ -441,7 +441,29 @@ def test_on_cuda():
 def test_a_busy_machine_is_said(margin, said):
     r = row()
     verdict = FormatTimings([r], r, margin, 1., rival=row('channels_last', ms=90.)).verdict
-    assert ('less busy' in verdict) == said and f'channels last, fp32 may be faster by up to {margin:.0%}.' in verdict
+    assert ('less busy' in verdict) == said and f'channels last, fp32 may be up to {margin:.0%} faster.' in verdict
+
+
+BASE, LAST, FAILED = row(), row('channels_last', ms=50.), row('channels_last', 'bf16', ms=10., valid=False, note='x'*200)
+
+@pytest.mark.parametrize('rows, best, margin, current, choice', [
+    ([BASE, LAST], BASE, 0.02, BASE, 'Keep contiguous fp32: nothing else was more than 2% faster.'),
+    ([BASE, LAST], BASE, 0.02, LAST, 'Use contiguous fp32: nothing else was more than 2% faster.'),
+    ([BASE, FAILED], BASE, 0.02, BASE, 'Keep contiguous fp32: no other valid setting was more than 2% faster.'),
+    ([BASE], BASE, 0.02, BASE, 'Keep contiguous fp32: nothing else was measured.'),
+    ([BASE, LAST], LAST, 0.02, LAST, 'Keep channels last in fp32: 2.00× as fast as contiguous fp32 (differences below 2% count as a tie).'),
+    ([BASE, LAST], BASE, 0.05, BASE, 'Undecided: keep contiguous fp32, but channels last in fp32 may be up to 5% faster.'),
+    ([BASE, LAST], BASE, 1.5, LAST, 'Undecided: use contiguous fp32, but channels last in fp32 may be more than twice as fast. Measure again with')])
+def test_what_to_do_is_said(rows, best, margin, current, choice):
+    t = FormatTimings(rows, best, margin, 1., rival=LAST, current=(current.memory_format, current.precision, current.folded))
+    assert t.verdict.startswith(choice) and max(map(len, repr(t).splitlines())) <= 160 and list(t.to_frame().note) == [r.note for r in rows]
+
+
+@pytest.mark.parametrize('last, choice', [(False, 'Keep contiguous fp32: '), (True, 'Use contiguous fp32: ')])
+def test_it_knows_the_current_setting(has, fake, last, choice):
+    has(); fake({('channels_last', 'fp32'): 200.})
+    learn = learner()
+    assert find(learn.to_channelslast(to_fp16=False) if last else learn).verdict.startswith(choice)
 
 
 # frozen layers
@@ -463,17 +485,17 @@ FROZEN = dict(frozen=(frozen, dict(splitter=split), (360, 604)), torch=(frozen, 
 
 @pytest.mark.parametrize('freeze, kwargs, counts', FROZEN.values(), ids=FROZEN)
 def test_frozen_layers_are_said(fake, capsys, freeze, kwargs, counts):
-    "What `learn.unfreeze()` would train; other steps than most of `fine_tune` takes."
+    "Counts what `learn.unfreeze()` would train: after it, steps are not the measured ones."
     fake({})
     learn = freeze(learner(**kwargs))
     t = find(learn)
-    said = f'{counts[0]} of 604 parameters are frozen. If they will train later, call `learn.unfreeze()` and measure again.'
+    said = f'{counts[0]} of 604 parameters are frozen. To train them later, call `learn.unfreeze()` and measure again.'
     assert t.frozen == counts and t.verdict.endswith(said) == (said in repr(t)) == (counts[0] > 0) and ('frozen' in t._repr_html_()) == (counts[0] > 0)
     learn.to_fastest(num_it=3)
     printed = capsys.readouterr().out
-    assert printed.count('\n') == 1 and (f'1.00× contiguous fp32. {said}' in printed) == ('frozen' in printed) == (counts[0] > 0)
+    assert printed.count('\n') == 1 and (f'1.00× as fast as contiguous fp32. {said}' in printed) == ('frozen' in printed) == (counts[0] > 0)
     assert pickle.loads(pickle.dumps(t))['frozen'] == counts
-    assert all(p.requires_grad for p in learn.model.parameters()) == (counts == (0, 604))  # as it was
+    assert all(p.requires_grad for p in learn.model.parameters()) == (counts == (0, 604))  # unchanged
     learn.unfreeze()
     assert find(learn).frozen == (0, counts[1])
 

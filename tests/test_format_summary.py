@@ -1,4 +1,4 @@
-"`format_summary` and the trace beneath it."
+"`format_summary` and the trace that it uses."
 from collections import defaultdict
 from copy import deepcopy
 from functools import partial
@@ -38,14 +38,14 @@ def summary_of(model, shape=(3, 16, 16), n=2):
 def lost(s, backward): return [(r.module, r.op) for r in s.lost if r.backward == backward]
 
 
-class Eliminated(nn.Module):
+class MainOutput(nn.Module):
     "A segmentation model's main output."
     def __init__(self, m): super().__init__(); self.m = m
     def forward(self, x): return self.m(x)['out'].mean((2, 3))
 
 
 get = partial(tv.get_model, weights=None, num_classes=4)
-# forward losses exactly, most backward ones; the shape of the images
+# exact number of forward losses, maximum number of backward losses, shape of the images
 PANEL = dict(
     resnet18=(partial(get, 'resnet18'), 0, 0, (3, 32, 32)), densenet121=(partial(get, 'densenet121'), 0, 0, (3, 32, 32)),
     regnet=(partial(get, 'regnet_y_400mf'), 0, 0, (3, 32, 32)), mnasnet=(partial(get, 'mnasnet0_5'), 0, 0, (3, 64, 64)),
@@ -57,7 +57,7 @@ PANEL = dict(
     convnext=(partial(get, 'convnext_tiny'), 0, 6, (3, 64, 64)),
     shufflenet=(partial(get, 'shufflenet_v2_x0_5'), 16, 16, (3, 64, 64)), vgg=(partial(get, 'vgg11_bn'), 1, 0, (3, 64, 64)),
     maxvit=(lambda: tv.MaxVit((112, 112), 16, 7, [16, 16], [2, 2], 8, 0.1, num_classes=4), 4, 20, (3, 112, 112)),
-    deeplab=(lambda: Eliminated(tv.segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)), 1, 9, (3, 64, 64)),
+    deeplab=(lambda: MainOutput(tv.segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)), 1, 9, (3, 64, 64)),
     attention=(partial(xresnet18, n_out=4, sa=True), 3, 6, (3, 32, 32)),
     instance_norm=(lambda: between(nn.InstanceNorm2d(8)), 1, 1, (3, 16, 16)),
     instance_norm_3d=(lambda: between(nn.InstanceNorm3d(8), conv=nn.Conv3d, pool=nn.AdaptiveAvgPool3d), 1, 1, (3, 4, 8, 8)),
@@ -74,8 +74,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class Reading:
-    """An independent look: hooks that ask `is_contiguous` of what goes into and out of each module, and of the
-    gradients."""
+    "An independent check: hooks call `is_contiguous` on each module's inputs and outputs and on the gradients."
     def __init__(self, model):
         self.leaf_lost, self.grad_lost, self.outs, self.ins = set(), set(), {}, defaultdict(list)
         self.names = {m: n for n, m in model.named_modules()}
@@ -83,7 +82,7 @@ class Reading:
 
     @staticmethod
     def plain(t):
-        "True or False for channels last or not; None where the two coincide or the tensor is a slice."
+        "True if channels last, False if contiguous, None if both are the same or `t` is a slice."
         if not isinstance(t, torch.Tensor) or t.dim() not in CL or t.shape[1] == 1 or t[0, 0].numel() == 1: return None
         if t.is_contiguous(memory_format=CL[t.dim()]): return True
         return False if t.is_contiguous() else None
@@ -107,9 +106,12 @@ class Reading:
         elif self.plain(g) is False and getattr(self, 'last', None) == name: self.grad_lost.add(name)
 
 
+def is_inside(name, parent): return name != parent and (not parent or name.startswith(f'{parent}.'))
+
+
 @pytest.mark.parametrize('name', PANEL)
 def test_panel_agrees_with_hooks(name):
-    "The table of what each model loses, checked against an independent reading by hooks on every module."
+    "The losses of each model, checked independently by hooks on every module."
     make, forward, backward, shape = PANEL[name]
     model = make()
     r = Reading(model)
@@ -118,15 +120,15 @@ def test_panel_agrees_with_hooks(name):
     if backward and name != 'maxvit': assert lost(s, True) or name == 'deeplab'
     modules = dict(model.named_modules())
     leaves_of = {n for n, m in modules.items() if not len(list(m.children()))}
-    rearranged = {n for n in leaves_of if n.endswith('partition_op')}  # windows: channels stay innermost, which hooks can't tell
+    rearranged = {n for n in leaves_of if n.endswith('partition_op')}  # windows keep channels innermost, which hooks can't see
     assert {o.module for o in s.lost if not o.backward and o.module in leaves_of and len(o.shape) > 3} - rearranged == r.leaf_lost - rearranged
-    for n in {n for n, _ in lost(s, False)} - leaves_of: # a function in its forward: fed with it, or made by a child, and gone after
-        inside = [c for c in modules if c.startswith(n + '.'*bool(n)) and c != n]
+    for n in {n for n, _ in lost(s, False)} - leaves_of: # lost in a function of its forward: an input or a child's output is channels last, the result is not
+        inside = [c for c in modules if is_inside(c, n)]
         assert True in r.ins[n] or any(r.outs.get(c) for c in inside)
         assert r.outs[n] in (False, None) or any(False in r.ins[c] for c in inside)
-    for n in modules: # the other way round
-        inside = [c for c in modules if c == n or c.startswith(n + '.'*bool(n))]
-        permutes = any(type(modules[c]).__name__ in ('Permute', 'WindowPartition', 'ASPPPooling') for c in inside)  # the same; or by 1×1 pixels
+    for n in modules: # the reverse: a loss that hooks see has a row
+        inside = [c for c in modules if c == n or is_inside(c, n)]
+        permutes = any(type(modules[c]).__name__ in ('Permute', 'WindowPartition', 'ASPPPooling') for c in inside)  # as above, or ambiguous at spatial size 1×1
         if n not in leaves_of and not permutes and r.ins[n] == [True] and r.outs[n] is False:
             assert any(m in inside for m, _ in lost(s, False)), n
     if not lost(s, True): assert not r.grad_lost
@@ -135,14 +137,14 @@ def test_panel_agrees_with_hooks(name):
 
 
 def test_what_is_lost_where():
-    "The rows that a first reading named."
+    "Known rows of three architectures."
     s = summary_of(get('efficientnet_b0'), (3, 64, 64))
     assert lost(s, True) == [('features.8.2', 'aten.silu_backward')] and s.lost[0].cls == 'SiLU'
     s = summary_of(get('mobilenet_v3_small'), (3, 64, 64))
     assert lost(s, True) == [('features.12.2', 'aten.hardswish_backward')]
     s = summary_of(get('shufflenet_v2_x0_5'), (3, 64, 64))
     for b in False, True: assert sum(op == 'aten.cat' for _, op in lost(s, b)) == 13
-    # the first shuffle of each stage copies a five-dimensional view of channels-last memory: where the format really goes
+    # the format is lost where the first shuffle of each stage copies a 5-D view of channels-last memory
     assert [m for m, op in lost(s, False) if op == 'aten.clone'] == ['stage2.0', 'stage3.0', 'stage4.0']
 
 
@@ -165,7 +167,7 @@ def test_unet(cast):
 # names
 
 class Losing(nn.Module):
-    "Forward and backward leave channels last here."
+    "Loses channels last in the forward and in the backward pass."
     def forward(self, x): return Away.apply(x)
 
 
@@ -217,7 +219,7 @@ def test_the_right_module_is_named(name):
 
 
 def test_checkpointed_modules_are_named():
-    "Recomputed in the backward pass, by the modules that run there."
+    "Checkpointed modules run again in the backward pass, and rows name them there too."
     s = summary_of(body(Checkpointed(nn.Sequential(conv(), Losing(), conv()))))
     assert [(r.module, r.backward) for r in s.lost] == [('1.inner.1', False), ('1.inner.1', True), ('1.inner.1', True)]
 
@@ -233,8 +235,8 @@ def test_the_loss_is_named():
 # bytes
 
 def test_bytes_on_paper():
-    """Batch 2×3×16×16 → conv → 2×8×16×16 → contiguous → conv, fp32: cast of the batch 2·3·256·4 = 6144, lost 2·8·256·4
-    = 16384, regained as much; backward: the pooled gradient of 2×8×16×16 enters and is lost by `Losing` (the first
+    """Batch 2×3×16×16 → conv → 2×8×16×16 → contiguous → conv, fp32: conversion of the batch 2·3·256·4 = 6144, lost 2·8·256·4
+    = 16384, regained 16384; backward: the pooled gradient of 2×8×16×16 enters and is lost by `Losing` (the first
     convolution passes no gradient on)."""
     s = summary_of(body(Losing()))
     act = 2*8*16*16*4
@@ -275,7 +277,7 @@ def test_views_and_ambiguous_shapes_do_not_count(f):
 
 
 def test_weights_do_not_count():
-    "Weight standardisation reshapes each weight and its gradient, contiguous; no activation is concerned."
+    "Weight standardization makes each weight and its gradient contiguous; activations keep their format."
     class WS(nn.Conv2d):
         def forward(self, x):
             w = self.weight.contiguous()
@@ -304,16 +306,16 @@ def test_writing_into_another_format_counts():
     (lambda x: torch.stack([o.relu() for o in x.unbind(0)]), False), (lambda x: x.view(2, 2, 4, 16, 16).sum(1).repeat(1, 2, 1, 1), False)],
     ids=range(5))
 def test_what_is_lost_in_other_dimensions(f, seen):
-    "Named where a copy shows it; else the verdict says that it had to be regained."
+    "The module is named if a copy shows the loss. Otherwise the verdict says where the format is regained."
     class F(nn.Module):
         def forward(self, x): return f(x)
     s = summary_of(body(F()))
     assert not s.holds and bool([r for r in s.lost if r.module == '1' and not r.backward]) == seen
     s = FormatSummary([r for r in s.rows if r.kind != 'lost'], s.counts)
-    assert not s.holds and 'Channels last does not hold: 2 has to regain it, 1 time forward' in repr(s)
+    assert not s.holds and 'Channels last does not hold' in s.verdict and 'regained once in the forward pass, first in 2:' in s.verdict
 
 
-# what the user sees
+# printed results
 
 def test_hints_of_cpus_are_for_cpus():
     "PyTorch's group norm gives contiguous results on CUDA (`aten/src/ATen/native/group_norm.cpp`)."
@@ -325,7 +327,7 @@ def test_hints_of_cpus_are_for_cpus():
 
 
 def test_hints_hold():
-    "Each remedy that the table names removes the loss and computes the same."
+    "Each remedy that is printed removes the loss and computes the same."
     class Softmax(nn.Module):
         def forward(self, x): return x.movedim(1, -1).softmax(-1).movedim(-1, 1)
     class GLU(nn.Module):
@@ -353,7 +355,7 @@ def test_table():
     s = FormatSummary(rows('layer1.0.conv2', 'layer1.1.conv2') + rows('stage2.0', 'stage3.1', bytes=9e6) + rows('x', kind='regained'),
                       {False: [10, 14], True: [3, 3]}, max_rows=2)
     lines = repr(s).splitlines()
-    assert lines[0] == ('Channels last is lost 4 times (kept by 10 of 14 activations forward, 3 of 3 backward): mostly Conv2d (4). '
+    assert lines[0] == ('Channels last is lost 4 times (kept by 10 of 14 activations forward, 3 of 3 backward), all in Conv2d. '
                         '5 conversions move 18.0 MB per step.')
     assert 'stage*.* ×2' in lines[2] and '18.0 MB' in lines[2] and 'layer1.*.conv2 ×2' in lines[3]
     assert lines[4] == '… and 1 more row: `max_rows=3` shows all.' and len({len(o) for o in lines[1:4]}) == 1
@@ -364,6 +366,50 @@ def test_table():
     with pytest.raises(AttributeError): s.rows[0].bytes = 1
 
 
+def test_remedies_are_under_the_table():
+    "Once per class, also for classes in hidden rows; nothing is wider than 160 characters."
+    classes = dict(InstanceNorm2d=3, InstanceNorm3d=3, GLU=2, Softmax2d=1)
+    s = FormatSummary([r for c, n in classes.items() for r in rows(*(f'{c}.a{"b"*i}' for i in range(n)), cls=c)], {False: [1, 9], True: [0, 0]}, max_rows=2)
+    lines = repr(s).splitlines()
+    assert [c for c in classes if sum(o.startswith(f'{c}: ') for o in lines[5:]) != 1] == [] and len(lines) == 10 and max(map(len, lines)) <= 160
+    assert all(f'{c}: {h}' in lines for c, h in module.HINTS.items()) and 'Remedies are under the table.' in lines[1]
+    assert lines[2].split() == ['module', 'class', 'op', 'pass', 'kind', 'shape', 'moved']
+    page = s._repr_html_()
+    assert page.count('<p>InstanceNorm2d: `nn.GroupNorm(C, C, affine=False)` computes the same') == 1 and 'Remedies are under the table.' in page
+    assert page.index('</table>') < page.index('… and 7 more rows') < page.index('<p>InstanceNorm2d') and 'Remedies' not in s.verdict
+    assert 'Remedies' not in repr(FormatSummary(rows('a'), s.counts))
+
+
+def words(n): return '.'.join(['block' + 'x'*(n % 7)]*(n//6))
+
+
+@pytest.mark.parametrize('texts', [dict(module=words(400)), dict(cls='C'*300), dict(op='aten.' + 'o'*200), dict(module=words(150), cls='C'*90, op='aten.' + 'o'*90),
+                                   dict(shape=(1024,)*40), dict(module=words(400), kind='regained'), dict(cls='C'*300, kind='regained', module='m'*999)])
+def test_no_line_is_wider_than_160_characters(texts):
+    "Long texts lose their middle; `to_frame` keeps them whole."
+    first = rows('a', 'b', cls='InstanceNorm2d') if 'kind' not in texts else []
+    s = FormatSummary(first + [Conversion(**{**vars(r), **texts}) for r in rows('layer12', 'layer13')], {False: [1000, 10**6], True: [10**6, 10**6]},
+                      ' Only the forward pass was traced: the batch has no labels.')
+    lines = repr(s).splitlines()
+    assert max(map(len, lines)) <= 160 and '…' in repr(s) and '…' in s._repr_html_()
+    assert ('…' in s.verdict) == ('cls' in texts or 'kind' in texts)
+    assert '×2' in repr(s) and len({len(o) for o in lines if ' kind ' in o or '1×2×3×4' in o}) == 1
+    assert all(s.to_frame()[k].iloc[-1] == v for k, v in texts.items())
+
+
+def test_a_name_that_fits_stays_whole():
+    s = FormatSummary(rows('m'*80), {False: [1, 9], True: [0, 0]})
+    assert 'm'*80 in repr(s) and 'm'*80 in s._repr_html_() and '…' not in repr(s)
+
+
+@pytest.mark.parametrize('classes, where', [('A', 'lost once (kept by 1 of 9 activations forward, 0 of 0 backward), in A. '), ('AA', 'lost 2 times (kept by 1 of 9 activations forward, 0 of 0 backward), all in A. '),
+                                            ('AAAB', ', mostly in A (3 of 4), B (1). '), ('AAABBCD', ', mostly in A (3 of 7), B (2), C (1). ')])
+def test_where_it_is_lost(classes, where):
+    s = FormatSummary([r for c in classes for r in rows('m', cls=c)], {False: [1, 9], True: [0, 0]})
+    assert where in s.verdict
+    assert ('1 conversion moves 1.0 kB per step.' if len(classes) == 1 else f'{len(classes)} conversions move {len(classes)}.0 kB per step.') in s.verdict
+
+
 def test_a_contiguous_learner_is_told():
     s = learner().format_summary()
     assert not s.holds and not s.rows and 'call `learn.to_channelslast()` first' in repr(s)
@@ -372,7 +418,7 @@ def test_a_contiguous_learner_is_told():
 # nothing changes
 
 def state(learn):
-    "All that must stay, by value, identity and memory."
+    "Everything that must not change, by value, identity and memory."
     import random, numpy as np
     ts = [t for t in (*learn.model.parameters(), *learn.model.buffers())]
     opt = learn.opt and deepcopy(learn.opt.state_dict())
@@ -392,7 +438,7 @@ def same(a, b):
 
 
 class Net(nn.Module):
-    "BatchNorm, dropout, a buffer that it replaces, a counter, a list; raises at will."
+    "BatchNorm, dropout, a buffer that `forward` replaces, a counter and a list. Raises `boom` if it is set."
     def __init__(self, boom=None):
         super().__init__()
         self.c, self.bn, self.d, self.l, self.boom, self.calls, self.seen = conv_in(), nn.BatchNorm2d(8), nn.Dropout(), nn.Linear(8, 4), boom, 0, []
@@ -452,7 +498,7 @@ class Centre(nn.Module):
 
 
 class PlainLoss:
-    "No module, yet with a parameter and a counter."
+    "Not a module, but with a parameter and a counter."
     def __init__(self): self.n, self.w = 0, nn.Parameter(torch.ones(1))
     def __call__(self, p, y): self.n += 1; return nn.functional.cross_entropy(p, y)*self.w
 
@@ -489,10 +535,10 @@ def test_own_batch_and_no_labels():
     x, y = torch.randn(5, 3, 8, 8), torch.zeros(5, dtype=torch.int64)
     assert learn.format_summary((x, y)).rows[0].shape == (5, 3, 8, 8)
     s = learn.format_summary((x,))
-    assert s.counts[True] == [0, 0] and 'forward only: the batch has no labels' in repr(s)
+    assert s.counts[True] == [0, 0] and 'Only the forward pass was traced: the batch has no labels' in s.verdict
     assert learn.format_summary(x).counts == s.counts
     no_labels = learner(dls=DataLoaders(*[DataLoader([(torch.randn(3, 8, 8),) for _ in range(4)], bs=2)]*2)).to_channelslast(to_fp16=False)
-    assert 'forward only' in repr(no_labels.format_summary())
+    assert 'Only the forward pass' in no_labels.format_summary().verdict
 
 
 @pytest.mark.parametrize('compiled', ['model', 'part', 'in place'])
@@ -507,7 +553,7 @@ def test_compiled_models(compiled):
     learn = learner(m).to_channelslast(to_fp16=False)
     s = learn.format_summary()
     assert s.holds and not calls and learn.model is m
-    assert ('uncompiled' in repr(s)) == (compiled == 'model') and not any('_orig_mod' in r.module for r in s.rows if compiled == 'model')
+    assert ('uncompiled' in s.verdict) == (compiled == 'model') and not any('_orig_mod' in r.module for r in s.rows if compiled == 'model')
 
 
 def test_plain_pytorch_loader_and_frozen_layers():
@@ -547,6 +593,6 @@ def test_panel_on_cuda(name):
 
 
 def test_nothing_to_tell_of_one_pixel():
-    "A shuffled view of 1×1 pixels looks channels last, in a Learner that is not."
+    "In a contiguous Learner, a shuffled view of spatial size 1×1 looks channels last."
     s = Learner(loaders((3, 32, 32), n=8), tv.shufflenet_v2_x1_0(num_classes=4), CrossEntropyLossFlat()).format_summary()
     assert 'nothing to lose' in s.verdict and s.rows == []

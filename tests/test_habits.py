@@ -1,4 +1,4 @@
-"What fastai users do with a Learner, done in channels last and contiguous: the same losses, predictions and choices."
+"Common uses of a fastai Learner give the same losses, predictions and choices in channels last as in contiguous."
 import pytest
 from fastai.vision.all import (Adam, CategoryBlock, ClassificationInterpretation, CutMix, DataBlock, EarlyStoppingCallback, GradientAccumulation,
                                GradientClip, ImageBlock, ImageDataLoaders, LabelSmoothingCrossEntropy, Lamb, Learner, MaskBlock, MixUp,
@@ -63,7 +63,7 @@ def save_and_load(switch, path):
 
 
 def resume(switch, path):
-    "From a checkpoint of the other format, optimizer state included."
+    "Continue from a checkpoint of the other format, including optimizer state."
     learn = small(path=path)
     learn.fit(1)
     learn.save('a')
@@ -84,8 +84,8 @@ def early(switch, path):
 
 def lr_find(switch, path):
     learn = switch(small(path=path))
-    found = learn.lr_find(num_it=20, show_plot=False)
-    return [found.valley, *losses(learn)[:15]]
+    suggestion = learn.lr_find(num_it=20, show_plot=False)
+    return [suggestion.valley, *losses(learn)[:15]]
 
 
 def tta(switch, path):
@@ -177,7 +177,7 @@ def run(habit, switch, path):
 
 @pytest.mark.parametrize('name', HABITS)
 def test_habit(name, tmp_path, monkeypatch, has):
-    has()  # in fp32 on every machine: half precision has its own tests, and its own tolerance
+    has()  # in fp32 on every machine: half precision has its own tests with their own tolerance
     monkeypatch.setattr(plt, 'show', noop)
     mixed = not name.startswith('to_')
     plain = run(HABITS[name], noop, tmp_path/'contiguous')

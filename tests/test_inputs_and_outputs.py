@@ -1,4 +1,4 @@
-"Models whose inputs and outputs come in containers of any kind, in mixed precision, summary, folding and measuring."
+"Models with inputs and outputs in containers of any kind: mixed precision, summary, folding and measuring."
 import warnings
 from dataclasses import dataclass
 
@@ -37,18 +37,18 @@ def loss_of(out, y): return nn.functional.cross_entropy(first(out), y)
 
 
 class Seen(Callback):
-    "What the model gave, as losses get it."
+    "Keeps the model's output as the loss gets it."
     order = 1000
     def after_pred(self): self.got = self.pred
 
 
-# E: mixed precision
+# mixed precision
 
 @pytest.mark.parametrize('name', MAKE)
 @pytest.mark.parametrize('fast', [('bf16',), ()])
 @pytest.mark.filterwarnings('ignore')
 def test_mixed_precision_leaves_each_type_alone(has, name, fast):
-    "✗ fastai's makes plain dictionaries of `ModelOutput`s, and fails on `None`, numbers and named tuples."
+    "✗ fastai's mixed precision turns `ModelOutput` into a plain dictionary, and fails on `None`, numbers and named tuples."
     has(*fast)
     class Adds(nn.Module):
         def __init__(self):
@@ -74,11 +74,11 @@ def test_googlenets_named_tuple(has):
     assert kind.kind.__name__ == 'GoogLeNetOutputs'
 
 
-# F: folding and predictions
+# folding and predictions
 
 @pytest.mark.parametrize('name', HOLDERS)
 def test_folded_outputs_are_compared(name):
-    "✗ `gives other outputs … inf`, which was false."
+    "✗ The warning `gives other outputs … inf` was false."
     learn = Learner(loaders(), shake(Gives(HOLDERS[name])), loss_of, cbs=FoldBatchNorm())
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -88,7 +88,7 @@ def test_folded_outputs_are_compared(name):
 
 @pytest.mark.parametrize('name', HOLDERS)
 def test_predictions_are_compared(has, name):
-    "✗ `numbers differ`, which was false."
+    "✗ The note `numbers differ` was false."
     has('bf16')
     t = Learner(loaders(), shake(Gives(HOLDERS[name])), loss_of).format_find(num_it=1, show_plot=False, train=False)
     assert all(r.valid and r.pred_diff is not None for r in t.rows) and any(r.folded for r in t.rows), t
@@ -105,7 +105,7 @@ def test_a_difference_in_a_container_is_found(has, name):
 
 
 class Names(nn.Module):
-    "Gives the names of classes."
+    "Returns class names."
     def __init__(self):
         super().__init__()
         self.net = shake(convnet())
@@ -116,13 +116,13 @@ def test_outputs_without_numbers_cant_be_compared(has):
     has('bf16')
     learn = Learner(loaders(), Names(), lambda out, y: torch.zeros(()))
     t = learn.format_find(num_it=1, show_plot=False, train=False)
-    assert t.rows[0].valid and all("can't be compared" in r.note and not r.valid for r in t.rows[1:]) and t.best is t.rows[0]
+    assert t.rows[0].valid and all('no numbers to compare' in r.note and not r.valid for r in t.rows[1:]) and t.best is t.rows[0]
     with pytest.warns(UserWarning, match="gives outputs without numbers, which can't be compared. It stays unfolded"):
         learn.add_cb(FoldBatchNorm()).validate()
 
 
 class Takes(nn.Module):
-    "Gets its images in a container."
+    "Takes its images in a container."
     def __init__(self):
         super().__init__()
         self.net = shake(convnet())
@@ -134,7 +134,7 @@ class Batch: images: object
 
 
 def holding(hold):
-    "A loader whose inputs come in a container."
+    "DataLoaders whose inputs come in a container."
     x, y = torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))
     def _collate(b): return hold(torch.stack([o[0] for o in b])), torch.stack([o[1] for o in b])
     dl = torch.utils.data.DataLoader(list(zip(x, y)), batch_size=8, collate_fn=_collate)
@@ -147,7 +147,7 @@ INPUTS = dict(L=lambda t: L([t]), data=lambda t: Batch(t), fastuple=lambda t: fa
 @pytest.mark.parametrize('name', INPUTS)
 @pytest.mark.filterwarnings('ignore')
 def test_inputs_in_a_container(has, name):
-    "Converted, seen by the summary, and told apart by type where batch norms are folded."
+    "Inputs are converted, seen by the summary, and distinguished by type when batch norms are folded."
     has('bf16')
     learn = Learner(holding(INPUTS[name]), Takes(), CrossEntropyLossFlat()).to_channelslast(amp_mode='bf16')
     learn.fit(1)
@@ -156,13 +156,13 @@ def test_inputs_in_a_container(has, name):
     learn.add_cb(FoldBatchNorm())
     for _ in range(2): learn.validate()
     assert learn.fold_batch_norm.folded == 1
-    learn.to_contiguous().to_fp32()  # weights prepared for bf16 don't serve fp32
+    learn.to_contiguous().to_fp32()  # weights folded for bf16 can't be used in fp32
     learn.validate()
     folded = [*learn.validate()]
     assert folded == pytest.approx([*learn.remove_cb(FoldBatchNorm).validate()], rel=1e-4)
 
 
-# F: images that arise inside the model
+# images created inside the model
 
 class Normalizes(nn.Module):
     def __init__(self):
@@ -172,7 +172,7 @@ class Normalizes(nn.Module):
 
 
 class Generates(nn.Module):
-    "Images from a vector."
+    "Generates images from a vector."
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(5, 4*8*8), nn.Unflatten(1, (4, 8, 8)), nn.ConvTranspose2d(4, 8, 2, 2), nn.ReLU(), nn.Conv2d(8, 3, 3))
@@ -198,7 +198,7 @@ CASES = dict(
 
 @pytest.mark.parametrize('name', CASES)
 def test_the_summary_decides_after_the_pass(name):
-    "✗ `The batch's inputs hold no 4-D or 5-D floating-point tensor`, though the model trains."
+    "✗ The summary said `The batch's inputs hold no 4-D or 5-D floating-point tensor`, though the model trains."
     model, dls = CASES[name]()
     learn = Learner(dls, model, CrossEntropyLossFlat()).to_channelslast(to_fp16=False)
     learn.fit(1)

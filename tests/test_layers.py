@@ -1,4 +1,4 @@
-"Mixed precision that leaves some layers in fp32, and finding them; with fake times."
+"Mixed precision with some layers in fp32, and the search for such layers; with fake times."
 import subprocess
 import sys
 from copy import deepcopy
@@ -10,7 +10,7 @@ from fastai.vision.all import Learner
 from torch import nn
 
 from channelslast import ChannelsLast
-from channelslast.find import layer_timing as module, train_benchmark as trial
+from channelslast.find import layer_timing as module, train_benchmark
 from channelslast.find.layer_timing import fp32_names, record_inputs, time_layers
 from channelslast.learner.mixed_precision import resolve_layers
 from tests.conftest import convnet, learner, loaders
@@ -22,7 +22,7 @@ depthwise = lambda m: isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1
 
 
 class Probe(nn.Module):
-    "Notes the types that a layer gets, computes in and returns."
+    "Records the dtypes of a layer's input and output."
     def __init__(self, inner): super().__init__(); self.inner, self.seen = inner, []
     def forward(self, x):
         out = self.inner(x)
@@ -31,7 +31,7 @@ class Probe(nn.Module):
 
 
 class Two(nn.Module):
-    "Several inputs, keywords, several outputs in containers; a wrapped and a whole number."
+    "Positional and keyword inputs, outputs in nested containers, integers."
     def __init__(self): super().__init__(); self.c, self.types = nn.Conv2d(8, 8, 1), []
     def forward(self, x, *, scale, n=3):
         y = self.c(x)
@@ -79,7 +79,7 @@ def test_who_runs_in_fp32(has, asked, names):
 
 
 class Shared(nn.Module):
-    "One module twice, one inside another that is named too."
+    "A module that is used twice and has two names, with a module inside."
     def __init__(self):
         super().__init__()
         self.a = Probe(nn.Conv2d(3, 3, 1))
@@ -113,8 +113,8 @@ def test_unknown_names(bad, match):
 
 
 def test_what_has_no_effect_is_said():
-    with pytest.warns(UserWarning, match='no module of the model is meant'): learner().to_channelslast(amp_mode='bf16', fp32_layers=lambda m: False)
-    with pytest.warns(UserWarning, match='fp32_layers: no effect with `to_fp16=False`'): learner().to_channelslast(to_fp16=False, fp32_layers='0')
+    with pytest.warns(UserWarning, match='matched no module'): learner().to_channelslast(amp_mode='bf16', fp32_layers=lambda m: False)
+    with pytest.warns(UserWarning, match='ignores fp32_layers: `to_fp16=False` adds'): learner().to_channelslast(to_fp16=False, fp32_layers='0')
 
 
 def test_naming_layers_replaces_the_mixed_precision():
@@ -122,7 +122,7 @@ def test_naming_layers_replaces_the_mixed_precision():
     assert learn.mixed_precision.fp32_layers == ('0',) and learn.to_channelslast().mixed_precision.fp32_layers == ('0',)
 
 
-# no trace
+# nothing is left behind
 
 @pytest.mark.parametrize('where', ['inside', 'after', 'interrupt', 'loss'])
 def test_exceptions_leave_no_trace(has, where):
@@ -144,9 +144,12 @@ def test_an_own_forward_on_the_instance_stays(has):
     has('bf16')
     m = convnet()
     own, calls = m[0].forward, []
-    m[0].forward = mine = lambda x: (calls.append(torch.is_autocast_enabled('cpu')), own(x))[1]
+    def custom(x):
+        calls.append(torch.is_autocast_enabled('cpu'))
+        return own(x)
+    m[0].forward = custom
     learner(m).to_channelslast(amp_mode='bf16', fp32_layers='0').fit(1)
-    assert m[0].forward is mine and set(calls) == {False}
+    assert m[0].forward is custom and set(calls) == {False}
 
 
 def test_the_model_outside_the_learner_copies_and_checkpoints(has, tmp_path):
@@ -176,11 +179,10 @@ print(load_learner({str(tmp_path/'e.pkl')!r}).predict({str(tmp_path/'data'/'a'/'
 
 
 def test_compiled_models(has):
-    "Compiled in the Learner, the layers are in fp32 there and only there."
+    "In a compiled model the layers run in fp32 in the Learner, and as usual outside it."
     has('bf16')
     torch.manual_seed(0)
     plain = convnet()
-    seen = []
     def backend(gm, inputs): return gm.forward
     losses = []
     for compiled in False, True:
@@ -215,10 +217,13 @@ def net(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3
 
 @pytest.fixture
 def fake_layers(monkeypatch):
-    "`fake_layers(f)`: `f(module, in_fp32)` are the milliseconds of a layer, which really runs."
+    "`fake_layers(f)` replaces a layer's time by `f(module, in_fp32)`; the layer still runs."
     def _fake(f):
         real = module.layer_ms
-        monkeypatch.setattr(module, 'layer_ms', lambda m, x, d, h, in_fp32: (real(m, x, d, h, in_fp32), f(m, in_fp32))[1])
+        def _ms(m, x, device, half, in_fp32):
+            real(m, x, device, half, in_fp32)
+            return f(m, in_fp32)
+        monkeypatch.setattr(module, 'layer_ms', _ms)
     return _fake
 
 
@@ -247,7 +252,7 @@ def test_layers_that_cannot_run_alone_are_left_out():
         def forward(self, x, more): return super().forward(x)
     class Net(nn.Module):
         def __init__(self): super().__init__(); self.o, self.l = Odd(3, 3), nn.Linear(3, 3)
-        def forward(self, x): return self.l(self.l(self.o(x, 1)).repeat(2, 1))  # `l` at two shapes: no one answer
+        def forward(self, x): return self.l(self.l(self.o(x, 1)).repeat(2, 1))  # `l` gets two shapes
     m = Net()
     assert time_layers(m, record_inputs(m, lambda: m(torch.randn(2, 3))), torch.bfloat16, 'bf16') == []
 
@@ -275,19 +280,19 @@ def test_no_candidate_where_no_layer_gains(has, fake, fake_layers):
 @pytest.mark.parametrize('mixed, best', [(80., 'bf16+fp32'), (99., 'bf16')])
 def test_it_wins_by_the_margin_only(has, fake_layers, monkeypatch, capsys, mixed, best):
     has('bf16'); fake_layers(lambda m, f: 1. if f == depthwise(m) else 2.)
-    real = trial.step_ms
+    real = train_benchmark.step_ms
     def _ms(learn, batch):
         real(learn, batch)
         mp = learn._grab_cbs(MixedPrecision)
         if not mp: return 140.
         return mixed if mp[0].fp32_layers else 100. if learn._grab_cbs(ChannelsLast) else 130.
-    monkeypatch.setattr(trial, 'step_ms', _ms)
+    monkeypatch.setattr(train_benchmark, 'step_ms', _ms)
     learn = learner(net())
     for _ in range(2):
         assert learn.to_fastest(num_it=3) is learn
         assert learn.format_timings.best.precision == best and len(learn._grab_cbs(MixedPrecision)) == 1
         assert learn.mixed_precision.fp32_layers == (('2',) if '+' in best else ())
-        assert capsys.readouterr().out.strip().splitlines()[-1].endswith(f'channels last, {best}: {140/(mixed if "+" in best else 100):.2f}× contiguous fp32')
+        assert capsys.readouterr().out.strip().splitlines()[-1].endswith(f'channels last, {best}: {140/(mixed if "+" in best else 100):.2f}× as fast as contiguous fp32.')
     learn.fit(1)
 
 

@@ -1,4 +1,4 @@
-"Freed memory: when it stays with the process, and when it goes back."
+"When the process keeps freed memory, and when it returns it."
 import ctypes
 import os
 import subprocess
@@ -12,12 +12,12 @@ import torch
 from channelslast import keep_memory
 
 libc = ctypes.CDLL(None if os.name == 'posix' else 'msvcrt')
-here = pytest.mark.skipif(not hasattr(libc, 'mallinfo2'), reason='no glibc from 2.33')
+needs_glibc = pytest.mark.skipif(not hasattr(libc, 'mallinfo2'), reason='needs glibc 2.33 or later')
 MIB = 2**20
 
 
 class Info(ctypes.Structure):
-    "What glibc says of its heap, in bytes."
+    "Statistics of glibc's heap, in bytes."
     _fields_ = [(o, ctypes.c_size_t) for o in 'arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost'.split()]
 
 
@@ -27,7 +27,7 @@ def info():
 
 
 def mapped(mib) -> bool:
-    "Does a tensor get a mapping of its own, which goes back with it?"
+    "True if a tensor gets its own memory mapping, which is released with it."
     before = info().hblkhd
     x = torch.empty(mib*MIB, dtype=torch.uint8)
     return info().hblkhd >= before + x.numel()
@@ -38,12 +38,12 @@ def resident() -> int: return int(open('/proc/self/statm').read().split()[1])*os
 
 @pytest.fixture(autouse=True)
 def as_usual():
-    keep_memory(False)  # the bench may have run before
+    keep_memory(False)  # a benchmark may have run before
     yield
     keep_memory(False)
 
 
-@here
+@needs_glibc
 def test_what_is_kept_goes_back_at_once():
     before = resident()
     keep_memory()
@@ -58,9 +58,9 @@ def in_a_new_process(code, **env):
     subprocess.run([sys.executable, '-c', code], env={**os.environ, **env}, cwd=Path(__file__).parent.parent, check=True)
 
 
-@here
+@needs_glibc
 def test_there_and_back():
-    "In a new process, each tensor larger than all freed before: a free block that would do is taken in place of a mapping."
+    "In a new process, with larger and larger tensors, since a free block that is large enough is used instead of a mapping."
     in_a_new_process("""
         assert mapped(1024)
         for mib in (128, 512):
@@ -68,21 +68,21 @@ def test_there_and_back():
             assert keep_memory(False) and mapped(2*mib)""")
 
 
-@here
+@needs_glibc
 def test_a_block_below_the_usual_threshold_comes_from_the_heap():
-    "As in a process that has freed large tensors: where glibc starts, at 128 KiB, each would be mapped."
+    "As in a process that has freed large tensors. With glibc's initial threshold of 128 KiB, both tensors would be mapped."
     in_a_new_process('keep_memory(); keep_memory(False); assert mapped(33) and not mapped(31)')
 
 
-@here
+@needs_glibc
 def test_the_environment_does_the_same():
-    "As the docstring says."
+    "The variables in the docstring have the same effect."
     in_a_new_process('assert not mapped(1024)', **dict(o.split('=') for o in keep_memory.__doc__.split('`')[1].split()))
 
 
 @pytest.mark.parametrize('dll', [object(), TypeError('no such library')])
 def test_other_c_libraries(monkeypatch, dll):
-    "Alpine's and Apple's have no such settings, and Windows no one library: it says so."
+    "Returns False: Alpine's and Apple's libraries lack these settings, and Windows has no single C library."
     def _dll(name):
         if isinstance(dll, Exception): raise dll
         return dll

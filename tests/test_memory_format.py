@@ -1,4 +1,4 @@
-"Casting tensors, modules and optimizers, in plain PyTorch."
+"Convert tensors, modules and optimizers, in plain PyTorch."
 from copy import deepcopy
 from functools import partial
 
@@ -30,7 +30,7 @@ def test_cast_gives_pytorchs_own_strides_and_back(shape):
 
 
 def test_a_pointwise_weight_asks_for_channels_last():
-    "Its two formats coincide, so `is_contiguous` can't tell; a contiguous image still comes out channels last."
+    "`is_contiguous` is True for both formats of such a weight, but a contiguous image still comes out in channels last."
     conv = nn.Conv2d(8, 16, 1)
     convert_module(conv)
     assert conv(torch.randn(2, 8, 4, 4)).is_contiguous(memory_format=CL)
@@ -92,7 +92,7 @@ def test_tied_weights_stay_tied(share):
 
 
 class Tied(nn.Module):
-    "A convolution and another layer on one memory, as `tie` makes them; both are in use."
+    "A convolution and another layer whose weights share memory, as `tie` makes them. Both are used."
     def __init__(self, tie, conv):
         super().__init__()
         self.conv, self.flat = conv, nn.Linear(1, 1)
@@ -107,7 +107,7 @@ class Tied(nn.Module):
 
 
 def from_matrix(conv, each=1):
-    "The other way round: the convolution gets some rows of a matrix."
+    "The reverse: some rows of a matrix become the convolution's weight."
     w = torch.randn(4*conv.out_channels, conv.in_channels, dtype=conv.weight.dtype)/10
     conv.weight.data = w[conv.out_channels::each, :, None, None][:conv.out_channels]
     return w
@@ -129,22 +129,26 @@ TIES |= {f'torn {k}': v for k, v in TORN.items()}
 
 
 def overlap(m):
-    "True if a change of each weight is one of the other too, as it is in a copy of the pair."
+    "True if a change of either weight also changes the other one."
     a, b = m.conv.weight.data, m.flat.weight.data
-    change = lambda t, seen: [t.fill_(v).numel() and (seen == v).any().item() for v in (1., 2.)] == [True, True]
-    return change(a, b) and change(b, a)
+    def _changes(t, other):
+        for value in 1., 2.:
+            t.fill_(value)
+            if not (other == value).any(): return False
+        return True
+    return _changes(a, b) and _changes(b, a)
 
 
 @pytest.mark.parametrize('name', TIES)
 def test_one_memory_of_two_shapes_stays_one(name):
-    "✗ Converted by a copy, the convolution's weight drifts from the other one. Reordered in place, the other one's numbers mix."
+    "✗ A converted copy of the convolution's weight is no longer tied. Reordering in place mixes up the other weight's values."
     m, torn = TIES[name](), name.startswith('torn')
-    seen = lambda: [(t.data_ptr(), t.stride(), t.tolist()) for t in (m.conv.weight, m.flat.weight)]
-    before = seen()
+    weights = lambda: [(t.data_ptr(), t.stride(), t.tolist()) for t in (m.conv.weight, m.flat.weight)]
+    before = weights()
     assert convert_module(m) and last(m.first.weight) and last(m.conv.weight) != torn
-    assert [o[::2] for o in seen()] == [o[::2] for o in before]
-    assert not torn or seen() == before
-    assert convert_module(m, False) and seen() == before
+    assert [o[::2] for o in weights()] == [o[::2] for o in before]
+    assert not torn or weights() == before
+    assert convert_module(m, False) and weights() == before
     convert_module(m)
     assert overlap(m)
 
@@ -176,7 +180,7 @@ def test_a_buffer_of_any_type_on_a_weights_memory(dtype):
 
 
 def test_a_kernel_that_two_modules_hold():
-    "Converted for the convolution, it is converted for the module too that would not have been: they stay one."
+    "A kernel converted for its convolution is also converted for another module that holds it, so they stay tied."
     h = holder(kernel=(4, 3, 3, 3, 3))
     m = nn.Sequential(h, nn.Conv3d(3, 4, 3), nn.Conv2d(3, 4, 3))
     h.kernel.data = m[1].weight.data
@@ -185,7 +189,7 @@ def test_a_kernel_that_two_modules_hold():
 
 
 def test_slices_of_one_storage_are_no_ties():
-    "Flat optimizers keep all parameters so, and no two of them share memory."
+    "Flat optimizers keep all parameters in one storage, but no two parameters share memory."
     m = convnet()
     want = [p.detach().clone() for p in m.parameters()]
     nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(m.parameters()), m.parameters())
@@ -198,7 +202,7 @@ def test_slices_of_one_storage_are_no_ties():
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5)), max_size=7))
 def test_groups_share_no_memory(views):
-    "Two tensors come together only if a chain of overlapping ranges of memory links them."
+    "Two tensors are in one group only if a chain of overlapping memory ranges links them."
     base = [torch.zeros(64), torch.zeros(64)]
     ts = [base[i % 2].as_strided((n, n), (s, s), start) for i, (start, n, s, _) in enumerate(views)]
     span = lambda t: {*range(t.data_ptr(), t.data_ptr() + 4*(1 + sum((n - 1)*s for n, s in zip(t.shape, t.stride()))))}
@@ -212,7 +216,7 @@ def test_groups_share_no_memory(views):
 
 
 def test_gradients_of_pointwise_weights_keep_their_memory():
-    "It may be a part of a bucket, as in `DistributedDataParallel`."
+    "A gradient may be part of a bucket, as in `DistributedDataParallel`."
     conv = nn.Conv2d(4, 6, 1)
     conv.weight.grad = torch.randn(30)[6:].view(6, 4, 1, 1)
     ptr, value = conv.weight.grad.data_ptr(), conv.weight.grad.clone()
@@ -221,7 +225,7 @@ def test_gradients_of_pointwise_weights_keep_their_memory():
 
 
 def test_sharded_weights_are_converted():
-    "✗ `as_strided` raises for them: they have no memory of their own."
+    "✗ `as_strided` raises for sharded weights, which have no memory of their own."
     dist = torch.distributed
     if not dist.is_available(): pytest.skip('no torch.distributed')
     from torch.distributed.device_mesh import init_device_mesh
@@ -237,7 +241,7 @@ def test_sharded_weights_are_converted():
 
 
 def test_unusual_parameters():
-    "Half precision, frozen, empty, on the meta device, overlapping themselves."
+    "Parameters in half precision, frozen, empty, on the meta device, and overlapping themselves."
     m = nn.Module()
     m.h = nn.Parameter(torch.randn(2, 3, 4, 4, dtype=torch.float16), requires_grad=False)
     m.e = nn.Parameter(torch.empty(0, 3, 4, 4))
@@ -249,7 +253,7 @@ def test_unusual_parameters():
 
 
 def holder(**shapes):
-    "A module of no kind that PyTorch knows, with such parameters."
+    "A module of an unknown type with parameters of these shapes."
     m = nn.Module()
     for name, shape in shapes.items(): m.register_parameter(name, nn.Parameter(torch.randn(shape)))
     return m
@@ -266,12 +270,12 @@ CONVS = {1: (nn.Conv1d, nn.ConvTranspose1d, nn.LazyConv1d), 2: (nn.Conv2d, nn.Co
 @pytest.mark.parametrize('dims,converted', [([1], ''), ([2], 'kernel'), ([3], 'bank'), ([1, 2], 'kernel'), ([1, 3], 'bank'),
                                             ([3, 2], 'kernel'), ([3, 2, 1], 'kernel')], ids=str)
 def test_other_modules_hold_what_the_models_convolutions_use(kind, dims, converted):
-    "A bank of kernels has a dimension more than a kernel, so a 1-D net's bank is none of a 2-D net's kernels."
+    "A bank has one more dimension than a kernel, so a 1-D network's bank is not taken for 2-D kernels."
     h, args = holder(kernel=(4, 3, 3, 3), bank=(5, 4, 3, 3, 3)), (3,) if kind == 2 else (3, 3)
     convs = [CONVS[d][kind](*args, kernel_size=3) for d in dims]
     m = nn.DataParallel(nn.Sequential(*convs, h))
     convert_module(m)
-    assert [k for k, p in h.named_parameters() if last(p)] == [converted]*bool(converted)
+    assert [k for k, p in h.named_parameters() if last(p)] == ([converted] if converted else [])
     if kind < 2: assert all(last(c.weight) for c in convs if c.weight.dim() in (4, 5))
     convert_module(m, False)
     assert all(p.is_contiguous() for p in m.parameters() if not nn.parameter.is_lazy(p))
@@ -283,7 +287,7 @@ def test_other_modules_hold_what_the_models_convolutions_use(kind, dims, convert
     (dict(linear=(4, 3), table=(1, 4, 8, 8)), set()), (dict(kernel=(4, 3, 3, 3, 3), table=(1, 4, 8, 8)), {'kernel'})],
     ids=['2-D', '3-D', '2-D and a bank', '2-D and a table', 'linear and a table', '3-D and a table'])
 def test_models_without_convolution_modules(shapes, converted):
-    "Their kernels go to `F.conv2d` by hand; a table that is added to a batch is none."
+    "They pass their kernels to `F.conv2d`. A table that is added to a batch is not a kernel."
     m = nn.Sequential(holder(**shapes), nn.Linear(3, 4))
     m.register_buffer('mean', torch.randn(1, 3, 1, 1))
     convert_module(m)
@@ -296,7 +300,7 @@ def pruned(c): return prune.random_unstructured(c, 'weight', 0.5)
 @pytest.mark.parametrize('wrap', [weight_norm, parametrizations.weight_norm, spectral_norm, parametrizations.spectral_norm, pruned],
                          ids=lambda f: f'{f.__module__}.{f.__name__}')
 def test_kernels_by_other_names(wrap):
-    "What the weight is computed from follows the convolution's own dimensions, even where others have fewer."
+    "Tensors from which a weight is computed count as its convolution's, even if other convolutions have fewer dimensions."
     m = nn.Sequential(*(wrap(c(3, 4, 3)) for d in (1, 2, 3) for c in CONVS[d][:2]))
     before = {k: t.stride() for k, t in (*m.named_parameters(), *m.named_buffers())}
     convert_module(m)
@@ -307,7 +311,7 @@ def test_kernels_by_other_names(wrap):
 
 
 class Dynamic(nn.Conv2d):
-    "A convolution whose kernel is mixed from a bank, which it looks at with `view`."
+    "A convolution whose kernel is mixed from a bank, read with `view`."
     def __init__(self, i, o, k, n=3):
         super().__init__(i, o, k)
         self.bank, self.attend = nn.Parameter(torch.randn(n, o, i, k, k)), nn.Linear(i, n)
@@ -325,7 +329,7 @@ class Clips(nn.Module):
 
 @pytest.mark.parametrize('make', [lambda: Dynamic(3, 4, 3), Clips], ids=['2-D', '3-D and 2-D'])
 def test_banks_of_kernels_run(make):
-    "✗ Converted, the bank fails in its `view`."
+    "✗ A converted bank raises in `view`."
     m, x = make().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     want = m(x)
     convert_module(m)
@@ -350,7 +354,7 @@ layers = st.deferred(lambda: st.one_of(
 @settings(max_examples=60, deadline=None)
 @given(layers)
 def test_round_trip(m):
-    "There and back: every value, stride and identity is what it was."
+    "Converting to channels last and back keeps each value, stride and identity."
     for p in m.parameters(): p.grad = torch.randn_like(p)
     tensors = lambda: [t for p in m.parameters() for t in (p, p.grad)] + list(m.buffers())
     before = [(id(t), t.stride(), t.detach().clone()) for t in tensors()]
@@ -386,8 +390,8 @@ def states(opt):
 @pytest.mark.parametrize('name', OPTIMIZERS)
 @pytest.mark.parametrize('load', [False, True], ids=['switched', 'loaded'])
 def test_optimizer_goes_on_as_if_never_switched(name, load):
-    """✗ Without `align_optimizer`, fused AdamW is off by 5e-2 here. In float64, so that Adam can't amplify rounding:
-    two steps contiguous, two in channels last, two contiguous again, against six contiguous ones."""
+    """✗ Without `align_optimizer`, fused AdamW is off by 5e-2 here. Two contiguous, two channels-last and two contiguous
+    steps are compared with six contiguous ones, in float64, so that Adam can't amplify rounding errors."""
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     base = convnet().double()
     runs = []
@@ -398,7 +402,7 @@ def test_optimizer_goes_on_as_if_never_switched(name, load):
             saved = deepcopy(opt.state_dict())
             if switch:
                 convert_module(m, last)
-                if load: opt.load_state_dict(saved)  # of the other format
+                if load: opt.load_state_dict(saved)  # saved in the other format
                 align_optimizer(opt)
                 assert all(s.stride() == p.stride() for p, s in states(opt))
             for _ in range(2): step(m, opt, x)
@@ -415,7 +419,7 @@ def test_slow_weights_follow_too():
 
 
 def test_align_keeps_what_it_should():
-    "Identity of the state, scalars, types other than the parameter's; `None` is no optimizer."
+    "The identity of state, scalars, and dtypes other than the parameter's stay. `None` is accepted."
     p = nn.Parameter(torch.randn(2, 3, 4, 4))
     opt = torch.optim.SGD([p], lr=1)
     a, b, n = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.ones(2, 3, 4, 4, dtype=torch.uint8), torch.tensor(3.)
@@ -432,15 +436,15 @@ def test_align_keeps_what_it_should():
 
 
 def test_state_in_8_bits_starts_again():
-    "As bitsandbytes keeps it: one scale per block of memory. Elements that move would meet the scales of other blocks."
+    "bitsandbytes keeps one scale per block of memory. Moved elements would get the scales of other blocks."
     convs = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 8)
     opt = torch.optim.SGD([p for m in convs for p in m.parameters()], lr=0.1)
     for p in opt.param_groups[0]['params']:
         opt.state[p] = dict(step=3, state1=torch.zeros_like(p, dtype=torch.uint8), absmax1=torch.ones(1), qmap1=torch.ones(256))
     model = nn.ModuleList(convs)
     convert_module(model)
-    with pytest.warns(UserWarning, match='8 bits') as said: align_optimizer(opt)
-    assert len(said) == 1 and not opt.state[convs[0].weight] and all(len(opt.state[p]) == 4 for p in list(model.parameters())[1:])
+    with pytest.warns(UserWarning, match='8-bit') as warned: align_optimizer(opt)
+    assert len(warned) == 1 and not opt.state[convs[0].weight] and all(len(opt.state[p]) == 4 for p in list(model.parameters())[1:])
     opt.state[convs[0].weight] = dict(mask=torch.arange(8*8*9).remainder(7).to(torch.uint8).view(8, 8, 3, 3))
     was = opt.state[convs[0].weight]['mask'].clone()
     align_optimizer(opt)  # a mask has no blocks

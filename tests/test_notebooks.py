@@ -1,4 +1,4 @@
-"The stored outputs of the notebooks (pytest runs the notebooks themselves, through nbmake), and the README's code."
+"The stored outputs of the notebooks, and the README's code. (pytest runs the notebooks themselves through nbmake.)"
 import re
 from io import BytesIO
 
@@ -67,7 +67,7 @@ def test_tidy():
 
 def test_the_readmes_charts_are_the_notebooks(): assert [o.read_bytes() for o in charts] == plots(page('05_benchmarks'))[:2]
 def test_charts_are_opaque():
-    "On a page with a dark background, too."
+    "They stay readable on a page with a dark background."
     for path in PAGES:
         for plot in plots(nbformat.read(path, as_version=4)): assert Image.open(BytesIO(plot)).convert('RGBA').getextrema()[3] == (255, 255), path
 
@@ -88,17 +88,17 @@ def test_the_reference_is_complete():
 
 @pytest.fixture
 def no_download(monkeypatch):
-    "Pretrained weights are made up."
+    "Replace pretrained weights by random ones."
     from torchvision.models._api import WeightsEnum
     monkeypatch.setattr(WeightsEnum, 'get_state_dict', lambda self, *args, **kwargs: resnet50(weights=None).state_dict())
 
 
-def is_odd(i): return i % 2  # an export pickles it
+def is_odd(i): return i % 2  # at the top level, since an export pickles it
 
 
 @pytest.mark.filterwarnings('ignore')
 def test_readme_runs(no_download, tmp_path, monkeypatch):
-    "Every fenced Python block, one after the other, as a reader would."
+    "Every fenced Python block runs, one after the other, as for a reader."
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r'```python\n(.*?)```', (folder.parent/'README.md').read_text(encoding='utf-8'), re.S)
     assert len(blocks) >= 4

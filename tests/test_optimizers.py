@@ -1,5 +1,6 @@
-"The fused step gives fastai's weights: the very line that is suggested, in float64."
+"The suggested line, with a fused step, gives the same weights as fastai's optimizer, in float64."
 import pickle
+import re
 import subprocess
 import sys
 from copy import deepcopy
@@ -19,7 +20,7 @@ from channelslast.learner.preserve_learner import preserve_learner
 from .conftest import convnet, learner, loaders
 from .test_callback import image_folder
 
-GIVEN = {  # what a Learner has: what it is told
+GIVEN = {  # name: the Learner's optimizer, the suggested line
     'Adam': (Adam, 'opt_func=fused(Adam)'),
     'Adam by hand': (partial(Adam, wd=0.1, eps=1e-3, mom=0.8, sqr_mom=0.95), 'opt_func=fused(Adam, wd=0.1, eps=0.001, mom=0.8, sqr_mom=0.95)'),
     'Adam L2': (partial(Adam, wd=0.1, decouple_wd=False), 'opt_func=fused(Adam, wd=0.1, decouple_wd=False)'),
@@ -31,14 +32,14 @@ GIVEN = {  # what a Learner has: what it is told
 
 
 def execute(line):
-    "The line, in a namespace as a user has it."
+    "Evaluate the line in a namespace like a user's."
     names = {}
     exec('from fastai.vision.all import *\nfrom channelslast import *', names)
     return eval(f'dict({line})', names)
 
 
 class Sometimes(nn.Module):
-    "A branch that some batches leave out."
+    "A network with a branch that some batches skip."
     def __init__(self): super().__init__(); self.always, self.branch, self.calls = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1), 0
     def forward(self, x):
         self.calls += self.training
@@ -74,7 +75,7 @@ def weights(learn): return [t.detach().clone() for t in (*learn.model.parameters
 
 
 def both(opt_func, run=once, other=None, model=None, **kwargs):
-    "The weights of plain fastai and of the line that is suggested (or of another optimizer) after the same run."
+    "The weights after the same run with fastai's optimizer and with the suggested line (or the optimizer `other`)."
     model, dls = model or convnet().double(), loaders(dtype=torch.float64)
     first = learner(deepcopy(model), dls, **{'lr': 1e-2, 'opt_func': opt_func, **kwargs})
     line = execute(fused_argument(first)) if other is None else dict(opt_func=other)
@@ -84,8 +85,8 @@ def both(opt_func, run=once, other=None, model=None, **kwargs):
     return weights(first), weights(second)
 
 
-def look(learn):
-    "Weights, what trains, hyper-parameters and state, by value."
+def snapshot(learn):
+    "Weights, `requires_grad`, hyperparameters and optimizer state, by value."
     parts = weights(learn), [p.requires_grad for p in learn.model.parameters()], learn.opt.state_dict()
     return [o.tolist() if isinstance(o, torch.Tensor) else o for o in tree_leaves([*parts[:2], [*parts[2]['state']], [*parts[2]['hypers']]])]
 
@@ -110,7 +111,7 @@ def test_hypers_set_by_hand(): assert equal(*both(Adam, by_hand, splitter=three_
 
 @pytest.mark.parametrize('name', GIVEN)
 def test_branches_without_gradients(name):
-    "✗ PyTorch's own wrapped optimizers leave such a parameter alone, fastai's go on; PyTorch's fused SGD raises."
+    "✗ PyTorch's own wrapped optimizers skip such a parameter, fastai's update it; PyTorch's fused SGD raises."
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), Sometimes(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
     assert equal(*both(GIVEN[name][0], model=model.double()))
 
@@ -122,13 +123,13 @@ def test_the_comparison_sees(wrong):
 
 
 def test_the_comparison_sees_decayed_norms():
-    "✗ An `OptimWrapper` with all hyper-parameters right decays norms and biases."
+    "✗ An `OptimWrapper` with the same hyperparameters decays norms and biases."
     plain = partial(OptimWrapper, opt=torch.optim.AdamW, fused=True, eps=1e-5, betas=(0.9, 0.99))
     assert not equal(*both(Adam, other=plain)) and equal(*both(Adam, other=plain, wd_bn_bias=True))
 
 
 def half(m): return m.half()
-def mine(params, lr, **kwargs): return Optimizer(params, [weight_decay, sgd_step, lambda p, **kw: None], lr=lr)
+def own_optimizer(params, lr, **kwargs): return Optimizer(params, [weight_decay, sgd_step, lambda p, **kw: None], lr=lr)
 def expanded(m): m[0].weight = nn.Parameter(torch.zeros(8, 3, 1, 1).expand(8, 3, 3, 3)); return m
 class Shared(nn.Parameter): pass
 def subclass(m): m[0].weight = Shared(m[0].weight.data); return m
@@ -139,7 +140,7 @@ def assigned(opt, opt_func=Adam): learn = made(opt_func); learn.opt = opt(learn.
 
 
 NONE = dict(
-    **{o.__name__: lambda o=o: made(o) for o in (Lamb, Larc, QHAdam, RAdam, RMSProp, ranger, mine)},
+    **{o.__name__: lambda o=o: made(o) for o in (Lamb, Larc, QHAdam, RAdam, RMSProp, ranger, own_optimizer)},
     lookahead=lambda: made(lambda p, **kw: Lookahead(Adam(p, **kw))), lamb=lambda: made(partial(Lamb, wd=0.1)),
     wrapped=lambda: made(partial(OptimWrapper, opt=torch.optim.AdamW, fused=True)), fused=lambda: made(fused(Adam)),
     built=lambda: made(OptimWrapper(opt=torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.))),
@@ -157,18 +158,21 @@ NONE = dict(
 def test_no_line_without_proof(name): assert fused_argument(NONE[name]()) is None
 
 
+UNSUPPORTED = re.escape("`fused` supports only fastai's `Adam` and `SGD`, with dense, unshared fp32 or fp64 parameters on one device (CPU or CUDA).")
+
+
 @pytest.mark.parametrize('opt', [ranger, lambda p, **kw: Lookahead(Adam(p, **kw)), partial(OptimWrapper, opt=torch.optim.SGD)])
 def test_what_is_not_equal_is_refused(opt):
-    with pytest.raises(ValueError, match='fused: no kernel'): made(fused(opt)).fit(1)
+    with pytest.raises(ValueError, match=UNSUPPORTED): made(fused(opt)).fit(1)
 
 
 @pytest.mark.cuda
 def test_one_device_for_all():
     ps = [nn.Parameter(torch.zeros(1, device=d)) for d in ('cpu', 'cuda')]
-    with pytest.raises(ValueError, match='fused: no kernel'): fused(SGD)(ps, lr=1.)
+    with pytest.raises(ValueError, match=UNSUPPORTED): fused(SGD)(ps, lr=1.)
 
 
-def test_what_has_the_same_parts_will_do(): # a user's own function
+def test_what_has_the_same_parts_will_do(): # from a user's own function
     assert equal(*both(lambda p, **kw: Adam(p, wd=0.1, **kw), other=fused(lambda p, **kw: Adam(p, wd=0.1, **kw))))
 
 
@@ -176,8 +180,8 @@ def test_learner_is_only_looked_at():
     learn = made(Adam, splitter=three_groups)
     assert fused_argument(learn) and learn.opt is None
     learn.freeze(); learn.fit(1)
-    before = look(learn)
-    assert fused_argument(learn) == 'opt_func=fused(Adam)' and look(learn) == before
+    before = snapshot(learn)
+    assert fused_argument(learn) == 'opt_func=fused(Adam)' and snapshot(learn) == before
 
 
 @pytest.mark.parametrize('name', ['Adam', 'momentum'])
@@ -196,7 +200,7 @@ def test_checkpoints_serve_both(tmp_path, name, before, after):
 
 @pytest.mark.parametrize('name', ['Adam', 'momentum'])
 def test_formats_change_on_the_way(name):
-    "By this library, and by a `to` that leaves state and gradients in the old strides."
+    "The format is changed by this library, and by a `to` that keeps the old strides of state and gradients."
     def _to(learn):
         learn.fit(1); learn.to_channelslast(to_fp16=False); learn.fit(2); learn.to_contiguous(); learn.fit(1)
         learn.model.to(memory_format=torch.channels_last); learn.fit(1)
@@ -210,11 +214,11 @@ def test_formats_change_on_the_way(name):
 def test_measuring_leaves_no_trace():
     learn = made(fused(Adam))
     learn.fit(1)
-    opt, before, had_grad = learn.opt, look(learn), {*learn.opt.had_grad}
+    opt, before, had_grad = learn.opt, snapshot(learn), {*learn.opt.had_grad}
     with preserve_learner(learn): learn.fit(1)
     learn.format_find(num_it=1, show_plot=False)
     assert learn.opt is opt and opt.had_grad == had_grad and len(had_grad) == len(opt.param_lists[0])
-    assert look(learn) == before
+    assert snapshot(learn) == before
 
 
 def test_copies_and_pickles():

@@ -1,4 +1,4 @@
-"What the package says of itself, and how it is laid out."
+"The layout of the package, and the consistency of its documents."
 import ast
 import re
 import subprocess
@@ -10,28 +10,28 @@ import pytest
 
 root = Path(__file__).parent.parent
 package = root/'channelslast'
-# Each folder may import itself and these. `.github/CONTRIBUTING.md` says the same.
+# Each folder may import itself and these. The table in `.github/CONTRIBUTING.md` must agree.
 MAY_IMPORT = dict(core=(), fold=('core',), learner=('core', 'fold'), summary=('core', 'fold', 'learner'),
                   find=('core', 'fold', 'learner'), command=('', 'core', 'fold', 'learner', 'find'))
 
 
 def imported(path) -> list:
-    "What a file imports from this package: `(file, name)`."
-    found = []
+    "The imports of a file from this package: `(file, name)`."
+    imports = []
     for o in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
         if not isinstance(o, ast.ImportFrom): continue
         if o.level: base = path.parents[o.level - 1]
         elif o.module.split('.')[0] in ('channelslast', 'tests'): base = root
         else: continue
-        at = base.joinpath(*(o.module or '').split('.')) if o.module else base
+        target = base.joinpath(*(o.module or '').split('.')) if o.module else base
         for a in o.names:
-            for file in at/f'{a.name}.py', at.with_suffix('.py'):
-                if file.exists(): found.append((file, a.name)); break
-    return found
+            for file in target/f'{a.name}.py', target.with_suffix('.py'):
+                if file.exists(): imports.append((file, a.name)); break
+    return imports
 
 
 def folder(path) -> str:
-    "The folder of the package that a file lies in; `''` for the package itself."
+    "The folder of the package that a file is in; `''` for the package itself."
     return '' if path.parent == package else path.parent.name
 
 
@@ -56,8 +56,8 @@ def test_no_import_cycle_in_a_folder():
 
 
 def test_no_private_name_is_imported():
-    found = [(p.name, n) for p in (*package.rglob('*.py'), *root.glob('tests/*.py')) for _, n in imported(p) if n.startswith('_')]
-    assert found == [('test_command.py', '__main__')]
+    private = [(p.name, n) for p in (*package.rglob('*.py'), *root.glob('tests/*.py')) for _, n in imported(p) if n.startswith('_')]
+    assert private == [('test_command.py', '__main__')]
     for nb in root.glob('nbs/*.ipynb'): assert not re.search(r'from channelslast\S* import[^"]*\b_', nb.read_text(encoding='utf-8')), nb
 
 
@@ -79,7 +79,7 @@ def test_requirements_are_the_three():
 
 
 def test_top_level():
-    "Just what the design names and packaging needs."
+    "Only the entries of the design and those that packaging needs."
     allowed = {'channelslast', 'tests', 'nbs', 'settings.ini', 'setup.py', 'README.md', 'LICENSE', 'MANIFEST.in', 'CHANGELOG.md'}
     built = 'build', 'dist', '__pycache__'
     assert {o.name for o in root.iterdir() if not o.name.startswith('.') and o.suffix != '.egg-info' and o.name not in built} <= allowed

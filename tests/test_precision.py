@@ -1,4 +1,4 @@
-"Mixed precision on the model's own device."
+"Mixed precision on the model's device."
 import warnings
 
 import pytest
@@ -9,11 +9,12 @@ from torch import nn
 
 from channelslast.core.autocast import DTYPES
 from channelslast.core.devices import autocast_is_fast
+from channelslast.learner.mixed_precision import DeviceMixedPrecision
 from tests.conftest import convnet, learner
 
 
 def dtypes(learn):
-    "The types that convolutions compute in during one fit."
+    "The output dtypes of the first convolution during one fit."
     seen = set()
     h = learn.model[0].register_forward_hook(lambda m, i, o: seen.add(o.dtype))
     learn.fit(1)
@@ -22,6 +23,7 @@ def dtypes(learn):
 
 
 def messages(f):
+    "The messages of the warnings that `f` gives."
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter('always')
         f()
@@ -31,8 +33,8 @@ def messages(f):
 @pytest.mark.parametrize('features, fast', [((), True), (('avx512', 'avx512_bf16'), True), (('avx512', 'amx_tile'), True),
                                             (('avx512',), False)])
 def test_pytorch_knows_what_the_cpu_accelerates(monkeypatch, features, fast):
-    """But for CPUs with AVX512 and without its bf16, which oneDNN emulates, and fp16, whose gradients it does (Xeons with
-    AVX512-FP16): it says that both are supported."""
+    """PyTorch reports two types as supported that oneDNN emulates: bf16 on CPUs with AVX512 but without AVX512-BF16 and
+    AMX, and the gradients in fp16 on Xeons with AVX512-FP16."""
     class Ops: _is_mkldnn_fp16_supported = _is_mkldnn_bf16_supported = staticmethod(lambda: True)
     monkeypatch.setattr(torch.ops, 'mkldnn', Ops)
     for o in 'avx512', 'avx512_bf16', 'amx_tile':
@@ -44,21 +46,33 @@ def test_pytorch_knows_what_the_cpu_accelerates(monkeypatch, features, fast):
 
 @pytest.mark.parametrize('mode, dtype', [('bf16', torch.bfloat16), ('fp16', torch.float16)])
 def test_half_precision_really_runs_on_a_cpu(has, mode, dtype):
-    "✗ fastai's names `'cuda'` and trains in fp32 with two warnings."
+    "✗ fastai's uses `'cuda'` on every device: on a CPU it trains in fp32 with two warnings."
     has('fp16', 'bf16')
     learn = learner().to_channelslast(amp_mode=mode)
     assert messages(lambda: learn.fit(1)) == [] and dtypes(learn) == {dtype}
     assert learn.model[0].weight.dtype == torch.float32 and torch.isfinite(learn.recorder.losses[-1])
 
 
-@pytest.mark.parametrize('fast, asked, wants', [((), 'fp16', "`to_fp16=False`"), (('bf16',), 'fp16', "`amp_mode='bf16'`"),
-                                                (('fp16',), 'bf16', "`amp_mode='fp16'`")])
-def test_what_the_device_lacks_trains_in_fp32_and_is_said_once(has, fast, asked, wants):
+HINT = '`to_fp16=False` (bf16 is fast on x86 CPUs with AVX512-BF16 or AMX)'
+
+
+@pytest.mark.parametrize('fast, mode, advice', [
+    ((), 'fp16', HINT), ((), 'bf16', HINT), (('bf16',), 'fp16', "`amp_mode='bf16'` (fast here) or `to_fp16=False`"),
+    (('fp16',), 'bf16', "`amp_mode='fp16'` (fast here) or `to_fp16=False`")])
+def test_what_the_device_lacks_trains_in_fp32_and_is_said_once(has, fast, mode, advice):
     has(*fast)
-    learn = learner().to_channelslast(amp_mode=asked)
-    said = messages(lambda: (learn.fit(1), learn.fit(1), learn.validate()))
-    assert len(said) == 1 and wants in said[0] and '`to_fp16=False`' in said[0] and f'no fast {asked}' in said[0]
+    learn = learner().to_channelslast(amp_mode=mode)
+    warned = messages(lambda: (learn.fit(1), learn.fit(1), learn.validate()))
+    assert warned == [f'{mode} is slow on this CPU, so training continues in fp32. Pass {advice}.']
     assert dtypes(learn) == {torch.float32}
+
+
+@pytest.mark.parametrize('device', ['cuda', 'mps', 'xpu'])
+@pytest.mark.parametrize('fast, advice', [((), '`to_fp16=False`'), (('bf16',), "`amp_mode='bf16'` (fast here) or `to_fp16=False`")])
+def test_the_warning_on_other_devices(has, device, fast, advice):
+    has(*fast)
+    assert messages(lambda: DeviceMixedPrecision()._warn_once(torch.device(device))) == [
+        f'fp16 is unsupported or no faster than fp32 on this {device.upper()} device, so training continues in fp32. Pass {advice}.']
 
 
 class Scaler(Callback):
@@ -86,7 +100,7 @@ def test_enabled_is_respected(has, kwargs, on):
 
 
 def test_scaled_gradients_give_the_same_step(has):
-    "Scaling cancels out: two scales, one result."
+    "Scaling cancels out: two scales give the same result."
     has('fp16')
     runs = []
     for scale in 1., 1024.:
@@ -111,7 +125,7 @@ def autocast_on(): return torch.is_autocast_enabled('cpu')
 
 @pytest.mark.parametrize('where', ['model', 'loss', 'callback', 'cancel', 'interrupt'])
 def test_autocast_ends_however_the_batch_ends(has, where):
-    "✗ fastai leaves it on when the model or the loss raises: all that follows in the session runs in half precision."
+    "✗ fastai leaves it on when the model or the loss raises: the rest of the session runs in half precision."
     has('bf16')
     class Boom(nn.Module):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"`channelslast bench --report`: errors, memory, stopping and resuming, and the Markdown that it prints."
+"`channelslast bench --report`: errors, memory, stopping and resuming, and its Markdown."
 import re
 import sys
 from pathlib import Path
@@ -16,10 +16,10 @@ CPU = torch.device('cpu')
 
 
 def row(name, px, bs, device=CPU, num_it=1, busy=False):
-    "What `judge` would return, at once."
-    one = {'candidate': 'contiguous, fp32', 'ms': 2., '±': 0.01, 'judged ms': 1.98, 'MiB': None, 'note': ''}
-    return {'model': name, 'px': px, 'batch': bs, 'pick': 'contiguous, fp32', 'pick/best': '1.00', 'over contiguous fp32': '1.00×',
-            'find took': '1 s', 'candidates': [one]}
+    "A row as `judge` returns it, without measuring."
+    one = {'candidate': 'contiguous, fp32', 'ms': 2., '±': 0.01, 'reference ms': 1.98, 'MiB': None, 'note': ''}
+    return {'model': name, 'px': px, 'batch': bs, 'pick': 'contiguous, fp32', 'pick/best': '1.00', 'speedup': '1.00×',
+            'search time': '1 s', 'candidates': [one]}
 
 
 def verdict(name, px, bs, *args): return {'model': name, 'px': px, 'batch': bs, 'verdict': 'Channels last holds.'}
@@ -27,7 +27,7 @@ def verdict(name, px, bs, *args): return {'model': name, 'px': px, 'batch': bs, 
 
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
-    "Rows without measuring; `measured.do(name, px, bs)` runs before each; `measured` lists them as `(kind, name, px, bs)`."
+    "Make rows without measuring. `measured` lists them as `(kind, name, px, bs)`; `measured.do(name, px, bs)` runs before each."
     class Calls(list): do = staticmethod(lambda name, px, bs: None)
     calls = Calls()
     def _fake(kind, result):
@@ -49,7 +49,7 @@ def measured(monkeypatch, tmp_path):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    "Run `channelslast bench` on two models; exit status or message, standard output, standard error."
+    "Run `channelslast bench` on two models. Returns exit status or message, standard output and standard error."
     def _run(*args, models='resnet18,mobilenet_v2'):
         monkeypatch.setattr(sys, 'argv', ['channelslast', 'bench', '--models', models, '--size', '32', '--bs', '4', '--num-it', '1',
                                           '--device', 'cpu', *args])
@@ -64,14 +64,14 @@ ALL = [(kind, name, 32, 4) for name in ('resnet18', 'mobilenet_v2') for kind in 
 
 
 def tables(out) -> list:
-    "The tables of Markdown, each a list of lines, each a list of cells; asserts that all lines have as many."
-    found = [[re.split(r'(?<!\\)\|', line)[1:-1] for line in block.splitlines()] for block in re.findall(r'(?:^\|.*\|\n?)+', out, re.M)]
-    for t in found: assert len({len(line) for line in t}) == 1 and {c.strip() for c in t[1]} == {'---'}
-    return [[[c.strip() for c in line] for line in t] for t in found]
+    "The tables in Markdown: lists of lines, which are lists of cells. Asserts that all lines of a table have as many cells."
+    parsed = [[re.split(r'(?<!\\)\|', line)[1:-1] for line in block.splitlines()] for block in re.findall(r'(?:^\|.*\|\n?)+', out, re.M)]
+    for t in parsed: assert len({len(line) for line in t}) == 1 and {c.strip() for c in t[1]} == {'---'}
+    return [[[c.strip() for c in line] for line in t] for t in parsed]
 
 
 def test_a_small_report_in_earnest(run, monkeypatch, tmp_path):
-    "As a user runs it; the second run measures nothing."
+    "As a user runs it. The second run measures nothing."
     monkeypatch.chdir(tmp_path)
     code, out, err = run('--report', models='squeezenet1_1')
     assert code == 0, err
@@ -114,7 +114,7 @@ def test_all_rows_failed(measured, run):
 
 
 def test_a_model_that_cannot_be_built(run, monkeypatch, tmp_path):
-    "It is a row, too: 33 px are no multiple of the patch size."
+    "Its error is a row too: 33 px is not a multiple of the patch size."
     monkeypatch.chdir(tmp_path)
     code, out, err = run('--size', '33', models='vit_b_32')
     assert code == 'channelslast: all rows failed' and 'Input shape indivisible by patch size' in out
@@ -145,7 +145,7 @@ def test_other_errors_are_not_memory(e): assert not devices.is_out_of_memory(e)
 
 
 def test_the_last_tensors_are_freed_before_the_next_attempt(monkeypatch):
-    "Also those that an error's traceback held; a failing `empty_cache` is the row's error."
+    "Including those that an error's traceback held. An error of `empty_cache` becomes the row's error."
     alive, seen = [], []
     class Held(nn.Module):
         def __init__(self): super().__init__(); self.me = self; alive.append(1)
@@ -153,7 +153,7 @@ def test_the_last_tensors_are_freed_before_the_next_attempt(monkeypatch):
     def _judge(name, px, bs, *args):
         seen.append(len(alive))
         held = Held()
-        if bs > 1: raise torch.OutOfMemoryError('CUDA out of memory.')  # a new one: it holds its traceback
+        if bs > 1: raise torch.OutOfMemoryError('CUDA out of memory.')  # a new exception, which holds its traceback
         return row(name, px, bs)
     rows.measure_row(_judge, 'a', 32, 4, CPU, 1, False)
     assert seen == [0, 0, 0]
@@ -163,12 +163,12 @@ def test_the_last_tensors_are_freed_before_the_next_attempt(monkeypatch):
 
 
 def test_stopped_and_resumed(measured, run):
-    "Ctrl-C prints what there is; the second run measures the rest."
+    "Ctrl-C prints the finished rows. The second run measures the rest."
     def _stop(name, px, bs):
         if len(measured) == 4: raise KeyboardInterrupt
     measured.do = _stop
     code, out, err = run('--report')
-    assert 'Stopped. To go on, run the same command' in code and '4 of 6 rows' in out and measured == ALL[:4]
+    assert 'Stopped. To resume, run the same command' in code and '4 of 6 rows' in out and measured == ALL[:4]
     assert [len(t) for t in tables(out)] == [4, 3, 3, 5]
     measured.do = lambda *args: None
     code, out, err = run('--report')
@@ -191,7 +191,7 @@ def test_rows_of_another_machine_are_measured(measured, run, monkeypatch):
 
 
 def test_a_line_that_was_cut_off(measured, run):
-    "Its row is measured again, and the next line is not spoilt by it."
+    "Its row is measured again, and the next line is not damaged."
     run('--report')
     text = report.FILE.read_text()
     report.FILE.write_text(text[:-20])
@@ -202,7 +202,7 @@ def test_a_line_that_was_cut_off(measured, run):
 
 
 def test_what_failed_is_tried_again_after_the_others(measured, run):
-    "What failed may have ended the process."
+    "A failing row may have ended the process, so it comes last."
     outcomes = iter([ValueError, None, KeyboardInterrupt])
     def _first_fails(*args):
         if outcome := next(outcomes): raise outcome
@@ -213,13 +213,13 @@ def test_what_failed_is_tried_again_after_the_others(measured, run):
 
 
 def test_a_lost_device_ends_the_run(measured, run, monkeypatch):
-    "After an error in a CUDA kernel all others would fail; they are left to the next run."
+    "After an error in a CUDA kernel, all other rows would fail. They are left to the next run."
     def _fail(name, px, bs):
         if len(measured) == 1: raise RuntimeError('CUDA error: an illegal memory access was encountered')
     measured.do = _fail
     monkeypatch.setattr(report, 'answers', lambda device: False)
     code, out, err = run('--report')
-    assert 'useless to this process. To go on, run the same command' in code and 'illegal memory access' in out
+    assert 'unusable in this process. To resume, run the same command' in code and 'illegal memory access' in out
     assert len(report.load_records(report.FILE)) == 2
     measured.do = lambda *args: None
     assert run('--report')[0] == 0 and measured == [ALL[0], *ALL[2:], ALL[1]]
@@ -235,7 +235,7 @@ def test_the_file_must_be_writable(measured, run):
 
 
 def test_how_long_it_takes():
-    "By each model's forward pass, and a CPU's rows or the finished ones of the same kind, without those that failed."
+    "Estimated from each model's forward pass and the finished rows of the same kind, except failed ones; before the first one, from a CPU's."
     def _record(seconds, ms, **row): return dict(seconds=seconds, forward_pass_ms=ms, row=row)
     todo = [('training', 'b', 8, 4), ('predictions', 'b', 8, 4), ('training', 'c', 8, 4)]
     forward = {('b', 8, 4): 20., ('c', 8, 4): None}
@@ -257,14 +257,14 @@ def test_predictions_only(measured, run):
 
 @pytest.mark.parametrize('device, bs', [('cpu', {16, 1}), ('mps', {16, 1}), ('cuda', {128, 1})])
 def test_apple_gpus_get_a_cpus_sizes(device, bs):
-    "224 px in batches of 128 are for GPUs with memory of their own."
+    "Only GPUs with memory of their own get 224 px in batches of 128."
     todo = rows.plan(['training', 'predictions'], ['resnet18'], 0, 0, torch.device(device))
     assert {r[3] for r in todo if r[0] == 'predictions'} == bs
     assert todo[0] == ('training', 'resnet18', *((224, 128) if device == 'cuda' else panel.PANEL['resnet18']))
 
 
 def test_settings_of_cuda(monkeypatch):
-    "Read without an error, whichever way TF32 was set."
+    "They are read without an error, whichever way TF32 was set."
     assert re.fullmatch(r'CUDA .*, cuDNN .*, cudnn.benchmark (True|False), fp32_precision \w+ \(convolutions\) \w+ \(matmul\)', panel.cuda_settings())
     monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
     assert 'cudnn.benchmark True' in panel.cuda_settings()
@@ -281,7 +281,7 @@ def test_settings_of_cuda(monkeypatch):
 
 @pytest.mark.cuda
 def test_on_cuda(run, monkeypatch, tmp_path):
-    "Peak memory of each candidate, and the settings."
+    "The report has the peak memory of each candidate, and the settings."
     monkeypatch.chdir(tmp_path)
     code, out, err = run('--report', '--device', 'cuda', models='squeezenet1_1')
     assert code == 0 and 'cudnn.benchmark' in out and 'error' not in out, err
@@ -290,7 +290,7 @@ def test_on_cuda(run, monkeypatch, tmp_path):
 
 
 def test_the_issue_template():
-    "It names the command and has a place for what it prints."
+    "It names the command and has a field for the report."
     text = (root/'.github'/'ISSUE_TEMPLATE'/'benchmark.yml').read_text(encoding='utf-8')
     assert 'channelslast bench --report > report.md' in text
     try: import yaml

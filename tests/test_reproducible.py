@@ -1,4 +1,4 @@
-"`less_random`."
+"Runs with `less_random` repeat, and leave no trace."
 import random
 
 import numpy as np
@@ -28,8 +28,8 @@ def test_seed_matters():
     assert a == c and all(x != y for x, y in zip(a, b))
 
 
-@pytest.mark.parametrize('boom', [False, True])
-def test_everything_is_restored(boom):
+@pytest.mark.parametrize('fails', [False, True])
+def test_everything_is_restored(fails):
     cudnn = torch.backends.cudnn
     flags = cudnn.deterministic, cudnn.benchmark
     with less_random(0): expected = (draw(), draw())
@@ -39,7 +39,7 @@ def test_everything_is_restored(boom):
             with less_random(7, deterministic=not flags[0], benchmark=not flags[1]):
                 draw()
                 assert (cudnn.deterministic, cudnn.benchmark) == (not flags[0], not flags[1])
-                if boom: raise KeyboardInterrupt
+                if fails: raise KeyboardInterrupt
         except KeyboardInterrupt: pass
         assert (first, draw()) == expected
     assert (cudnn.deterministic, cudnn.benchmark) == flags

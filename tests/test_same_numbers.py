@@ -1,4 +1,4 @@
-"Wrong kernels are caught, right ones are not: the numbers of candidates beside contiguous fp32's."
+"Candidates' numbers compared with contiguous fp32: wrong kernels are found, right ones pass."
 import pytest
 import torch
 import torchvision
@@ -10,26 +10,26 @@ from channelslast.find.candidates import Candidate
 from channelslast.find.number_check import not_finite
 from channelslast.find.train_benchmark import TrainBenchmark, load_batches
 from channelslast.learner.preserve_learner import preserve_learner
-from .conftest import convnet, learner, loaders
+from .conftest import convnet, learner
 
 ALL = [(f, p) for f in ('contiguous', 'channels_last') for p in ('fp32', 'bf16')]
 
 
 def checked(learn, pairs=ALL) -> dict:
-    "The candidates by format and precision, after the comparison of numbers and nothing else."
+    "The candidates by format and precision, after the number check alone."
     candidates = [Candidate(f, p, {}) for f, p in pairs]
     with preserve_learner(learn, eager=False) as originals:
         batches, _ = load_batches(learn, learn.dls.train)
         if learn.opt is None: learn.create_opt()
         learn.opt.set_hypers(lr=0.)
         learn.n_iter = 1
-        trial = TrainBenchmark(learn, candidates, batches, originals, lambda n: None)
-        trial.check_numbers()
+        benchmark = TrainBenchmark(learn, candidates, batches, originals, lambda n: None)
+        benchmark.check_numbers()
     return {c.key[:2]: c for c in candidates}
 
 
 class Spoil(torch.autograd.Function):
-    "The identity, with another gradient."
+    "The identity with a changed gradient."
     @staticmethod
     def forward(ctx, x, f): ctx.f = f; return x.clone()
     @staticmethod
@@ -37,7 +37,7 @@ class Spoil(torch.autograd.Function):
 
 
 def one_row(g):
-    "The gradient of one output channel is its neighbor's."
+    "One output channel gets the gradient of its neighbor."
     g, i = g.clone(), g.flatten(1).norm(dim=1).argmax()
     g[i] = g[i - 1] if len(g) > 1 else -g[i]
     return g
@@ -56,7 +56,7 @@ RESULTS = dict(zero_result=lambda y: y*0, doubled_result=lambda y: 2*y, flipped_
 
 
 def spoil(conv, how, when):
-    "Let a convolution compute wrong results, or gradients of its weights, where `when(conv)`."
+    "Make a convolution compute wrong results or weight gradients if `when(conv)`."
     real = conv._conv_forward
     def _conv_forward(x, weight, bias):
         if not when(conv): return real(x, weight, bias)
@@ -71,14 +71,14 @@ def in_last(m): return m.weight.stride() == format_strides(m.weight.shape)
 
 
 def images(model, size=32, n=8):
-    "A Learner on noise."
+    "A Learner that trains on random images."
     x, y = torch.randn(n, 3, size, size), torch.randint(0, 10, (n,))
     dl = DataLoader(list(zip(x, y)), bs=n)
     return Learner(DataLoaders(dl, dl), model, nn.CrossEntropyLoss(), opt_func=SGD)
 
 
 class Residual(nn.Module):
-    "Of three convolutions one, in a branch, hardly matters for the loss."
+    "Three convolutions, one of them in a branch that hardly affects the loss."
     def __init__(self):
         super().__init__()
         self.one, self.two, self.three = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 16, 3)
@@ -94,8 +94,8 @@ MODELS = dict(residual=Residual, resnet18=lambda: torchvision.models.resnet18(nu
 
 def convs_of(model): return [m for m in model.modules() if isinstance(m, nn.Conv2d)]
 
-# a channel's result in a branch that hardly matters changes the loss, and what follows, by less than rounding in bf16
-CASES = [('residual', i, [*GRADIENTS, *{*RESULTS} - {'channel_result'*(i == 1)}, 'detached']) for i in range(3)] + [
+# not `channel_result` in the branch: it changes the loss and later results by less than rounding in bf16
+CASES = [('residual', i, [*GRADIENTS, *{*RESULTS} - {'channel_result' if i == 1 else ''}, 'detached']) for i in range(3)] + [
     ('resnet18', 1, ['zero', 'row']), ('resnet18', 10, ['doubled', 'channel_result']), ('resnet18', 19, ['flipped']),
     ('mobilenet_v2', 1, ['zero', 'row']), ('mobilenet_v2', 25, ['doubled', 'garbage']), ('mobilenet_v2', 51, ['detached', 'flipped'])]
 
@@ -115,7 +115,7 @@ def test_each_wrong_kernel_is_caught(has, name, i, hows, when):
 
 @pytest.mark.parametrize('name', MODELS)
 def test_right_kernels_are_valid(has, name):
-    "However much rounding is amplified: what differs is explained, where one constant would have to be too large."
+    "Even where rounding is amplified: the differences are explained by replay; a constant would have to be too large."
     has('bf16')
     torch.manual_seed(0)
     for c in checked(images(MODELS[name]())).values(): assert c.valid and c.running, c.note
@@ -146,7 +146,7 @@ class Waves(nn.Module):
 
 @pytest.mark.parametrize('wrong', [False, True])
 def test_complex_gradients_are_compared_whole(has, wrong):
-    "Their imaginary part too."
+    "Including their imaginary part."
     has()
     c = checked(images(Waves(wrong), 8), [('contiguous', 'fp32'), ('channels_last', 'fp32')])['channels_last', 'fp32']
     assert c.valid != wrong and (c.grad_diff > 0.01) == wrong
@@ -154,7 +154,7 @@ def test_complex_gradients_are_compared_whole(has, wrong):
 
 
 class Unused(nn.Module):
-    "A layer that gets no gradient in any format, and one whose gradient is zero."
+    "One layer without a gradient in any format, and one whose gradient is zero."
     def __init__(self):
         super().__init__()
         self.net, self.unused, self.dead = convnet(), nn.Linear(3, 3), nn.Linear(3, 3)
@@ -167,7 +167,7 @@ def test_layers_without_gradients(has):
 
 
 class KeepsGraph(nn.Module):
-    "In eval mode it keeps a result of its parameters, graph and all, as LeViT does."
+    "Keeps a result of its parameters with its graph in eval mode, as LeViT does."
     def __init__(self):
         super().__init__()
         self.net, self.bias, self.cache = convnet(), nn.Parameter(torch.zeros(4)), {}
@@ -191,12 +191,12 @@ def test_not_finite():
 
 
 class InfiniteGradient(nn.Module):
-    "A finite loss with infinite gradients, in half precision and channels last."
+    "A finite loss with infinite gradients in bf16."
     def forward(self, x): return Spoil.apply(x, lambda g: g*float('inf')) if x.dtype == torch.bfloat16 else x
 
 
 class BadStatistics(nn.Module):
-    "A buffer becomes NaN."
+    "A buffer becomes NaN in bf16."
     def __init__(self):
         super().__init__()
         self.register_buffer('seen', torch.zeros(3))
@@ -209,7 +209,7 @@ class BadStatistics(nn.Module):
 @pytest.mark.parametrize('bad, note', [(InfiniteGradient, 'gradient of 0.weight is not finite'), (BadStatistics, '1.seen is not finite')])
 @pytest.mark.parametrize('fitted', [False, True])
 def test_one_candidates_infinity_is_healed_before_the_next(has, bad, note, fitted):
-    "Its step at learning rate 0 makes NaN of the weights: 0·inf."
+    "A step at learning rate 0 turns the weights into NaN: 0·inf."
     has('bf16')
     net = nn.Sequential(nn.Conv2d(3, 8, 3), bad(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     learn = learner(net)
@@ -217,23 +217,23 @@ def test_one_candidates_infinity_is_healed_before_the_next(has, bad, note, fitte
     t = learn.format_find(num_it=1, show_plot=False, layers=False)
     by = {(r.memory_format, r.precision): r for r in t.rows}
     assert note in by['contiguous', 'bf16'].note and note in by['channels_last', 'bf16'].note
-    assert by['channels_last', 'fp32'].valid and not by['channels_last', 'fp32'].note  # it comes after contiguous bf16
+    assert by['channels_last', 'fp32'].valid and not by['channels_last', 'fp32'].note  # runs after contiguous bf16
     assert by['contiguous', 'fp32'].valid and by['contiguous', 'fp32'].ms and not t.rows[0].note
     assert not by['contiguous', 'bf16'].valid and all(p.isfinite().all() for p in learn.model.parameters())
 
 
 def test_what_the_last_warm_up_found_ends_with_it(has, monkeypatch):
-    "Nothing is healed in the rounds that follow."
+    "The rounds that follow restore nothing."
     has('bf16')
-    healed, real = [], TrainBenchmark.restore_values
-    monkeypatch.setattr(TrainBenchmark, 'restore_values', lambda self: (healed.append(1), real(self)))
+    restored, real = [], TrainBenchmark.restore_tensors
+    monkeypatch.setattr(TrainBenchmark, 'restore_tensors', lambda self: (restored.append(1), real(self)))
     net = nn.Sequential(nn.Conv2d(3, 8, 3), InfiniteGradient(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     learner(net).format_find(num_it=4, show_plot=False, layers=False)
-    assert len(healed) == 2  # the two candidates in bf16, once each
+    assert len(restored) == 2  # once for each candidate in bf16
 
 
 def test_a_failing_optimizer_is_healed(has):
-    "A candidate whose step raises after it changed the weights."
+    "Its step raises after it has changed the weights."
     has()
     class Bad(SGD(nn.Linear(1, 1).parameters(), lr=0.).__class__):
         def step(self, closure=None):
@@ -247,7 +247,7 @@ def test_a_failing_optimizer_is_healed(has):
 
 
 class Skips(nn.Module):
-    "Gradients too large for fp16 at the scaler's first scale: it skips those steps, which is no fault."
+    "Gradients that overflow in fp16 at the scaler's initial scale, so that it skips the first steps."
     def forward(self, x): return Spoil.apply(x, lambda g: g*(float('inf') if g.abs().max() > 1e3 else 1)) if torch.is_autocast_enabled('cpu') else x
 
 
@@ -288,8 +288,6 @@ def test_a_metric_that_fails_in_one_format_is_its_note(has, train):
 
 def test_metrics_keep_their_state(has):
     has()
-    class Counts:
-        n = 0
     from fastai.vision.all import AccumMetric, accuracy
     learn = learner(metrics=[AccumMetric(accuracy, flatten=False)])
     learn.fit(1)

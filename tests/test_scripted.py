@@ -1,4 +1,4 @@
-"TorchScript models, and scripted parts of plain ones, in each public call."
+"Each public call on TorchScript models, and on plain models with scripted parts."
 import io
 
 import pytest
@@ -17,7 +17,7 @@ CL = torch.channels_last
 
 
 class Keeps(nn.Module):
-    "Batch norm, a counter, a list, a tensor that it writes to, buffers that it writes to and replaces."
+    "State of all kinds: batch norm, a counter, a list, a tensor that it changes, and buffers that it changes or replaces."
     calls: int
     seen: list[int]
     def __init__(self):
@@ -61,13 +61,13 @@ def learn(request, has):
 
 
 def in_cpp(model):
-    "What TorchScript holds, by value."
+    "State that TorchScript holds, by value."
     def _values(m): return {k: m._c.getattr(k) for k in ('calls', 'seen', 't', 'new', 'old', 'running_mean', 'training') if m._c.hasattr(k)}
     return [_values(m) for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
 
 
 class Dtypes(TorchDispatchMode):
-    "Of the convolutions and matrix products that run, forward."
+    "Records the dtypes of convolutions and matrix products in forward passes."
     def __init__(self): super().__init__(); self.seen = []
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -96,7 +96,7 @@ def test_trains_and_goes_back(learn, amp_mode):
 @pytest.mark.parametrize('call', [lambda o: o.format_summary(), lambda o: o.format_find(num_it=1, show_plot=False),
                                   lambda o: o.format_find(num_it=1, show_plot=False, train=False)], ids=['summary', 'find', 'predict'])
 def test_measuring_leaves_all_as_it_was(learn, start, call):
-    "✗ The batch norms of the script took the statistics of the measured steps, and its modules stayed in another mode."
+    "✗ The script's batch norms kept the running statistics of the measured steps, and its modules stayed in another mode."
     start(learn).fit(1)
     learn.model.train()
     before, cpp = state(learn), in_cpp(learn.model)
@@ -174,7 +174,7 @@ def test_layers_around_it_can(learn, asked, half):
 
 
 def test_a_model_scripted_later_says_so(has):
-    "By then the names are no longer those of layers that can run on their own."
+    "After scripting, the names no longer belong to layers that can run on their own."
     has('bf16')
     learn = learner().to_channelslast(amp_mode='bf16', fp32_layers='0')
     learn.model = torch.jit.script(learn.model)

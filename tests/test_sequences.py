@@ -1,5 +1,4 @@
-"""Any sequence of public calls: formats agree, nothing is there twice, and training goes as it would have without the
-library."""
+"After any sequence of public calls, formats agree, no callback is there twice, and training goes as without the library."
 import shutil
 import tempfile
 import warnings
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from channelslast import ChannelsLast, less_random
 from .conftest import convnet, learner, loaders
 
-FORMAT = {  # what this library adds
+FORMAT = {  # methods of this library
     'to_channelslast': lambda learn: learn.to_channelslast(), 'channels last in fp32': lambda learn: learn.to_channelslast(to_fp16=False),
     'bf16': lambda learn: learn.to_channelslast(amp_mode='bf16'), 'fp32_layers': lambda learn: learn.to_channelslast(fp32_layers='3'),
     'to_contiguous': lambda learn: learn.to_contiguous(), 'to_contiguous fp32': lambda learn: learn.to_contiguous(to_fp32=True),
@@ -28,7 +27,7 @@ FASTAI = {
     'to_fp16': lambda learn: learn.to_fp16(), 'to_bf16': lambda learn: learn.to_bf16(), 'to_fp32': lambda learn: learn.to_fp32(),
     'freeze': lambda learn: learn.freeze(), 'unfreeze': lambda learn: learn.unfreeze()}
 CALLS = FORMAT | FASTAI
-OFTEN = ['fit']*6 + ['to_channelslast', 'to_contiguous', 'save', 'load']*2  # what makes state, and moves it
+OFTEN = ['fit']*6 + ['to_channelslast', 'to_contiguous', 'save', 'load']*2  # calls that create state, or move it
 OPTIMIZERS = dict(Adam=Adam, AdamW=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)),
                   SGD=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=0.9)))
 
@@ -43,7 +42,7 @@ def check(learn, since):
         if p.grad is not None: assert p.grad.stride() == p.stride(), since
         for v in state.get(p, {}).values():
             if isinstance(v, torch.Tensor) and v.shape == p.shape: assert v.stride() == p.stride(), since
-    last = [p.stride(1) == 1 for p in four if p.shape[1] > 1 and p.shape[2] > 1] # else both formats are one
+    last = [p.stride(1) == 1 for p in four if p.shape[1] > 1 and p.shape[2] > 1] # otherwise both formats are the same
     if since in ('fit', 'validate'): assert all(last) == any(last) == any(isinstance(o, ChannelsLast) for o in cbs)
     if since.startswith('to_contiguous'): assert not any(isinstance(o, FastaiChannelsLast) for o in cbs) and all(p.is_contiguous() for p in four)
     assert not torch.is_autocast_enabled('cpu')
@@ -51,7 +50,7 @@ def check(learn, since):
 
 def run(calls, opt, path) -> list:
     "The losses and metrics of each fit and validation."
-    found = []
+    results = []
     with less_random(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         model = convnet(c=3, n=4)
@@ -60,9 +59,9 @@ def run(calls, opt, path) -> list:
         for name in calls:
             value = CALLS[name](learn)
             check(learn, name)
-            if name == 'fit': found += [o.item() for o in learn.recorder.losses] + list(learn.recorder.values[-1])
-            if name == 'validate': found += list(value)
-    return found
+            if name == 'fit': results += [o.item() for o in learn.recorder.losses] + list(learn.recorder.values[-1])
+            if name == 'validate': results += list(value)
+    return results
 
 
 SEEN = []
@@ -74,14 +73,14 @@ def _any_sequence(calls, opt):
     calls = [*calls, 'fit']
     path = Path(tempfile.mkdtemp())
     try:
-        found = run(calls, opt, path/'with')
+        results = run(calls, opt, path/'with')
         plain = run([c for c in calls if c in FASTAI], opt, path/'without')
     finally: shutil.rmtree(path)
-    assert found == pytest.approx(plain, rel=2e-3, abs=1e-4)
+    assert results == pytest.approx(plain, rel=2e-3, abs=1e-4)
     SEEN.append(calls)
 
 
 def test_any_sequence(has, capsys):
-    has()  # fp32 everywhere: these are about state, not about rounding
+    has()  # fp32 on every machine: this tests state, not rounding
     _any_sequence()
     with capsys.disabled(): print(f'\n{len(SEEN)} sequences of {sum(map(len, SEEN))} calls', end=' ')

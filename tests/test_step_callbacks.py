@@ -1,4 +1,4 @@
-"Learners whose step needs a callback of their own, or training mode."
+"Learners whose step needs one of the user's callbacks, or training mode."
 import random
 
 import numpy as np
@@ -39,7 +39,7 @@ class InAMethod(Callback):
 class Inherits(DropOutput): pass
 
 class WithState(DropOutput):
-    "Counts, draws random numbers of its own, keeps tensors, trains a module."
+    "Has a counter, random generators, tensors and a module."
     def __init__(self):
         self.n, self.seen, self.mean, self.net = 0, [], torch.zeros(1), nn.Linear(1, 1)
         self.rng, self.np_rng, self.generator = random.Random(0), np.random.default_rng(0), torch.Generator().manual_seed(0)
@@ -53,7 +53,7 @@ CHANGE = [DropOutput, ByAnotherName, InAMethod, Inherits, WithState, lambda: Cal
 
 
 class Logs(Callback):
-    "Would write, stop and draw."
+    "A callback that only logs; it is left out."
     def __init__(self): self.loss, self.calls = None, []
     def before_batch(self): self.calls.append('batch')
     def after_loss(self): self.loss = self.learn.loss; self.x = self.y = self.pred
@@ -61,15 +61,15 @@ class Logs(Callback):
     def after_epoch(self): self.calls.append('epoch')
 
 
-def of_state(cb):
-    "All that a `WithState` holds, by value."
+def state_of(cb):
+    "Everything that a `WithState` holds, by value."
     return (cb.n, [*cb.seen], cb.mean.clone(), cb.rng.getstate(), str(cb.np_rng.bit_generator.state), cb.generator.get_state().tolist(),
             cb.net.weight.detach().clone(), cb.net.weight.data_ptr())
 
 
 @pytest.mark.parametrize('make', CHANGE)
 def test_a_callback_that_picks_an_output_takes_part(has, make):
-    "✗ Other errors came of the model's two outputs."
+    "✗ Without the callback, the loss gets two outputs and fails."
     has('bf16')
     learn = learner(TwoOutputs(), cbs=[make(), logs := Logs()]).to_channelslast(amp_mode='bf16')
     assert learn.format_summary().counts[False][1]
@@ -85,9 +85,9 @@ def test_its_state_is_restored(has):
     has('bf16')
     learn = learner(TwoOutputs(), cbs=(cb := WithState()))
     learn.fit(1)
-    before = of_state(cb)
+    before = state_of(cb)
     learn.format_summary(), learn.format_find(num_it=1, show_plot=False), learn.format_find(num_it=1, show_plot=False, train=False)
-    for a, b in zip(before, of_state(cb)): assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    for a, b in zip(before, state_of(cb)): assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.mark.parametrize('cb, does', [
@@ -99,7 +99,7 @@ def test_which(cb, does): assert changes_step(cb) == does
 
 
 class SetsOnTheModel(Callback):
-    "Its code does not tell that the model can't do without it."
+    "Its code does not show that the model needs it."
     def before_batch(self): self.model.scale = 2.
 
 
@@ -117,14 +117,14 @@ def test_a_callback_left_out_is_named_where_the_step_fails(call):
     learn = learner(NeedsScale(), cbs=[SetsOnTheModel(), Logs()])
     learn.fit(1)
     with pytest.raises(AttributeError, match='scale') as e: getattr(learn, call)()
-    said = ' '.join(getattr(e.value, '__notes__', e.value.args))
-    assert '`SetsOnTheModel`, `Logs`' in said and 'Recorder' not in said
+    notes = ' '.join(getattr(e.value, '__notes__', e.value.args))
+    assert '`SetsOnTheModel`, `Logs`' in notes and 'Recorder' not in notes
 
 
-# models that compute their loss
+# models that compute their own loss
 
 class Detector(nn.Module):
-    "In training mode it takes targets and gives a dictionary of losses, in eval mode a list of what it found."
+    "Takes targets and returns a dictionary of losses in training mode, a list of detections in eval mode."
     def __init__(self, dropout=0.):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(dropout), nn.Conv2d(8, 8, 3))
@@ -144,7 +144,7 @@ def detector(dropout=0.):
 
 @pytest.mark.parametrize('dropout', [0., 0.5])
 def test_a_detector_is_compared_in_training_mode(has, dropout):
-    "✗ `'list' object has no attribute 'values'`: it has no loss in eval mode."
+    "✗ In eval mode it returns no loss: `'list' object has no attribute 'values'`."
     has('bf16')
     learn = detector(dropout)
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
@@ -155,7 +155,7 @@ def test_a_detector_is_compared_in_training_mode(has, dropout):
 
 
 def test_torchvisions_detector(has):
-    "Lists of images of several sizes, dictionaries of targets."
+    "Takes a list of images and a list of dictionaries of targets."
     import torchvision
     has()
     model = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3)
@@ -172,7 +172,7 @@ def test_torchvisions_detector(has):
 
 
 class RefusesEval(nn.Module):
-    "As cuDNN's recurrent layers, whose backward pass works in training mode only."
+    "Like cuDNN's recurrent layers, whose backward pass works in training mode only."
     def __init__(self):
         super().__init__()
         self.net = convnet()
@@ -195,7 +195,7 @@ def gan(gen_first=False, **kwargs):
 
 @pytest.mark.parametrize('fitted', [False, True])
 def test_a_gan(has, fitted):
-    "Its trainer swaps inputs and targets, its switcher turns."
+    "Its trainer swaps inputs and targets, and its switcher alternates between generator and critic."
     has('bf16')
     learn = gan()
     if fitted: learn.fit(1, 1e-4)
@@ -230,7 +230,7 @@ def test_views(has):
 
 
 def test_mixup_goes_on(has):
-    "Its loss is put back, and it trains on."
+    "Its loss function is restored, and training continues."
     has('bf16')
     learn = learner(cbs=MixUp(0.4))
     loss = learn.loss_func

@@ -1,4 +1,4 @@
-"`view size is not compatible`: the note says where, and that channels last is why."
+"`view size is not compatible`: the note says where the error was raised, and that channels last is the cause."
 import inspect
 import sys
 import traceback
@@ -34,14 +34,15 @@ def to_images(**kwargs): return Learner(images(), nn.Conv2d(3, 4, 3, padding=1),
 
 
 def note(e) -> str:
-    "The only one, with all that a user needs; and where it says that the error came from."
+    "The place that the note names. Checks that there is one note and that it is complete."
     text = ''.join(traceback.format_exception(e))
     assert text.count(CAUSE) == 1 and all(o in text for o in REMEDIES), text
     return text.split('Raised in ')[1].split('. This Learner')[0]
 
 
 def raised(learn, run='fit', *args, error=RuntimeError, **kwargs):
-    with pytest.raises(error) as e: getattr(learn, run)(*(args or [1]*(run == 'fit')), **kwargs)
+    if run == 'fit' and not args: args = [1]
+    with pytest.raises(error) as e: getattr(learn, run)(*args, **kwargs)
     return e.value
 
 
@@ -49,7 +50,7 @@ def in_channels_last(learn): return learn.to_channelslast(to_fp16=False)
 def by_fastai(learn): return learn.add_cb(fastai_cl.ChannelsLast())
 
 
-# who raises it
+# parts of the Learner that raise it
 
 def flat(x): return x.view(-1)
 def loss(p, y): return (flat(p) - y.reshape(-1)).pow(2).mean()
@@ -83,7 +84,7 @@ class Blocks(nn.Module):
 
 
 class Helped(nn.Module):
-    "Its forward calls functions, one inside the other."
+    "Its forward calls a function inside a function."
     def forward(self, x):
         def _inner(x): return flat(x).reshape(x.shape[0], -1)
         return _inner(x)
@@ -105,13 +106,13 @@ def prune_all(cb): prune.global_unstructured([(cb.model[0], 'weight'), (cb.model
 
 
 class Hooked(Callback):
-    "Looks at a layer's output."
+    "Hooks a layer's output."
     def before_fit(self): self.h = Hook(self.model[0], self.look)
     def look(self, m, i, o): return o.view(-1)
 
 
 class Muon(torch.optim.SGD):
-    "As those that take convolutions' weights as matrices."
+    "Like optimizers that view convolution weights as matrices."
     def step(self, closure=None):
         for g in self.param_groups:
             for p in g['params']: p.grad = p.grad.view(len(p), -1).view_as(p)
@@ -119,7 +120,7 @@ class Muon(torch.optim.SGD):
 
 
 class Again(torch.optim.LBFGS):
-    "fastai calls `step` without the closure that it needs."
+    "fastai calls `step` without the closure that LBFGS needs."
     def step(self): return super().step(lambda: torch.tensor(1., requires_grad=True))
 
 
@@ -131,17 +132,19 @@ class FlatFromTheStart(torch.optim.SGD):
 
 
 class Bare:
-    "An optimizer of no known class."
+    "An optimizer that derives from no known class."
     def __init__(self, opt): self.__dict__.update(vars(opt), opt=opt)
     def __getattr__(self, k): return getattr(self.__dict__['opt'], k)
-    def step(self): [p.data.view(-1) for pg in self.param_lists for p in pg]
+    def step(self):
+        for pg in self.param_lists:
+            for p in pg: p.data.view(-1)
 
 
 def my_step(p, lr, **kwargs): p.data.view(-1).add_(p.grad.data.view(-1), alpha=-lr)
 def wrapped(opt): return partial(OptimWrapper, opt=opt)
 
 
-WHO = dict(
+PLACES = dict(
     module=(lambda: learner(net(Views())), "module '1' (Views)"),
     deep=(lambda: learner(nn.Sequential(Blocks(), nn.Linear(144, 4))), "module '0.blocks.1' (Views)"),
     functions=(lambda: learner(net(Helped())), "module '1' (Helped)"), with_fastai_callbacks=(lambda: learner(net(Flatten())), "module '1' (Flatten)"),
@@ -162,11 +165,11 @@ WHO = dict(
 
 
 @pytest.mark.parametrize('start', [in_channels_last, by_fastai, lambda o: o.to_channelslast(amp_mode='bf16')], ids=['ours', 'fastai', 'bf16'])
-@pytest.mark.parametrize('make, who', WHO.values(), ids=WHO)
-def test_says_who(has, make, who, start):
-    "And nothing in contiguous memory, where it runs."
+@pytest.mark.parametrize('make, place', PLACES.values(), ids=PLACES)
+def test_says_who(has, make, place, start):
+    "In contiguous memory the same Learner runs."
     has('bf16')
-    assert note(e := raised(start(make()))) == who and ERROR in str(e) and (CAUSE in str(e)) == (sys.version_info < (3, 11))
+    assert note(e := raised(start(make()))) == place and ERROR in str(e) and (CAUSE in str(e)) == (sys.version_info < (3, 11))
     make().fit(1)
 
 
@@ -176,7 +179,7 @@ EVENTS = ('before_fit before_epoch before_train before_batch after_pred after_lo
 
 @pytest.mark.parametrize('event', EVENTS)
 def test_each_event(event):
-    "fastai replaces such an error's message; the note stays."
+    "fastai changes the message of an error in a callback; the note stays."
     cb = AtEvent(event, flat_weights)
     cb.order = 100  # after the weights were converted
     assert note(e := raised(in_channels_last(learner(cbs=cb)))) == 'callback AtEvent'
@@ -197,16 +200,17 @@ RUNS = ['fit', 'fit_one_cycle', 'fine_tune', 'lr_find', 'validate', 'get_preds',
 @pytest.mark.parametrize('run', RUNS)
 @pytest.mark.parametrize('event', [None, 'before_epoch', 'after_fit'])
 def test_each_call(run, event, tmp_path):
-    "Of the model, and of events that calls make on their own."
+    "Errors in the model, and in events."
     dls, m = image_folder(tmp_path), nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten() if event else Views(), nn.Linear(784, 2))
     learn = in_channels_last(Learner(dls, m, path=tmp_path, cbs=[cb := AtEvent(event, flat_weights)]))
     cb.order = 100
-    args = dict(predict=[PILImage.create(dls.valid_ds.items[0])]).get(run, [1]*run.startswith(('fit', 'fine')))
+    args = [1] if run.startswith(('fit', 'fine')) else []
+    if run == 'predict': args = [PILImage.create(dls.valid_ds.items[0])]
     assert note(raised(learn, run, *args)) == ('callback AtEvent' if event else "module '1' (Views)")
 
 
 class Decodes:
-    "A loss function that makes something of all predictions."
+    "A loss function that decodes predictions."
     reduction = 'mean'
     def __call__(self, p, y): return nn.functional.mse_loss(p, y, reduction=self.reduction)
     def activation(self, x): return x
@@ -214,7 +218,7 @@ class Decodes:
 
 
 def test_after_the_predictions():
-    "And losses that are not averaged."
+    "In `decodes`, and in losses that are not averaged."
     learn = in_channels_last(to_images(loss_func=Decodes()))
     assert note(raised(learn, 'get_preds', with_decoded=True)) == 'loss function Decodes'
     assert note(raised(learn, 'get_preds', with_loss=True)) == 'callback GatherPredsCallback'
@@ -228,12 +232,12 @@ class Target(Transform):
 
 @pytest.mark.parametrize('run', ['predict', 'show_results'])
 def test_what_is_shown(run, tmp_path):
-    "A transform, neither part of the Learner nor in a library's file."
+    "In a transform, which is neither part of the Learner nor in a library's file."
     image_folder(tmp_path)
     dls = DataBlock((ImageBlock, TransformBlock(type_tfms=Target())), get_items=get_image_files).dataloaders(tmp_path, bs=4, device=torch.device('cpu'))
     learn = in_channels_last(Learner(dls, nn.Conv2d(3, 3, 3, padding=1), MSELossFlat(), path=tmp_path))
     args = [PILImage.create(dls.valid_ds.items[0])] if run == 'predict' else []
-    assert note(raised(learn, run, *args)) in ('function Target.decodes', 'function decodes')  # Python 3.10 has no more
+    assert note(raised(learn, run, *args)) in ('function Target.decodes', 'function decodes')  # the latter in Python 3.10
 
 
 def test_a_place_without_a_name():
@@ -250,7 +254,7 @@ def test_an_optimizer_that_is_made():
 
 
 def test_a_callback_that_predicts():
-    "The innermost part, once, though two stages of two calls were left."
+    "The note names the innermost part, once, although the error passes through two calls."
     class Predicts(Callback):
         def after_epoch(self): self.learn.model[1] = Views(); self.learn.get_preds(inner=True)
     learn = in_channels_last(learner(net(nn.Flatten()), cbs=Predicts()))
@@ -260,15 +264,15 @@ def test_a_callback_that_predicts():
 @pytest.mark.parametrize('compile', [lambda m: torch.compile(m, backend='eager'), lambda m: m.compile(backend='eager') or m, torch.jit.script,
                                      lambda m: nn.Sequential(m[0], torch.jit.script(m[1]), m[2])], ids=['compile', 'in place', 'script', 'a part'])
 def test_compiled_models(compile):
-    "The error is another one there, with PyTorch's own account of the place."
+    "The error has another text there, and PyTorch adds its own note on the place."
     learn = Learner(loaders(), compile(net(Views())), CrossEntropyLossFlat())
-    who = note(raised(in_channels_last(learn), error=Exception))
-    assert who.startswith(('the model (', "module '1' ("))
+    place = note(raised(in_channels_last(learn), error=Exception))
+    assert place.startswith(('the model (', "module '1' ("))
 
 
-# the same error, and none for others
+# the error itself is unchanged; other errors have no note
 
-class Mine(RuntimeError):
+class CustomError(RuntimeError):
     def __init__(self, code, message): super().__init__(code, message); self.code = code
 
 
@@ -279,7 +283,7 @@ def raising(error):
 
 
 def test_it_is_the_same_error():
-    error = Mine(7, 'view size is not compatible with mine')
+    error = CustomError(7, 'view size is not compatible with mine')
     e = raised(in_channels_last(learner(raising(error))))
     assert e is error and e.args[1:] == ('view size is not compatible with mine',) and e.code == 7 and note(e) == "module '1' (Raises)"
 
@@ -292,7 +296,7 @@ def test_other_errors_have_no_note(error):
 
 @pytest.mark.parametrize('run', ['fit', 'validate', 'get_preds'])
 def test_contiguous_learners_have_no_note(run):
-    "Nor those that were in channels last."
+    "Neither do Learners that were in channels last before."
     class Turned(nn.Module):
         def forward(self, x): return x.transpose(1, 2).view(x.shape[0], -1)
     for learn in learner(net(Turned())), in_channels_last(learner(net(Turned()))).to_contiguous():
@@ -301,7 +305,7 @@ def test_contiguous_learners_have_no_note(run):
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_loaders_error_is_its_own(workers):
-    "Its images are contiguous; the Learner converts batches."
+    "A loader's tensors are contiguous: the Learner converts only batches."
     class Turned:
         def __len__(self): return 4
         def __getitem__(self, i): return torch.randn(3, 4, 5).transpose(1, 2).view(-1), torch.tensor(0)
@@ -315,22 +319,22 @@ def test_a_loaders_error_is_its_own(workers):
 
 # Python 3.10
 
-class Without(RuntimeError):
-    "As errors are in Python 3.10."
+class WithoutNotes(RuntimeError):
+    "An exception as in Python 3.10."
     @property
     def add_note(self): raise AttributeError
 
 
 @pytest.mark.parametrize('make', [lambda e: learner(raising(e)), lambda e: learner(cbs=AtEvent('after_epoch', lambda cb: (_ for _ in ()).throw(e)))], ids=['model', 'event'])
 def test_without_notes_it_is_in_the_message(make):
-    error = Without(ERROR, 7)
+    error = WithoutNotes(ERROR, 7)
     e = raised(in_channels_last(make(error)))
     assert e is error and note(e) and ERROR in str(e) and str(e).count(CAUSE) == 1 and '__notes__' not in vars(e)
 
 
-# what measures
+# format_find, format_summary
 
-@pytest.mark.parametrize('error', [None, Without(ERROR)], ids=['notes', 'Python 3.10'])
+@pytest.mark.parametrize('error', [None, WithoutNotes(ERROR)], ids=['notes', 'Python 3.10'])
 def test_the_search_goes_on(has, error):
     has()
     class Picky(nn.Module):
@@ -340,7 +344,7 @@ def test_the_search_goes_on(has, error):
     learn = learner(net(Picky()))
     t = learn.format_find(num_it=1, show_plot=False)
     assert [r.valid for r in t.rows] == [r.memory_format == 'contiguous' for r in t.rows]
-    assert all(len(r.note) < 130 and r.note.startswith(('RuntimeError: ', 'Without: ')) for r in t.rows if not r.valid)
+    assert all(len(r.note) < 130 and r.note.startswith(('RuntimeError: ', 'WithoutNotes: ')) for r in t.rows if not r.valid)
     assert t.best.memory_format == 'contiguous' and learn.to_fastest(num_it=1).validate()
 
 

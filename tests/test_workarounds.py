@@ -1,4 +1,4 @@
-"Convolutions that PyTorch computes wrongly on a CPU: strided 1×1 ones of few channels, padded ones with AVX-512."
+"Convolutions that PyTorch computes wrongly on a CPU: strided 1×1 ones with few channels, and padded ones with AVX-512."
 import json
 import os
 import re
@@ -54,7 +54,7 @@ def stem(): return nn.Sequential(conv(3, 16, 1, stride=2), nn.ReLU(), conv(16, 8
 
 
 def test_trains_where_pytorch_crashes():
-    "✗ In a process of its own, since that ends it, or writes where it should not."
+    "✗ PyTorch crashes or writes outside its memory here, so this runs in its own process."
     code = """
 from tests.test_workarounds import *
 for size in 64, 128:
@@ -98,7 +98,7 @@ class Interrupt(Callback):
 
 @pytest.mark.filterwarnings('ignore')
 def test_exports_after_an_interruption(has, tmp_path):
-    "What a fit keeps, functions among it, does not travel."
+    "The state of a fit, which includes functions, is not exported."
     has('bf16')
     learn = learner(stem(), image_folder(tmp_path), path=tmp_path).to_channelslast(amp_mode='bf16', fp32_layers='0')
     with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Interrupt())
@@ -109,7 +109,7 @@ def test_exports_after_an_interruption(has, tmp_path):
 
 
 class Checkpointed(nn.Module):
-    "Runs its layers again in the backward pass."
+    "Recomputes its layers in the backward pass."
     def __init__(self):
         super().__init__()
         self.net, self.strides = stem(), []
@@ -127,7 +127,7 @@ def test_in_force_in_the_backward_pass_too():
 
 @pytest.mark.filterwarnings('ignore')
 def test_fp32_layers_under_checkpointing(has):
-    "Layers run again in the backward pass run as they did in the forward pass."
+    "Layers recomputed in the backward pass run as in the forward pass."
     has('bf16')
     class Net(nn.Module):
         def __init__(self):
@@ -147,7 +147,7 @@ def test_with_fp32_layers_both_come_off(has):
 
 
 def test_made_once():
-    "A compiled model would compile again for each new function."
+    "A compiled model would recompile for each new function."
     m = stem()[0]
     patch = ForwardPatch([m], slice_first)
     with patch: first = m.forward
@@ -165,7 +165,7 @@ def test_contiguous_learners_are_left_alone():
 
 # convolutions that oneDNN misreads on CPUs with AVX-512
 
-WRONG = [ # kernel, stride, padding, size; from public models: R3D-18 and R(2+1)D-18 of 8 frames, ResNet-18 and MobileNetV2 at 16 px
+WRONG = [ # kernel, stride, padding, size; from public models: R3D-18 and R(2+1)D-18 with 8 frames, ResNet-18 and MobileNetV2 at 16 px
     ((3, 3, 3), (1, 1, 1), (1, 1, 1), (2, 7, 7)), ((3, 1, 1), (1, 1, 1), (1, 0, 0), (2, 14, 14)), ((3, 3, 3), (1, 1, 1), (1, 1, 1), (2, 1, 1)),
     ((3, 3), (2, 2), (1, 1), (1, 1)), ((1, 3, 3), (1, 2, 2), (0, 1, 1), (2, 1, 1)), ((3,), (2,), (1,), (1,)), ((3, 3), (1, 2), (1, 1), (9, 1)),
     ((5, 5), (1, 1), (2, 2), (1, 9)), ((7, 7), (1, 1), (3, 3), (2, 2)), ((3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 4, 4)),
@@ -181,7 +181,7 @@ def test_what_bf16_misreads(cases, wrong): assert [misreads_padding(*c, half=Tru
 
 @pytest.mark.parametrize('depth', range(1, 12))
 def test_what_fp32_misreads(depth):
-    "A kernel of depth 7, stride 2, padding 3 on depth 5 to 7, and below; nothing of common sizes."
+    "Depth 7, stride 2, padding 3 is misread at depths 5 to 7 (the condition includes all below 9). Common sizes are not."
     assert misreads_padding((7, 3, 3), (2, 1, 1), (3, 1, 1), (depth, 4, 4), half=False) == (depth < 9)
     for k, s in (3, 1), (3, 2), (5, 1), (7, 1): assert not misreads_padding((k,)*3, (s,)*3, (k//2,)*3, (depth,)*3, half=False)
 
@@ -190,7 +190,7 @@ RECORDED = json.loads((Path(__file__).parent/'recorded/onednn-avx512-bf16.json')
 
 
 def test_recorded_convolutions():
-    "Random ones, run on an AVX512-BF16 CPU emulated by Bochs: each that was wrong is seen; padded first, each was right."
+    "Random convolutions, run on an AVX512-BF16 CPU emulated by Bochs. Each wrong one is found; padded first, each was right."
     wrong = [c for c in RECORDED['cases'] if c[5]]
     assert len(RECORDED['cases']) > 500 and len(wrong) > 100
     assert [c for c in wrong if not misreads_padding(*c[:4], half=c[4] == 'bf16')] == []
@@ -218,7 +218,7 @@ LAYERS = [
 @pytest.mark.parametrize('m, shape', LAYERS)
 @pytest.mark.parametrize('last', [False, True])
 def test_padded_first_and_cropped_after_is_the_same(always, m, shape, last):
-    "Result, format and each gradient."
+    "The result, its memory format and each gradient are the same."
     m = deepcopy(m).double()
     a = torch.randn(shape, dtype=torch.float64)
     if last: convert_module(m); a = convert_nested(a)
@@ -258,7 +258,7 @@ def test_not_padded(avx512, m): assert not pads_in_kernel(m)
 
 
 class Numbers(nn.Conv2d):
-    "A subclass with a forward of its own, which keeps plain numbers."
+    "A subclass that keeps plain numbers and has its own forward."
     def __init__(self):
         super().__init__(3, 8, 1, stride=2, padding=0)
         self.kernel_size, self.stride, self.padding = 1, 2, 1
@@ -273,7 +273,7 @@ def test_on_other_cpus_nothing_is_replaced(monkeypatch):
 
 
 class Shallow(nn.Module):
-    "Clips of depth 2 under a kernel of depth 3, a map of one pixel under a stride of 2, and a fault of fp32."
+    "Depth 2 with a kernel of depth 3, spatial size 1 with stride 2, and a convolution that is wrong in fp32."
     def __init__(self):
         super().__init__()
         self.stem, self.deep = nn.Conv3d(3, 4, (7, 1, 1), stride=(2, 1, 1), padding=(3, 0, 0)), nn.Conv3d(4, 8, 3, padding=1)
@@ -283,7 +283,7 @@ class Shallow(nn.Module):
         return self.head(self.last(x.mean((2, 3, 4))[..., None, None])[..., 0, 0])
 
 
-USES = {  # the layers that have to run without padding
+USES = {  # layers that must run without padding
     'plain': (lambda learn: learn, {'stem'}), 'channels last': (lambda learn: learn.to_channelslast(to_fp16=False), {'stem'}),
     'bf16': (lambda learn: learn.to_bf16(), {'stem', 'deep', 'last'}),
     'both': (lambda learn: learn.to_channelslast(amp_mode='bf16'), {'stem', 'deep', 'last'}),
@@ -295,7 +295,7 @@ USES = {  # the layers that have to run without padding
 @pytest.mark.parametrize('checkpointed', [False, True])
 @pytest.mark.filterwarnings('ignore')
 def test_each_learner_avoids_what_is_misread(has, avx512, use, checkpointed):
-    "✗ In training, validation and recomputation; contiguous ones in mixed precision too. Afterwards nothing is left."
+    "✗ In training, validation and recomputation, also contiguous in mixed precision. No patch remains afterwards."
     has('bf16')
     change, wanted = USES[use]
     model = Shallow()
@@ -320,7 +320,7 @@ def test_each_learner_avoids_what_is_misread(has, avx512, use, checkpointed):
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='no os.fork')
 def test_random_convolutions():
-    "Independent of the conditions: whatever this CPU computes, as trained here, is right."
+    "Independent of the conditions: all that this CPU computes with the workarounds is right."
     env = {**os.environ, 'MALLOC_PERTURB_': '165', 'MALLOC_MMAP_MAX_': '0'}
     out = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'tests.conv_fuzz', '0', '150', '60'], capture_output=True, text=True, env=env,
                          cwd=Path(__file__).parent.parent)

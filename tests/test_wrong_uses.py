@@ -1,4 +1,4 @@
-"Wrong uses of each public call: one clear error, or a documented result, and the Learner as it was."
+"Wrong uses of each public call give one clear error or a documented result, and leave the Learner unchanged."
 import hashlib
 import pickle
 import random
@@ -13,13 +13,14 @@ from fastai.vision.all import (CancelFitException, CastToTensor, Callback, DataL
 from torch import nn
 
 from channelslast import ChannelsLast, less_random
+from channelslast.learner.mixed_precision import DeviceMixedPrecision
 from .conftest import convnet, learner, loaders
 
 nan, inf = float('nan'), float('inf')
 
 
 def checksum(learn) -> str:
-    "Of all that a user would miss: tensors with their strides, optimizer, modes, callbacks, random states."
+    "Checksum of all that a user cares about: tensors with their strides, optimizer, modes, callbacks, random states."
     opt = getattr(learn.opt, 'opt', learn.opt)
     tensors = [*learn.model.parameters(), *learn.model.buffers(), *(p.grad for p in learn.model.parameters()),
                *(v for p in learn.model.parameters() if opt and p in opt.state for v in opt.state[p].values() if isinstance(v, torch.Tensor))]
@@ -30,13 +31,13 @@ def checksum(learn) -> str:
         if t.layout is torch.strided: return (t.stride(), t.dtype, t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return t.to_dense().numpy().tobytes()
     state = [_bytes(t) for t in tensors], [m.training for m in learn.model.modules()], [(type(o).__name__, o.name) for o in learn.cbs]
-    rest = [sorted(k for k in vars(learn)), torch.get_rng_state().numpy().tobytes(), random.getstate(), np.random.get_state()[1].tobytes(),
+    others = [sorted(k for k in vars(learn)), torch.get_rng_state().numpy().tobytes(), random.getstate(), np.random.get_state()[1].tobytes(),
             opt and str(opt.hypers if hasattr(opt, 'hypers') else opt.param_groups), torch.is_autocast_enabled('cpu'), torch.is_grad_enabled()]
-    return hashlib.sha256(pickle.dumps((state, rest))).hexdigest()
+    return hashlib.sha256(pickle.dumps((state, others))).hexdigest()
 
 
 class Wrapped(nn.Module):
-    "A network that can hold more than it uses."
+    "A network that can hold modules and tensors it does not use."
     def __init__(self):
         super().__init__()
         self.net = convnet()
@@ -102,10 +103,28 @@ def half(dtype): return learner(convnet().to(dtype))
 def frozen(): return learner(with_model(lambda m: m.requires_grad_(False)))
 
 to, back = (lambda **kw: lambda learn: learn.to_channelslast(**kw)), (lambda **kw: lambda learn: learn.to_contiguous(**kw))
+fp16, bf16 = (lambda **kw: lambda learn: learn.to_fp16(**kw)), (lambda **kw: lambda learn: learn.to_bf16(**kw))
 summary, find, fastest = ((lambda f: lambda *a, **kw: lambda learn: getattr(learn, f)(*a, **kw))(f) for f in ('format_summary', 'format_find', 'to_fastest'))
-fp16 = lambda **kw: lambda learn: learn.to_fp16(**kw)
 
+SCALER = 'init_scale, growth_factor, backoff_factor, growth_interval, enabled'
 WRONG = [ # Learner, call, error, part of its message
+    # messages name the called function and its arguments
+    (learner, to(scale=3), TypeError, f"to_channelslast() has no argument 'scale'; it takes to_fp16, amp_mode, fp32_layers, {SCALER}"),
+    (learner, fp16(scale=3), TypeError, f"to_fp16() has no argument 'scale'; it takes amp_mode, {SCALER}"),
+    (learner, fp16(device='cuda'), TypeError, f"to_fp16() has no argument 'device'; it takes amp_mode, {SCALER}"),
+    (learner, bf16(scale=3), TypeError, "to_bf16() got an unexpected keyword argument 'scale'"),
+    (learner, find(scale=3), TypeError, f"format_find() has no argument 'scale'; it takes precisions, formats, num_it, show_plot, layers, train, dl, {SCALER}"),
+    (learner, fastest(scale=3), TypeError, f"to_fastest() has no argument 'scale'; it takes show_plot, precisions, formats, num_it, layers, train, dl, {SCALER}"),
+    (learner, to(init_scale=-1), ValueError, 'to_channelslast(init_scale=-1): use a number above 0 that fp32 can hold'),
+    (learner, fp16(init_scale=-1), ValueError, 'to_fp16(init_scale=-1): use a number above 0 that fp32 can hold'),
+    (learner, find(init_scale=-1), ValueError, 'format_find(init_scale=-1): use a number above 0 that fp32 can hold'),
+    (learner, fastest(init_scale=-1), ValueError, 'to_fastest(init_scale=-1): use a number above 0 that fp32 can hold'),
+    (learner, to(amp_mode='x'), ValueError, "to_channelslast(amp_mode='x'): pass 'fp16' or 'bf16', or `to_fp16=False` to train in fp32"),
+    (learner, fp16(amp_mode='x'), ValueError, "to_fp16(amp_mode='x'): pass 'fp16' or 'bf16', or call `learn.to_fp32()` to train in fp32"),
+    (learner, lambda learn: DeviceMixedPrecision('x'), ValueError, "DeviceMixedPrecision(amp_mode='x'): pass 'fp16' or 'bf16'"),
+    (learner, to(to_fp16='x'), ValueError, "to_channelslast(to_fp16='x'): use True or False"),
+    (learner, to(fp32_layers='55'), ValueError, "to_channelslast(fp32_layers=…): the model has no module '55'; did you mean '5'?"),
+    (learner, back(to_fp32='x'), ValueError, "to_contiguous(to_fp32='x'): use True or False"),
     # to_channelslast
     (learner, to(amp_mode='fp8'), ValueError, "'fp16' or 'bf16'"),
     (learner, to(amp_mode='FP16'), ValueError, "'fp16' or 'bf16'"),
@@ -209,7 +228,7 @@ WRONG = [ # Learner, call, error, part of its message
     (frozen, fastest(), ValueError, 'nothing to train'),
     (lambda: learner(dls=empty()), fastest(), ValueError, 'yields no batch'),
     (lambda: failing(RuntimeError), fastest(), RuntimeError, 'stop here'),
-    # the rest
+    # others
     (opted, lambda learn: learn.load('nowhere'), FileNotFoundError, 'nowhere'),
     (learner, lambda learn: ChannelsLast(lr=1), Exception, ''),
     (learner, lambda learn: less_random('x').__enter__(), Exception, ''),
@@ -219,7 +238,7 @@ WRONG = [ # Learner, call, error, part of its message
 @pytest.mark.parametrize('make, call, error, message', WRONG, ids=range(len(WRONG)))
 @pytest.mark.filterwarnings('ignore')
 def test_wrong_use(make, call, error, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # fastai makes a folder for the models before it misses one
+    monkeypatch.chdir(tmp_path)  # fastai creates the folder for models before it finds that the file is missing
     learn = make()
     before = checksum(learn)
     with pytest.raises(error, match=re.escape(message)) as caught: call(learn)
@@ -270,7 +289,7 @@ def test_removed_callbacks(without, call):
 
 
 class During(Callback):
-    "A public call in the midst of a fit."
+    "Makes a public call in the middle of a fit."
     def __init__(self, call): self.call, self.result = call, None
     def after_batch(self):
         if self.training and self.iter == 1: self.result = self.call(self.learn)
@@ -280,7 +299,7 @@ class During(Callback):
                          ids=['format_summary', 'format_find', 'to_channelslast', 'to_contiguous'])
 @pytest.mark.parametrize('start', [lambda o: o, lambda o: o.to_channelslast(to_fp16=False)], ids=['contiguous', 'channels last'])
 def test_inside_a_fit(call, start):
-    "The fit goes on with the same losses."
+    "The fit continues with the same losses."
     def _losses(cbs):
         with less_random(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -307,10 +326,10 @@ def test_interrupted_search(monkeypatch):
 
 
 def test_read_only_directory(tmp_path, monkeypatch):
-    "Nothing that measures writes."
-    def _refuse(*args, **kwargs): raise PermissionError
+    "Measuring writes no files."
+    def _raise(*args, **kwargs): raise PermissionError
     learn = learner(path=tmp_path)
-    monkeypatch.setattr('builtins.open', _refuse)
+    monkeypatch.setattr('builtins.open', _raise)
     learn.format_summary()
     learn.format_find(num_it=1, show_plot=False)
     monkeypatch.undo()
@@ -329,4 +348,4 @@ def test_a_cancelled_fit():
 def test_a_frozen_model_is_traced_forward():
     learn = frozen().to_channelslast(to_fp16=False)
     summary = learn.format_summary()
-    assert 'no parameter requires a gradient' in str(summary) and summary.counts[False][1] and not summary.counts[True][1]
+    assert 'no parameter requires a gradient' in summary.verdict and summary.counts[False][1] and not summary.counts[True][1]

@@ -1,7 +1,7 @@
-"""Every architecture of torchvision's, and one of each of timm's families, against itself in the contiguous format.
+"""Compare each torchvision architecture, and one per timm family, in channels last with itself in contiguous format.
 
-`pytest -m zoo` runs all, a plain `pytest` each tenth (see conftest.py). No weights are loaded; dropout and stochastic
-depth are off, since PyTorch draws their masks in the order of memory."""
+`pytest -m zoo` runs all, a plain `pytest` every tenth (see conftest.py). No weights are loaded. Dropout and stochastic
+depth are off, since PyTorch draws their masks in memory order."""
 import gc
 import math
 import re
@@ -23,7 +23,7 @@ from .conftest import shake, strides
 from .test_same_numbers import checked
 
 SEGMENTATION, VIDEO = (torchvision.models.list_models(module=m) for m in (torchvision.models.segmentation, torchvision.models.video))
-# the smallest of each family (module) of timm 1.0.31, its own test models left out
+# the smallest model of each family (module) of timm 1.0.31, except timm's own test models
 TIMM = '''beit_base_patch16_224 halonet_h1 mobileone_s1 cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 convnext_zepto_rms
 cpubone_nano crossvit_tiny_240 csatv2 cs3darknet_focus_s cspnext_tiny davit_tiny deepseek_vit_412m deit_tiny_patch16_224 densenet121
 dla46x_c dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientnet_b0 efficientvim_m1 efficientvit_b0
@@ -39,18 +39,18 @@ samvit_base_patch16_224 vitamin_small_224 volo_d1_224 ese_vovnet19b_slim_dw lega
 ZOO = ([f'torchvision/{n}' for n in torchvision.models.list_models(module=torchvision.models)]
        + [f'segmentation/{n}' for n in SEGMENTATION] + [f'video/{n}' for n in VIDEO] + [f'timm/{n}' for n in TIMM])
 
-LARGE = 60e6       # parameters: float32 alone, for the machine's memory
-EXACT = 1e-6       # float64, relative, of the loss and of each gradient (of the largest one, for those near zero); some cast to float32
-ROUGH = 5e-2       # float32, of the loss and all gradients together
-FOLDED = 1e-10, 1e-4  # float64 and float32, relative, of predictions
-# with such statistics a rounding error of the input becomes 3e-2 of the output in float32, 2e-10 in float64: that alone is compared
+LARGE = 60e6       # parameters; larger models run only in float32, to save memory
+EXACT = 1e-6       # float64: relative error of the loss and of each gradient (relative to the largest, for those near zero); some cast to float32
+ROUGH = 5e-2       # float32: relative error of the loss and of all gradients together
+FOLDED = 1e-10, 1e-4  # float64 and float32: relative error of predictions
+# random running statistics amplify a rounding error of the input to 3e-2 in float32 and 2e-10 in float64: only float64 is compared
 AMPLIFIES = {'timm/halonet_h1': 1e-9}
 TRAINING = '| model | million parameters | input | float64 | worst gradient | float32 | lost | result |'
-NUMBERS = '| model | contiguous bf16 | channels last fp32 | channels last bf16 | refused |'  # differences of all gradients
+NUMBERS = '| model | contiguous bf16 | channels last fp32 | channels last bf16 | refused |'  # relative errors of all gradients
 PREDICTION_TOLERANCE = '| model | batch norms folded | float64 | float32 | predictions |'
-# in float32 something smooth stands in place of these: an activation at its kink falls one way or the other by rounding
+# smooth functions replace these in float32: at the kink of an activation, rounding decides its value
 KINKED = 'relu', 'relu_', 'relu6', 'hardswish', 'hardsigmoid', 'hardtanh', 'leaky_relu'
-REASONS = {}       # what can't work in channels last, and why
+REASONS = {}       # models that can't work in channels last, and why
 
 
 def make(name, size) -> tuple:
@@ -65,7 +65,7 @@ def make(name, size) -> tuple:
 
 
 def fitting(name) -> tuple:
-    "The model and its input, at the smallest size it takes."
+    "The model and its input, at the smallest size that it accepts."
     for size in 64, 112, 224, 240, 256:
         torch.manual_seed(0)
         try:
@@ -75,28 +75,28 @@ def fitting(name) -> tuple:
                      if isinstance(m, nn.modules.batchnorm._BatchNorm)]
             with torch.no_grad(): model(x)
             for h in norms: h.remove()
-            if min(values, default=8) < 4: x = torch.randn(8, *shape)  # a batch norm over two values is a sign: no gradient that is stable
+            if min(values, default=8) < 4: x = torch.randn(8, *shape)  # a batch norm over two values gives their order: no stable gradient
             break
         except Exception as e: error = e
     else: raise error
     for m in model.modules():
         if isinstance(m, (nn.modules.dropout._DropoutNd, torchvision.ops.StochasticDepth)): m.p = 0.
         if hasattr(m, 'drop_prob'): m.drop_prob = 0.
-    with torch.no_grad():  # scales that start at zero would hide the layers behind them
+    with torch.no_grad():  # scales that start at zero would hide other layers
         for p in model.parameters():
             if p.dim() < 2: p.add_(torch.randn_like(p), alpha=0.05)
     return model, x
 
 
 def energy(out, y):
-    "A loss for whatever a model returns; fastai's Recorder takes float32 only."
+    "A loss for any output, in float32, since fastai's Recorder takes nothing else."
     loss = sum(o.square().mean() for o in tree_leaves(out) if isinstance(o, torch.Tensor) and o.is_floating_point())
     energy.exact = loss.item()
     return loss.float()
 
 
 def smooth():
-    "Context manager: activations have no kinks."
+    "Context manager: activations without kinks."
     return mock.patch.multiple(nn.functional, **{k: lambda x, *args, **kwargs: nn.functional.softplus(x) for k in KINKED})
 
 
@@ -104,7 +104,7 @@ def brief(off): return '–' if off is None else f'{off:.0e}'
 
 
 class Stop(Callback):
-    "Keep loss and gradients of the one batch."
+    "Keep the loss and the gradients of the only batch."
     order = -1000
     def before_step(self):
         self.found = energy.exact, [p.grad for p in self.model.parameters()]
@@ -130,7 +130,7 @@ def loss_and_grads(model, x, last):
 
 
 def error(found, truth) -> float:
-    "The larger of the relative differences of the loss and of all gradients together."
+    "The larger of the relative errors of the loss and of all gradients together."
     (loss, grads), (loss0, grads0) = found, truth
     assert [g is None for g in grads] == [g is None for g in grads0]
     pairs = [(a, b) for a, b in zip(grads, grads0) if b is not None]
@@ -139,7 +139,7 @@ def error(found, truth) -> float:
 
 
 def each_error(found, truth) -> float:
-    "The largest relative difference of any one gradient."
+    "The largest relative error of any gradient."
     pairs = [(a, b) for a, b in zip(found[1], truth[1]) if b is not None]
     largest = max(b.norm().item() for _, b in pairs)
     return max(((a - b).norm()/max(b.norm().item(), 1e-3*largest)).item() for a, b in pairs)
@@ -157,7 +157,7 @@ def test_same_numbers(name, zoo_report):
             model.double()
             try:
                 with torch.no_grad(): model(x.double())
-            except RuntimeError: pass  # some make float32 tensors in their forward
+            except RuntimeError: pass  # some create float32 tensors in their forward
             else:
                 truth, found = (loss_and_grads(model, x.double(), last) for last in (False, True))
                 exact, each = error(found, truth), each_error(found, truth)
@@ -184,17 +184,17 @@ def test_same_numbers(name, zoo_report):
         raise
     else:
         zoo_report(TRAINING, name, f'{params/1e6:.1f}', '×'.join(map(str, x.shape)), *map(brief, (exact, each, rough)), len(summary.lost), 'equal')
-        assert name not in REASONS, 'works by now'
+        assert name not in REASONS, 'works now: delete its reason'
     finally: gc.collect()
 
 
 class Keep(Callback):
-    "What the model gave, tensors or dicts of them."
+    "Keep the model's output, tensors or dictionaries of tensors."
     def after_pred(self): self.found = self.learn.pred
 
 
 def folding(model, x) -> tuple:
-    "How many batch norms `FoldBatchNorm` folds, of how many behind a convolution, and what it changes in predictions."
+    "Numbers of folded batch norms and of those after a convolution, and the relative error of predictions."
     learn = learner(model, x)
     def _preds():
         learn.validate(cbs=(keep := Keep()))
@@ -203,14 +203,14 @@ def folding(model, x) -> tuple:
     learn.add_cb(FoldBatchNorm())
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='FoldBatchNorm')
-        off = max(relative_error(_preds(), truth) for _ in range(2))  # the first looks, the second is folded
+        off = max(relative_error(_preds(), truth) for _ in range(2))  # the first one traces, the second one is folded
     return learn.fold_batch_norm.folded, learn.fold_batch_norm.found, off
 
 
 @pytest.mark.zoo
 @pytest.mark.parametrize('name', ZOO)
 def test_same_predictions(name, zoo_report):
-    "With batch norms folded, which have random statistics and weights here."
+    "With folded batch norms, which have random running statistics and weights here."
     if name.startswith('timm/') and not timm.is_model(name.split('/')[1]): pytest.skip(f'timm {timm.__version__} does not have it')
     model, x = fitting(name)
     shake(model.eval())
@@ -220,7 +220,7 @@ def test_same_predictions(name, zoo_report):
         model.double()
         try:
             with torch.no_grad(): model(x.double())
-        except RuntimeError: pass  # some make float32 tensors in their forward
+        except RuntimeError: pass  # some create float32 tensors in their forward
         else: folded, found, exact = folding(model, x.double())
     equal = (rough or 0) < FOLDED[1] and (exact or 0) < AMPLIFIES.get(name, FOLDED[0])
     zoo_report(PREDICTION_TOLERANCE, name, f'{folded} of {found}', brief(exact), brief(rough), 'equal' if equal else 'differs')
@@ -231,14 +231,14 @@ def test_same_predictions(name, zoo_report):
 @pytest.mark.zoo
 @pytest.mark.parametrize('name', ZOO)
 def test_no_candidate_is_refused(name, zoo_report, has):
-    "The comparison of numbers takes each format and precision for right, as they are here, however much rounding is amplified."
+    "The number check accepts each format and precision, as all are right here, however much rounding is amplified."
     if name.startswith('timm/') and not timm.is_model(name.split('/')[1]): pytest.skip(f'timm {timm.__version__} does not have it')
     has('bf16')
     model, x = fitting(name)
     if sum(p.numel() for p in model.parameters()) > LARGE/2: pytest.skip('too large for bf16 on a CPU that may emulate it')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        candidates = [c for c in checked(learner(model, x)).values() if not c.baseline]
+        candidates = [c for c in checked(learner(model, x)).values() if not c.is_baseline]
     refused = [f'{c.memory_format} {c.precision}: {c.note}' for c in candidates if not c.valid]
     zoo_report(NUMBERS, name, *(brief(c.grad_diff) for c in candidates), '; '.join(refused) or 'equal')
     assert refused == []
@@ -247,6 +247,6 @@ def test_no_candidate_is_refused(name, zoo_report, has):
 
 @pytest.mark.zoo
 def test_every_family():
-    "Of the timm that is installed."
+    "`TIMM` has one model of each family in the installed timm."
     have = {timm.models.model_entrypoint(n).__module__.split('.')[-1] for n in TIMM if timm.is_model(n)}
     assert timm.__version__ > '1.0.31' or have == set(timm.list_modules()), set(timm.list_modules()) - have

@@ -11,10 +11,10 @@ from fastai.vision.all import *
 from torch.utils.data import TensorDataset
 
 from channelslast.core import devices
-from channelslast.find import predict_benchmark as prediction_trial, train_benchmark as trial
+from channelslast.find import predict_benchmark, train_benchmark
 from tests.conftest import Steep
 
-# fastai sends the shuffled indices through the GPU, "nccl only works with cuda tensors"; gloo takes them as they are
+# fastai moves the shuffled indices to the GPU ("nccl only works with cuda tensors"); gloo broadcasts CPU tensors
 def _broadcast(self, t, rank):
     t = torch.tensor(list(t))
     torch.distributed.broadcast(t, rank)
@@ -45,7 +45,7 @@ def train(switch, inside):
 
 
 with warnings.catch_warnings():
-    warnings.filterwarnings('ignore', 'This cpu has no fast')
+    warnings.filterwarnings('ignore', 'fp16 is slow on this CPU')
     try: make().to_fastest(num_it=2)
     except ValueError as e: refused = str(e)
     learns = {'last': train(lambda o: o.to_channelslast(), False), 'inside': train(lambda o: o.to_channelslast(), True),
@@ -53,7 +53,7 @@ with warnings.catch_warnings():
     torch.save({k: [p.detach().contiguous() for p in v.model.parameters()] for k, v in learns.items()}, folder/f'{rank}.pt')
     last = learns['last'].model[0][0].weight.is_contiguous(memory_format=torch.channels_last)
 
-    # names mean the user's own modules, inside DistributedDataParallel too
+    # names refer to the user's own modules, also inside DistributedDataParallel
     devices.autocast_is_fast = lambda device, amp_mode: amp_mode.value == 'bf16'
     dtypes = {}
     def watch(learn):
@@ -66,17 +66,17 @@ with warnings.catch_warnings():
     train(watch, False)
     devices.autocast_is_fast = lambda device, amp_mode: False
 
-    # each process would decide otherwise, if asked alone
-    real = trial.step_ms
+    # alone, each process would decide differently
+    real = train_benchmark.step_ms
     def _ms(learn, batch):
         real(learn, batch)
         return 1. if bool(learn._grab_cbs(ChannelsLast)) == bool(rank) else 2.
-    trial.step_ms = prediction_trial.step_ms = _ms
-    tried, warm_up = [], prediction_trial.PredictBenchmark.warm_up
+    train_benchmark.step_ms = predict_benchmark.step_ms = _ms
+    tried, warm_up = [], predict_benchmark.PredictBenchmark.warm_up
     def _warm_up(self, candidates):
         tried.append([c.key for c in candidates])
         return warm_up(self, candidates)
-    prediction_trial.PredictBenchmark.warm_up = _warm_up
+    predict_benchmark.PredictBenchmark.warm_up = _warm_up
     learn = make()
     with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
         learn.to_fastest(num_it=2)
@@ -84,8 +84,8 @@ with warnings.catch_warnings():
         predictions = learn.format_find(train=False, num_it=2, show_plot=False).best
     best = learn.format_timings.best
 
-    # what goes wrong in the second process alone is known to both
-    trial.step_ms = prediction_trial.step_ms = real
+    # what goes wrong in the second process alone reaches both
+    train_benchmark.step_ms = predict_benchmark.step_ms = real
     class Second(nn.Module):
         def __init__(self, f, both): super().__init__(); self.f, self.both = f, both
         def forward(self, x): return self.f(x) if rank or self.both else x
@@ -97,26 +97,26 @@ with warnings.catch_warnings():
     def is_last(x): return x.is_contiguous(memory_format=torch.channels_last)
     def is_large(x): return len(x) > 2
     oom = torch.OutOfMemoryError('out of memory')
-    def found(f=noop, names=None, accelerated='', both=False, **kwargs):
+    def measure(f=noop, names=None, accelerated='', both=False, **kwargs):
         devices.autocast_is_fast = lambda device, amp_mode: amp_mode.value == accelerated
         learn = make()
         learn.model.insert(1, Second(f, both))
-        known = trial.fp32_names
-        if names: trial.fp32_names = lambda rows, half: names[rank]
+        original = train_benchmark.fp32_names
+        if names: train_benchmark.fp32_names = lambda rows, half: names[rank]
         try:
             with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
                 t = learn.format_find(num_it=2, show_plot=False, **kwargs)
             return [[r.precision, r.note, r.valid] for r in t.rows], t.notes
         except Exception as e: return f'{type(e).__name__}: {e}'
-        finally: trial.fp32_names = known
+        finally: train_benchmark.fp32_names = original
     alone = dict(
-        layers=found(names=[['0.0'], []], accelerated='bf16'), memory=found(fails(oom, is_last)),
-        predictions=found(fails(oom, is_last), train=False), halves=found(fails(oom, is_large)),
-        infinite=found(lambda x: x/0 if is_last(x) else x), numbers=found(lambda x: x.flip(1) if is_last(x) else x),
-        other_predictions=found(lambda x: x.flip(1) if is_last(x) else x, train=False),
-        two_errors=found(fails(oom if rank else KeyError('mine'), lambda x: True), both=True), error=found(fails(KeyError('mine'), lambda x: True)), skips=found(Steep.apply if rank else noop, accelerated='fp16', formats='contiguous'))
+        layers=measure(names=[['0.0'], []], accelerated='bf16'), memory=measure(fails(oom, is_last)),
+        predictions=measure(fails(oom, is_last), train=False), halves=measure(fails(oom, is_large)),
+        infinite=measure(lambda x: x/0 if is_last(x) else x), numbers=measure(lambda x: x.flip(1) if is_last(x) else x),
+        other_predictions=measure(lambda x: x.flip(1) if is_last(x) else x, train=False),
+        two_errors=measure(fails(oom if rank else KeyError('mine'), lambda x: True), both=True), error=measure(fails(KeyError('mine'), lambda x: True)), skips=measure(Steep.apply if rank else noop, accelerated='fp16', formats='contiguous'))
     (folder/f'{rank}.json').write_text(json.dumps(dict(last=last, dtypes=dtypes, world=num_distrib(), best=[best.memory_format, best.ms], refused=refused, tried=tried,
         predictions=predictions.memory_format, alone=alone, cbs=sorted(type(o).__name__ for o in learn.cbs), loss=learn.recorder.losses[-1].item())))
-# now and then a C++ thread aborts the exit when all is done and written: leave without destructors
+# sometimes a C++ thread aborts the exit after everything is written: exit without destructors
 sys.stdout.flush(), sys.stderr.flush()
 os._exit(0)

@@ -1,1 +1,1 @@
-"The command `channelslast`: the demo, the bench, and what both need. Nothing of it is imported by a Learner."
+"The command `channelslast`: demo, benchmark and report. `import channelslast` does not import this folder."

@@ -1,4 +1,4 @@
-"What the commands share: images, classifiers, devices, and mistakes that end in one line."
+"Images, classifiers, devices and the checks of arguments that the demo and the benchmark share."
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, ImageDataLo
 
 
 class UsageError(Exception):
-    "The user's: printed in one line, exit status 2."
+    "A wrong argument. The command prints it in one line and exits with status 2."
 
 
 def digits(size, bs, device):
-    "scikit-learn's 1797 handwritten digits, 8×8 pixels, enlarged to `size`×`size` RGB images."
+    "scikit-learn's 1797 handwritten digits, 8×8 pixels, resized to RGB images of `size`×`size`."
     from sklearn.datasets import load_digits
     data = load_digits()
     images = (data.images * 255 / 16).astype(np.uint8)[..., None].repeat(3, -1)
@@ -25,15 +25,16 @@ def digits(size, bs, device):
 
 
 def folder(path, size, bs, device):
-    "The user's own images: one folder a class, a fifth kept for validation."
+    "The user's own images from a folder with one subfolder per class. A fifth of them is used for validation."
     path = Path(path)
     try:
         if not path.is_dir():
-            raise UsageError(f"--data {path}: no such folder; give one that holds a folder of images a class")
+            raise UsageError(f"--data {path}: no such folder; pass a folder with one subfolder of images per class")
         classes = [o for o in path.iterdir() if o.is_dir() and get_image_files(o)]
-    except OSError as e: raise UsageError(f"--data {path}: can't be read ({e.strerror}); give a folder that you may read")
+    except OSError as e: raise UsageError(f"--data {path}: can't be read ({e.strerror}); pass one that you may read")
     if len(classes) < 2:
-        raise UsageError(f"--data {path}: holds {len(classes)} folder(s) with images; it takes two or more, one a class")
+        raise UsageError(f"--data {path}: has {len(classes)} subfolder(s) with images; pass a folder with two or more, "
+                         "one per class")
     return ImageDataLoaders.from_folder(path, valid_pct=0.2, seed=42, item_tfms=Resize(size), bs=bs, device=device,
                                         num_workers=0, batch_tfms=Normalize.from_stats(*imagenet_stats))
 
@@ -48,44 +49,44 @@ def build(arch, n_classes, size):
     elif timm and timm.is_model(arch): make = timm.create_model
     else:
         near = get_close_matches(arch, names + (timm.list_models() if timm else []), 3)
-        more = '' if timm else '; for the names of timm, pip install timm'
-        raise UsageError(f"--arch {arch}: not known to torchvision{' or timm' if timm else ''}; "
-                      + (f"did you mean {', '.join(near)}?" if near else 'try resnet18') + more)
-    # transformers must be told the size, the Inceptions to give one output; others refuse such arguments
+        libraries = 'torchvision or timm' if timm else "torchvision (for timm's models, pip install timm)"
+        hint = f"did you mean {', '.join(near)}?" if near else 'try resnet18'
+        raise UsageError(f'no model {arch} in {libraries}; {hint}')
+    # transformers need the size, Inceptions must not return two outputs; other models reject these arguments
     for extra in dict(image_size=size), dict(input_size=(size, size)), dict(img_size=size), dict(aux_logits=False), {}:
         try: return make(arch, num_classes=n_classes, **extra)
         except TypeError: pass
 
 
 def unreadable(e):
-    "What to say of an image that can't be opened."
-    return UsageError(f"--data: an image can't be read ({e}); remove it (fastai's verify_images finds them all)")
+    "The `UsageError` for an image that can't be opened."
+    return UsageError(f"--data: an image can't be read ({e}); remove it (fastai's verify_images finds all of them)")
 
 
 def check(make_dls, arch, size, bs):
-    "Build everything once and run one batch, so that a mistake shows before anything is trained."
+    "Build the data and the model and run one batch, so that wrong arguments are reported before training."
     dls = make_dls()
     if not len(dls.train):
         n = len(dls.train_ds)
         raise UsageError(f"--bs {bs}: larger than the {n} training images; try --bs {max(n//8, 1)}")
-    if not len(dls.valid_ds): raise UsageError(f"--data: {len(dls.train_ds)} images are too few; it takes five or more")
+    if not len(dls.valid_ds): raise UsageError(f"--data: only {len(dls.train_ds)} image(s); pass five or more")
     model = build(arch, dls.c, size)
     try: x, _ = dls.train.one_batch()
     except OSError as e: raise unreadable(e)
     try:
         with torch.no_grad(): out = model.to(x.device).eval()(x[:2])
     except Exception as e:
-        raise UsageError(f"--arch {arch}: does not take images of {size}×{size} ({str(e).splitlines()[0]}); "
-                      "try --size 224")
+        raise UsageError(f"--arch {arch}: does not accept images of {size}×{size} ({str(e).splitlines()[0]}); "
+                         "try --size 224")
     if getattr(out, 'shape', None) != (len(x[:2]), dls.c):
-        raise UsageError(f"--arch {arch}: is no image classifier; try resnet18")
+        raise UsageError(f"--arch {arch}: not an image classifier; try --arch resnet18")
 
 
 def pick_device(name):
-    "The asked device, or the fastest one there is; a `UsageError` if it isn't there."
+    "The requested device, or the fastest one available. A `UsageError` if the requested one is not available."
     best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         device = torch.device(name or best)
         torch.zeros(1, device=device)
         return device
-    except Exception: raise UsageError(f"--device {name}: not on this machine; try --device {best}")
+    except Exception: raise UsageError(f"--device {name}: not available on this machine; try --device {best}")

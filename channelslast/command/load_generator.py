@@ -1,6 +1,6 @@
-"""Another process that takes the machine's time in bursts, as on a shared one: run by `channelslast bench --busy`.
+"""Another process that computes in bursts, as on a shared machine. `channelslast bench --busy` runs it.
 
-Computes on all cores for 0.1 to 1.5 s, rests as long, and ends with whoever started it, or after an hour."""
+It computes on all cores for 0.1 to 1.5 s, then rests for as long. It ends with its parent process or after an hour."""
 import os
 import random
 import sys
@@ -9,23 +9,17 @@ import time
 
 import numpy as np
 
-HOUR = 3600
-
 
 def end_with_parent():
-    "Standard input closes when the process that started this one is gone."
+    "End this process when standard input closes, which it does when the parent process is gone."
     sys.stdin.buffer.read()
     os._exit(0)
-
-
-def burst(a, seconds):
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until: a @ a
 
 
 if __name__ == '__main__':
     threading.Thread(target=end_with_parent, daemon=True).start()
     a, start, rnd = np.ones((1000, 1000), np.float32), time.perf_counter(), random.Random(0)
-    while time.perf_counter() - start < HOUR:
-        burst(a, rnd.uniform(0.1, 1.5))
+    while time.perf_counter() - start < 3600:
+        until = time.perf_counter() + rnd.uniform(0.1, 1.5)
+        while time.perf_counter() < until: a @ a
         time.sleep(rnd.uniform(0.1, 1.5))

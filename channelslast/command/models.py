@@ -1,4 +1,4 @@
-"The models that `channelslast bench` measures, as Learners on random images; and on what machine it does."
+"The models that `channelslast bench` measures, as Learners on random images, and a description of the machine."
 import platform
 
 import fastai
@@ -9,25 +9,24 @@ from torchvision.models import get_model
 from ..core.devices import fp32_setting
 from .common import build
 
-# pixels and images of a training batch on a CPU
+# image size and batch size for training on a CPU
 PANEL = dict(resnet18=(128, 16), resnet50=(96, 16), densenet121=(64, 16), mobilenet_v2=(96, 16),
              mobilenet_v3_small=(128, 16), efficientnet_b0=(96, 16), shufflenet_v2_x1_0=(128, 16),
              convnext_tiny=(64, 16), vgg11_bn=(64, 16), regnet_y_400mf=(96, 16), vit_b_16=(96, 8), unet=(64, 8),
              r3d_18=(56, 4), xresnet18=(128, 16))
-SMALL = 'cpu', 'mps'  # devices that get these sizes; an Apple GPU shares the main memory
 
 
-def measured(names, device, predict) -> list: # Of names, pixels, images a batch
-    """What is measured: training on a CPU or an Apple GPU at the panel's sizes; predictions and other GPUs at 224 px
-    (clips at 112)."""
-    small = device.type in SMALL
+def model_sizes(names, device, predict) -> list: # `(name, image size, batch size)`
+    """The sizes to measure each model at: the panel's own for training on a CPU or an Apple GPU. Predictions and other
+    GPUs get 224 px (clips 112)."""
+    small = device.type in ('cpu', 'mps')  # an Apple GPU shares the main memory
     if small and not predict: return [(n, *PANEL.get(n, (64, 16))) for n in names]
-    sizes = (16 if small else 128, 1) if predict else (128,)
-    return [(n, 112 if n == 'r3d_18' else 224, images) for n in names for images in sizes]
+    batch_sizes = (16 if small else 128, 1) if predict else (128,)
+    return [(n, 112 if n == 'r3d_18' else 224, bs) for n in names for bs in batch_sizes]
 
 
 def make_learner(name, size, bs, device) -> Learner:
-    "A Learner on random images: the time of a step does not depend on what they show."
+    "A Learner on random images. What images show does not change the time of a step."
     shape, target = (3, 8, size, size) if name == 'r3d_18' else (3, size, size), torch.tensor(1)
     if name == 'unet': target = torch.ones(size, size, dtype=torch.int64)
     dl = DataLoader([(torch.randn(shape), target) for _ in range(2*bs)], bs=bs, device=device, drop_last=True)
@@ -39,11 +38,12 @@ def make_learner(name, size, bs, device) -> Learner:
         elif name == 'r3d_18': model = get_model(name, weights=None, num_classes=10)
         else: model = build(name, 10, size)
         learn = Learner(dls, model, CrossEntropyLossFlat())
-    return learn.remove_cbs(learn._grab_cbs(type(learn.progress)) if hasattr(learn, 'progress') else [])
+    if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
+    return learn
 
 
 def cuda_settings() -> str:
-    "CUDA's and cuDNN's versions, and the settings that decide which kernels run."
+    "Versions of CUDA and cuDNN, and the settings that decide which kernels run."
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     return (f'CUDA {torch.version.cuda or torch.version.hip}, cuDNN {cudnn.version()}, cudnn.benchmark '
             f"{cudnn.benchmark}, fp32_precision {fp32_setting(getattr(cudnn, 'conv', cudnn))} (convolutions) "
@@ -51,7 +51,7 @@ def cuda_settings() -> str:
 
 
 def versions(device) -> str:
-    "Machine, versions and settings, for the line above the table."
+    "The machine, versions and settings, in one line."
     if device.type == 'cuda':
         memory = torch.cuda.get_device_properties(device).total_memory
         machine = f'{torch.cuda.get_device_name(device)}, {memory/2**30:.0f} GiB, {cuda_settings()}'

@@ -1,1 +1,1 @@
-"Tensors, modules, devices and processes: plain PyTorch, without a Learner."
+"Plain PyTorch helpers for tensors, modules, devices, random states and processes."

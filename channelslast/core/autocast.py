@@ -1,4 +1,4 @@
-"Autocast: its dtypes, modules that run outside it, and its state after an error."
+"Autocast dtypes, forwards that run in fp32 under autocast, and the autocast state."
 from contextlib import contextmanager
 
 import torch
@@ -13,13 +13,12 @@ HALF_DTYPES = tuple(DTYPES.values())
 
 
 def cast_floats(x, to: torch.dtype, types: tuple):
-    "`x`, a tensor or containers of them, with tensors of these types cast; all else, and every type, stays."
+    "`x`, a tensor or containers of tensors, with tensors of these dtypes cast to `to`. Container types are kept."
     return map_tensors(lambda t: t.to(to) if t.dtype in types else t, x)
 
 
 def fp32_forward(forward, device_type: str, half: torch.dtype):
-    """A module's forward outside autocast: half-precision inputs as fp32, fp32 outputs as half, so that nothing around
-    it changes."""
+    "`forward` outside autocast. Inputs in half precision are cast to fp32, and fp32 outputs back to `half`."
     def _forward(*args, **kwargs):
         if not torch.is_autocast_enabled(device_type): return forward(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
@@ -29,24 +28,22 @@ def fp32_forward(forward, device_type: str, half: torch.dtype):
     return _forward
 
 
-def _depth() -> int:
-    "How many autocast contexts are open."
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting()
+def _open_contexts() -> int: torch.autocast_increment_nesting(); return torch.autocast_decrement_nesting()
 
 
 @contextmanager
 def restore_autocast(device_type: str):
-    "Context manager: autocast is on or off afterwards as it was before, whoever left it in whatever state."
+    "Context manager: restores autocast's state on exit if the code inside left autocast contexts open."
     if not torch.amp.is_autocast_available(device_type):
         yield
         return
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    depth = _depth()
+    before = _open_contexts()
     try: yield
     finally:
-        if (left := _depth() - depth) > 0:
-            for _ in range(left): torch.autocast_decrement_nesting()
+        left_open = _open_contexts() - before
+        if left_open > 0:
+            for _ in range(left_open): torch.autocast_decrement_nesting()
             torch.clear_autocast_cache()
             torch.set_autocast_enabled(device_type, enabled)
             torch.set_autocast_dtype(device_type, dtype)

@@ -1,6 +1,6 @@
-"""Memory formats of tensors, modules and optimizers in plain PyTorch. Nothing here knows fastai.
+"""Memory formats of tensors, modules and optimizers. Contiguous images are also called NCHW, channels-last ones NHWC.
 
-What a memory format is: https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html"""
+Introduction: https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html"""
 import warnings
 from functools import lru_cache
 from operator import itemgetter
@@ -10,99 +10,94 @@ from torch import Tensor, nn
 
 from .nested_tensors import map_tensors
 
-__all__ = ['CHANNELS_LAST_FORMATS', 'has_channels_last_format', 'format_strides', 'needs_conversion', 'convert', 'convert_nested', 'unique_modules', 'kernel_dims', 'group_by_memory',
-           'convert_module', 'match_strides', 'align_optimizer']
+__all__ = ['CHANNELS_LAST_FORMATS', 'has_channels_last_format', 'format_strides', 'needs_conversion', 'convert',
+           'convert_nested', 'unique_modules', 'kernel_dims', 'group_by_memory', 'convert_module', 'match_strides',
+           'align_optimizer']
 
-# the channels-last format of a tensor of so many dimensions
-CHANNELS_LAST_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-CONV = nn.modules.conv._ConvNd  # of any number of dimensions, transposed ones too
+CHANNELS_LAST_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of dimensions
+CONV = nn.modules.conv._ConvNd  # base class of all convolutions, transposed ones too
 
 
 def has_channels_last_format(t) -> bool:
-    "True for what has a channels-last format: a dense, floating-point 4-D or 5-D tensor."
-    return (isinstance(t, Tensor) and t.ndim in CHANNELS_LAST_FORMATS and not t.is_nested  # lazy ones: `ndim` is 1, `dim()` raises
+    "True for a dense, floating-point 4-D or 5-D tensor: only such tensors can be channels last."
+    return (isinstance(t, Tensor) and t.ndim in CHANNELS_LAST_FORMATS and not t.is_nested  # lazy ones have no `dim()`
             and t.layout is torch.strided and t.is_floating_point())
 
 
 @lru_cache(maxsize=4096)
-def format_strides(
-    shape: torch.Size, # Of a 4-D or 5-D tensor, channels second
-    channels_last: bool = True,
-) -> tuple: # In elements
-    "The strides that PyTorch itself gives a new tensor of this shape in channels last, or contiguous."
+def format_strides(shape: torch.Size, channels_last: bool = True) -> tuple:
+    "The strides that PyTorch gives a new channels-last or contiguous tensor of this 4-D or 5-D shape."
     fmt = CHANNELS_LAST_FORMATS[len(shape)] if channels_last else torch.contiguous_format
     return torch.empty(shape, device='meta', memory_format=fmt).stride()
 
 
 def needs_conversion(t, channels_last=True) -> bool:
-    "True if `t` has other strides than in its channels-last (or, if it is channels last, its contiguous) format."
+    "True if the strides of `t` must change to make it channels last, or contiguous if it is channels last now."
     if not has_channels_last_format(t): return False
-    now, last = t.stride(), format_strides(t.shape)
-    return now != last if channels_last else now == last != format_strides(t.shape, False)
+    stride, last = t.stride(), format_strides(t.shape)
+    return stride != last if channels_last else (stride == last and last != format_strides(t.shape, False))
 
 
 def can_restride(t, stride) -> bool:
-    "True if `t` can take these strides on its own memory: they differ only where a dimension has size 1."
+    "True if `t` can take these strides without a copy: they differ only in dimensions of size 1."
     return t.data_ptr() != 0 and all(n == 1 or a == b for n, a, b in zip(t.shape, t.stride(), stride))
 
 
-def convert(
-    t, # Anything; only what is `has_channels_last_format` changes
-    channels_last: bool = True, # False: to contiguous, if it is channels last now
-):
-    """`t` in its channels-last (or contiguous) format: `t` itself if it has those strides, a view of its memory if the
-    order there is the same, otherwise a copy.
+def convert(t, channels_last: bool = True):
+    """`t` in channels last, or back in contiguous if `channels_last` is False. Returns `t` itself if nothing has to
+    change (`t` may be anything), a view if new strides on the same memory are enough, and otherwise a copy.
 
-    The strides are compared, not `is_contiguous`: a 1×1 convolution's weight and a one-channel image are contiguous in
-    both formats, yet PyTorch reads from their strides which one a convolution and its gradient shall take."""
+    Strides are compared instead of calling `is_contiguous`. A 1×1 convolution's weight and a one-channel image are
+    contiguous in both formats, but PyTorch chooses the format of a convolution and its gradient by their strides."""
     if not needs_conversion(t, channels_last): return t
     stride = format_strides(t.shape, channels_last)
     if can_restride(t, stride): return t.as_strided(t.shape, stride)
     return t.to(memory_format=CHANNELS_LAST_FORMATS[t.dim()] if channels_last else torch.contiguous_format, copy=True)
 
 
-def convert_nested(
-    x, # A tensor, or containers of them, nested as you like
-    dims = tuple(CHANNELS_LAST_FORMATS), # Numbers of dimensions to cast
-):
-    "`x` with each tensor of so many dimensions in channels last; containers without one, and types, stay as they are."
+def convert_nested(x, dims=tuple(CHANNELS_LAST_FORMATS)):
+    "`x`, nested containers of tensors, with all tensors of these numbers of dimensions in channels last."
     return map_tensors(lambda t: convert(t) if t.dim() in dims else t, x)
 
 
 def match_strides(t: Tensor, ref: Tensor) -> Tensor:
-    "`t` in the strides of `ref`, if both have one shape."
+    "`t` with the strides of `ref`, if their shapes are equal."
     if t.layout is not torch.strided or t.shape != ref.shape or t.stride() == ref.stride(): return t
     if can_restride(t, ref.stride()): return t.as_strided(t.shape, ref.stride())
     new = torch.empty_like(ref, dtype=t.dtype, device=t.device)
-    return new.copy_(t) if new.stride() == ref.stride() else t  # `ref` may overlap itself: its strides can't be had
+    return new.copy_(t) if new.stride() == ref.stride() else t  # no new tensor has the strides of an overlapping `ref`
+
+
+def _match_in_place(t: Tensor, ref: Tensor):
+    new = match_strides(t, ref)
+    if new is not t: t.data = new
 
 
 def unique_modules(module: nn.Module) -> list:
-    "Each module once, as from `module.modules()`, but quicker: each fit and each prediction looks."
-    found, known = [module], {module}
-    for m in found:
-        if m._modules: found += [c for c in m._modules.values() if c is not None and not (c in known or known.add(c))]
-    return found
+    "All modules, each once, like `module.modules()` but faster: each fit and each prediction needs them."
+    modules, seen = [module], {module}
+    for m in modules:
+        for c in m._modules.values():
+            if c is not None and c not in seen: modules.append(c); seen.add(c)
+    return modules
 
 
-def kernel_dims(
-    modules: list, # All modules of a model
-) -> dict: # By module; those that are missing have what `None` has
-    """Number of dimensions of the kernels that each module holds, judged without running the model.
+def kernel_dims(modules: list) -> dict: # By module; the value of `None` is that of all other modules
+    """Number of dimensions of the kernels that a model's modules hold, found without running the model.
 
-    A convolution module, with its parametrizations, holds kernels of its own number of dimensions. Another module may
-    hold kernels for `F.conv2d`, or a bank of kernels, which has one dimension more and which the model's own `view`
-    takes apart. So there only the smallest number counts that the model's 2-D and 3-D convolutions have. In a model
-    without convolution modules the parameters tell, except those whose first dimension is 1: these are no kernels, they
-    are added to a batch."""
-    # subclasses with a forward of their own may set `kernel_size` to a number, hardly `output_padding`
+    A convolution module and its parametrizations hold kernels of the convolution's own dimensions. Another module may
+    hold kernels for `F.conv2d`, or banks of kernels with one more dimension, which the model takes apart with `view`.
+    So other modules get the smallest number among the model's 2-D and 3-D convolutions. Without convolution modules,
+    the parameters decide, except those whose first dimension is 1: these are added to a batch."""
+    # not `kernel_size`, which subclasses with their own forward may set to a number
     dims = {m: len(c.output_padding) + 2 for c in modules if isinstance(c, CONV) for m in unique_modules(c)}
-    found = {*dims.values()} or {p.dim() for m in modules for p in m._parameters.values() if has_channels_last_format(p) and len(p) > 1}
+    params = [] if dims else [p for m in modules for p in m._parameters.values()]
+    found = {*dims.values(), *(p.dim() for p in params if has_channels_last_format(p) and len(p) > 1)}
     return {**dims, None: min(found & CHANNELS_LAST_FORMATS.keys(), default=None)}
 
 
-def _span(t: Tensor) -> tuple: # Device, storage, first byte, the byte after the last
-    "Where the memory of `t` lies; a place of its own for a tensor without strides or memory."
+def _memory_range(t: Tensor) -> tuple: # Device, storage, first byte, end
+    "The memory that `t` uses. Tensors without strides or memory get a range of their own."
     if nn.parameter.is_lazy(t) or t.layout is not torch.strided or t.is_nested or not t.data_ptr():
         return '', id(t), 0, 1
     start, size = t.storage_offset(), t.element_size()
@@ -110,85 +105,76 @@ def _span(t: Tensor) -> tuple: # Device, storage, first byte, the byte after the
     return str(t.device), t.untyped_storage().data_ptr(), start*size, end*size
 
 
-def group_by_memory(
-    tensors, # Any; each counts once
-) -> list: # Of lists of tensors
-    "The tensors in groups: those whose ranges of memory overlap are together."
-    spans, groups, before, reach = {id(t): (_span(t), t) for t in tensors}, [], None, 0
-    for span, t in sorted(spans.values(), key=itemgetter(0)):
-        *place, start, end = span
-        if place == before and start < reach: groups[-1].append(t)
+def group_by_memory(tensors) -> list: # Lists of tensors
+    "Groups of tensors whose memory ranges overlap. Each tensor is in one group, once."
+    ranges = {id(t): (_memory_range(t), t) for t in tensors}
+    groups, group_storage, group_end = [], None, 0
+    for memory, t in sorted(ranges.values(), key=itemgetter(0)):
+        *storage, start, end = memory
+        if storage != group_storage: group_end = 0
+        if start < group_end: groups[-1].append(t)
         else: groups.append([t])
-        before, reach = place, max(end, reach) if place == before else end
+        group_storage, group_end = storage, max(end, group_end)
     return groups
 
 
 @torch.no_grad()
-def convert_module(
-    module: nn.Module,
-    channels_last: bool = True, # False: back to contiguous
-) -> bool: # True if any tensor was converted
-    """Convert the parameters and buffers that have the dimensions of a convolution's kernel (see `kernel_dims`) to
-    channels last, or all that are channels last to contiguous; give each gradient its parameter's strides.
+def convert_module(module: nn.Module, channels_last: bool = True) -> bool: # True if any tensor was converted
+    """Convert parameters and buffers with the dimensions of kernels (see `kernel_dims`) to channels last, or all that
+    are channels last to contiguous. Gradients get the strides of their parameters.
 
-    Parameters keep their identity, so optimizers, hooks and tied weights stay valid. Two parameters on one memory stay
-    so. If their shapes or strides differ (a 1×1 convolution and a linear layer), that memory is not reordered: they are
-    converted only if new strides are enough. Tensors that already have their format are not touched."""
+    Parameters keep their identity, so optimizers, hooks and tied weights stay valid. Tensors that share memory still
+    share it. If their shapes or strides differ (a 1×1 convolution and a linear layer), they are converted only if new
+    strides are enough, as their memory can't be reordered. Tensors that have their format are not touched."""
     modules, converted = unique_modules(module), False
     owned = [(m, t) for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-    due = [(m, t) for m, t in owned if needs_conversion(t, channels_last)]
-    if due and channels_last:
+    pending = [(m, t) for m, t in owned if needs_conversion(t, channels_last)]
+    if pending and channels_last:
         dims = kernel_dims(modules)
-        due = [(m, t) for m, t in due if t.dim() == dims.get(m, dims[None])]
-    due = {t for _, t in due}
-    for group in group_by_memory(t for _, t in owned) if due else ():
-        found = due.intersection(group)
-        if found and len({(_span(t), t.shape, t.stride(), t.dtype) for t in group}) == 1:
+        pending = [(m, t) for m, t in pending if t.dim() == dims.get(m, dims[None])]
+    pending = {t for _, t in pending}
+    for group in group_by_memory(t for _, t in owned) if pending else []:
+        tensors = pending.intersection(group)
+        if tensors and len({(_memory_range(t), t.shape, t.stride(), t.dtype) for t in group}) == 1:
             new = convert(group[0].data, channels_last)
             for t in group: t.data = new
         else:
-            found = {t for t in found if can_restride(t, format_strides(t.shape, channels_last))}
-            for t in found: t.data = convert(t.data, channels_last)
-        converted |= bool(found)
+            tensors = {t for t in tensors if can_restride(t, format_strides(t.shape, channels_last))}
+            for t in tensors: t.data = convert(t.data, channels_last)
+        converted = converted or bool(tensors)
     for _, t in owned:
-        if (grad := getattr(t, 'grad', None)) is not None and (new := match_strides(grad, t)) is not grad: grad.data = new
+        grad = getattr(t, 'grad', None)
+        if grad is not None: _match_in_place(grad, t)
     return converted
 
 
 @torch.no_grad()
-def align_optimizer(
-    opt, # A `torch.optim` or fastai optimizer, wrapped or not; `None` is fine
-):
-    """Give each state tensor of its parameter's shape (momenta, averages, slow weights) its parameter's strides.
+def align_optimizer(opt): # A `torch.optim` or fastai optimizer, wrapped or not, or None
+    """Give state tensors of their parameter's shape (momenta, averages, slow weights) their parameter's strides.
 
-    Fused kernels walk parameter, gradient and state through memory side by side: with other strides on the state they
-    pair the wrong elements (https://github.com/pytorch/pytorch/issues/106951). State in 8 bits (bitsandbytes) has one
-    scale per block of memory, so that its elements can't move: it is dropped with a warning, and starts again."""
+    Fused kernels go through the memory of parameter, gradient and state in parallel. With different strides, they pair
+    the wrong elements (https://github.com/pytorch/pytorch/issues/106951). 8-bit state (bitsandbytes) has one scale per
+    block of memory, so its elements can't move. It is dropped with a warning and starts again."""
     while opt is not None:
         for p, state in getattr(opt, 'state', {}).items():
             if isinstance(p, Tensor): _align_state(state, p)
-        own = vars(opt)
-        if own.get('slow_weights') is not None:  # fastai's Lookahead keeps them beside its state, in lists
-            for pg, slow in zip(opt.param_lists, own['slow_weights']):
-                for p, s in zip(pg, slow): _align_state(s, p)
-        inner = own.get('opt', own.get('optimizer'))  # OptimWrapper and Lookahead; Accelerate
+        attributes = vars(opt)
+        if attributes.get('slow_weights') is not None:  # fastai's Lookahead keeps them in lists, outside of its state
+            for params, slow_weights in zip(opt.param_lists, attributes['slow_weights']):
+                for p, slow in zip(params, slow_weights): _align_state(slow, p)
+        inner = attributes.get('opt', attributes.get('optimizer'))  # OptimWrapper and Lookahead; Accelerate
         opt = inner if hasattr(inner, 'state') else None
 
 
-def _is_in_blocks(state, p) -> bool:
-    "True for state in 8 bits, with the scales of its blocks beside it, in another order than the parameter's."
-    def _is(s): return s.shape == p.shape and s.dtype is torch.uint8 and not can_restride(s, p.stride())
-    return any('absmax' in str(k) for k in state) and any(_is(s) for s in state.values() if isinstance(s, Tensor))
-
-
 def _align_state(state, p):
-    if type(state) is Tensor:  # not its subclasses, which know themselves in which order their elements lie
-        if (new := match_strides(state, p)) is not state: state.data = new
+    if type(state) is Tensor: _match_in_place(state, p)  # subclasses may order their elements differently
     elif isinstance(state, dict):
-        if _is_in_blocks(state, p):
+        tensors = [s for s in state.values() if isinstance(s, Tensor) and s.dtype is torch.uint8 and s.shape == p.shape]
+        # one scale per block of memory, but the elements are in another order than the parameter's
+        if any('absmax' in str(k) for k in state) and not all(can_restride(s, p.stride()) for s in tensors):
             state.clear()
-            warnings.warn("Optimizer state in 8 bits can't change its memory format: momentum and averages start "
-                          "again. Switch the format before training.", stacklevel=2)
+            warnings.warn("8-bit optimizer state can't change its memory format, so momentum and averages start again. "
+                          "Switch the format before training.", stacklevel=2)
         for s in state.values(): _align_state(s, p)
     elif isinstance(state, (list, tuple)):
         for s in state: _align_state(s, p)

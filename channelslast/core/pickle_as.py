@@ -1,4 +1,4 @@
-"Exported Learners load where this library is not installed."
+"Pickle callbacks as their fastai base classes."
 import copyreg
 from copy import deepcopy
 
@@ -6,14 +6,13 @@ __all__ = ['pickle_as']
 
 
 def pickle_as(base):
-    """Class decorator: instances pickle as `base`, fastai's own class, so that an exported Learner loads where this
+    """Class decorator: instances pickle as `base`, fastai's own class, so an exported Learner also loads where this
     library is not installed. Copies keep their class."""
     def _decorate(cls):
-        # what a fit keeps, its functions among it
-        passing = {k for k in vars(cls) if k.startswith('_') and not k.startswith('__')}
+        fit_state = {k for k in vars(cls) if k.startswith('_') and not k.startswith('__')}  # includes functions
         def __reduce_ex__(self, protocol):
             if type(self) is not cls: return object.__reduce_ex__(self, protocol) # a user's own subclass
-            state = {k: v for k, v in self.__getstate__().items() if k not in passing}
+            state = {k: v for k, v in self.__getstate__().items() if k not in fit_state}
             return copyreg._reconstructor, (base, object, None), state
         def __copy__(self):
             new = type(self).__new__(type(self))

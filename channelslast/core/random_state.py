@@ -1,4 +1,4 @@
-"Random states: keep them, and make two runs alike."
+"Restore random states, and make runs repeatable."
 import random
 from contextlib import contextmanager
 
@@ -11,10 +11,9 @@ __all__ = ['restore_random_states', 'less_random']
 
 @contextmanager
 def restore_random_states():
-    """Restore the states of `random`, NumPy and PyTorch (all devices) and cuDNN's flags on leaving, however that
-    happens.
+    """Restore the states of `random`, NumPy and PyTorch (all devices) and cuDNN's flags on exit, also after an error.
 
-    No device is started for this: a process that forks later could not use it. A device that nothing has used yet gets
+    This starts no device, since a process that forks later could not use it. A device that was not used before gets
     the CPU's seed, as `torch.manual_seed` gave it."""
     cudnn = torch.backends.cudnn
     states = random.getstate(), np.random.get_state(), torch.get_rng_state(), cudnn.deterministic, cudnn.benchmark
@@ -34,17 +33,22 @@ def restore_random_states():
 @contextmanager
 def less_random(
     seed: int = 42, # For `random`, NumPy and PyTorch on every device
-    deterministic: bool = None, # cuDNN's `deterministic`; None leaves it as it is
-    benchmark: bool = None, # cuDNN's `benchmark`; None leaves it as it is
+    deterministic: bool = None, # cuDNN's `deterministic`; None: unchanged
+    benchmark: bool = None, # cuDNN's `benchmark`; None: unchanged
 ):
-    """Context manager: two runs that build their data, model and Learner inside it, on one machine, give the same
-    losses.
+    """Context manager: two runs on one machine give the same losses if data, model and Learner are created inside it.
 
-    Seeds everything and restores all random states and flags on leaving, also after an exception. In place of fastai's
-    `no_random`, which turns `cudnn.benchmark` off and `deterministic` on: under these, convolutions in channels last
-    are reported to fail (what the flags do: https://docs.pytorch.org/docs/stable/notes/randomness.html). Some kernels,
-    in CUDA mostly, add in any order; with those, losses agree to rounding only, unless you pass
-    `deterministic=True`."""
+    It seeds everything, and restores all random states and flags on exit, also after an exception. Use it instead of
+    fastai's `no_random`, which turns `cudnn.benchmark` off and `deterministic` on. With these flags
+    (https://docs.pytorch.org/docs/stable/notes/randomness.html), convolutions in channels last are reported to fail.
+    Some kernels, mostly on CUDA, add in any order: losses then agree only to rounding, unless `deterministic=True`.
+
+    >>> import torch
+    >>> from channelslast import less_random
+    >>> with less_random(): a = torch.rand(3)
+    >>> with less_random(): b = torch.rand(3)
+    >>> torch.equal(a, b)
+    True"""
     with restore_random_states():
         set_seed(seed)
         if deterministic is not None: torch.backends.cudnn.deterministic = deterministic

@@ -1,17 +1,18 @@
-"Temporary changes to modules and dictionaries, each with its undo."
+"Temporary changes to modules and dictionaries, and their undo."
 from copy import copy
 
 __all__ = ['ForwardPatch', 'restore_dict']
 
 
 class ForwardPatch:
-    "Other forwards for some modules, on the instances alone, from `apply()` to `undo()`; also a context manager."
+    "Replaces the forwards of module instances from `apply()` to `undo()`. Also a context manager."
     def __init__(self,
         modules=(),
-        wrap=None, # `wrap(module, forward)` makes the new forward
-        cache=None, # New forwards made before: for a new function, a compiled model would compile again
+        wrap=None, # `wrap(module, forward)` returns the new forward
+        cache=None, # Dictionary of new forwards to reuse: a compiled model would recompile for a new function
     ):
-        self.modules, self.wrap, self.cache, self.replaced = list(modules), wrap, {} if cache is None else cache, []
+        self.modules, self.wrap, self.replaced = list(modules), wrap, []
+        self.cache = {} if cache is None else cache
 
     def apply(self):
         self.undo()
@@ -32,11 +33,12 @@ class ForwardPatch:
 
 
 def restore_dict(undo, d):
-    "Have `undo` restore a dictionary and, one level down, the dictionaries, lists and sets in it."
-    saved, inner = dict(d), [(v, copy(v)) for v in d.values() if isinstance(v, (dict, list, set))]
+    "Make the `ExitStack` `undo` restore a dictionary, and the dictionaries, lists and sets that are its values."
+    saved = dict(d)
+    saved_values = [(v, copy(v)) for v in d.values() if isinstance(v, (dict, list, set))]
     def _restore():
         d.clear(); d.update(saved)
-        for v, old in inner:
+        for v, old in saved_values:
             if isinstance(v, list): v[:] = old
             else: v.clear(); v.update(old)
     undo.callback(_restore)

@@ -1,1 +1,1 @@
-"Measuring a Learner in each memory format and precision."
+"Measure a Learner in each memory format and precision, and choose the fastest."

@@ -1,4 +1,4 @@
-"What can be measured, and what a Learner has: a memory format, a precision, and the callbacks that make them."
+"Candidates: a memory format and a precision, with the callbacks for them. Also reads and changes a Learner's setting."
 from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastcore.foundation import L
@@ -20,44 +20,43 @@ FORMATS, PRECISIONS = ('contiguous', 'channels_last'), ('fp32', 'fp16', 'bf16')
 
 
 class Eliminated(Exception):
-    "Raised inside `Candidate.run_or_eliminate`: the reason why a candidate is out."
+    "Raised inside `Candidate.run_or_eliminate`, with the reason why the candidate is eliminated."
 
 
-def _said(e) -> str:
-    "An error as a note."
+def _error_note(e) -> str:
     if isinstance(e, Eliminated): return str(e)
-    said = (str(e).strip() or 'no message').splitlines()[-1].strip()
-    return 'out of memory' if is_out_of_memory(e) else f'{type(e).__name__}: {said[:100]}'
+    if is_out_of_memory(e): return 'out of memory'
+    return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[-1].strip()[:100]}"
 
 
 class Candidate:
-    "A format and precision, with the callbacks that make it, and what was measured of it."
+    "A memory format and precision, the callbacks for them, and their measurements."
     def __init__(self,
-        memory_format: str, # One of `FORMATS`
-        precision: str, # One of `PRECISIONS`
+        memory_format: str, precision: str, # One of `FORMATS` and one of `PRECISIONS`
         scaler: dict, # Arguments of `torch.amp.GradScaler`
-        fp32_layers=(), # Names of layers to leave in fp32
+        fp32_layers=(), # Names of layers to keep in fp32
         folded=False, # With `FoldBatchNorm`?
     ):
-        self.memory_format, self.base_precision, self.precision = memory_format, precision, precision + '+fp32'*bool(fp32_layers)
+        self.memory_format, self.base_precision = memory_format, precision
+        self.precision = f'{precision}+fp32' if fp32_layers else precision
         self.folded, self.fp32_layers, self.is_channels_last = folded, fp32_layers, memory_format == 'channels_last'
         self.key = memory_format, self.precision, folded
-        self.baseline = self.key == ('contiguous', 'fp32', False)
-        self.cbs = [ChannelsLast()]*self.is_channels_last
+        self.is_baseline = self.key == ('contiguous', 'fp32', False)
+        self.cbs = [ChannelsLast()] if self.is_channels_last else []
         for cb in self.cbs: cb.measured = True
         if precision != 'fp32':
             self.cbs.append(DeviceMixedPrecision(precision, fp32_layers, **(scaler if precision == 'fp16' else {})))
         self.fold = FoldBatchNorm() if folded else None
-        self.cbs += [self.fold]*folded
+        if folded: self.cbs.append(self.fold)
         self.ms, self.note, self.running, self.valid, self.scaler = [], '', True, True, None
         self.loss_diff = self.grad_diff = self.pred_diff = self.memory = None
 
     def eliminate(self, note, valid=False):
-        "Not measured further, for this reason."
+        "Stop measuring this candidate, for the reason in `note`."
         self.note, self.running, self.valid = '; '.join(filter(None, [self.note, note])), False, valid
 
     def activate(self, learn, cbs):
-        "Make the Learner, inside `preserve_learner`, train in this format and precision."
+        "Switch the Learner, inside `preserve_learner`, to this memory format and precision."
         learn.cbs = L(*cbs, *self.cbs)
         for cb in self.cbs: cb.learn = learn
         convert_module(learn.model, self.is_channels_last)
@@ -68,55 +67,54 @@ class Candidate:
         learn.scaler = self.scaler
 
     def run_or_eliminate(self, learn, f):
-        """`f()`, or None where it fails, in this process or in another one of a distributed run. Then the candidate is
-        out; an error of contiguous fp32 is the user's own.
-
-        All processes have to call this in the same order, and `f` must not communicate: a process in which `f` fails
-        would leave the others waiting."""
-        found = error = None
-        try: found = f()
+        """Return `f()`. If it fails in any process of a distributed run, return None and eliminate the candidate, or
+        raise the error if this is contiguous fp32. All processes must call this in the same order, and `f` must not
+        communicate: if it failed in one process, the others would wait forever."""
+        result = error = None
+        try: result = f()
         except Exception as e: error = e
-        notes = gather_from_ranks(error and _said(error))
-        if not any(notes): return found
-        found = learn.pred = learn.loss = learn.loss_grad = None  # which hold the activations of the step
+        notes = gather_from_ranks(error and _error_note(error))
+        if not any(notes): return result
+        result = learn.pred = learn.loss = learn.loss_grad = None  # they hold the step's activations
         rank, note = next((i, note) for i, note in enumerate(notes) if note)
-        if self.baseline: raise error or RuntimeError(f'Process {rank} of {len(notes)}: {note}')
+        if self.is_baseline: raise error or RuntimeError(f'Process {rank} of {len(notes)}: {note}')
         error = None  # its traceback holds the step's tensors
         learn.model.zero_grad(set_to_none=True)
         free_memory(fit_device(learn))
         self.eliminate(note)
 
-    def timing(self, base) -> Timing:
-        "What was measured, beside the milliseconds of contiguous fp32."
+    def timing(self, base_ms) -> Timing:
+        "The measurements, with the speedup over `base_ms`, the milliseconds of contiguous fp32."
         ms, doubt = (selection.fastest(self.ms), selection.uncertainty(self.ms)) if self.ms else (None, None)
-        return Timing(self.memory_format, self.precision, ms, ms and base/ms, self.loss_diff, self.grad_diff,
+        return Timing(self.memory_format, self.precision, ms, ms and base_ms/ms, self.loss_diff, self.grad_diff,
                       self.memory, self.note, bool(self.ms) and self.valid, doubt, self.folded, self.pred_diff)
 
 
-def current_setting(learn) -> tuple:
-    "Memory format and precision that the Learner runs in now, and whether with batch norms folded."
-    mp = next(iter(learn._grab_cbs(MixedPrecision)), None)
-    device = fit_device(learn)
-    works = isinstance(mp, DeviceMixedPrecision) or device.type == 'cuda'  # fastai's own serves CUDA alone
-    fast = mp and works and devices.autocast_is_fast(device, mp.amp_mode)
-    tuned = '+fp32'*bool(getattr(mp, 'fp32_layers', ()))
-    precision = mp.amp_mode.value + tuned if fast else 'fp32'
-    return FORMATS[bool(learn._grab_cbs(FastaiChannelsLast))], precision, bool(learn._grab_cbs(FoldBatchNorm))
+def current_setting(learn) -> tuple: # Memory format, precision, True with `FoldBatchNorm`
+    "The Learner's current memory format and precision, and whether its batch norms are folded."
+    mp, device = next(iter(learn._grab_cbs(MixedPrecision)), None), fit_device(learn)
+    runs = isinstance(mp, DeviceMixedPrecision) or (mp and device.type == 'cuda')  # fastai's own supports only CUDA
+    precision = mp.amp_mode.value if runs and devices.autocast_is_fast(device, mp.amp_mode) else 'fp32'
+    if precision != 'fp32' and getattr(mp, 'fp32_layers', ()): precision += '+fp32'
+    memory_format = 'channels_last' if learn._grab_cbs(FastaiChannelsLast) else 'contiguous'
+    return memory_format, precision, bool(learn._grab_cbs(FoldBatchNorm))
 
 
 def apply_timing(learn, row:Timing, layers=(), **scaler):
-    """Switch a Learner to the format and precision of a `Timing`, with these GradScaler arguments if it is fp16, and
-    fold its batch norms, or not, if that was measured."""
-    half, _, tuned = row.precision.partition('+')
-    names = tuple(fp32_names(layers, half)) if tuned else ()
-    has = tuple(getattr(getattr(learn, 'mixed_precision', None), 'fp32_layers', ()))
+    """Switch the Learner to the memory format and precision of a `Timing`; for fp16 with these arguments of
+    `GradScaler`. Timings of predictions also add or remove `FoldBatchNorm`."""
+    half, _, mixed = row.precision.partition('+')
+    names = tuple(fp32_names(layers, half)) if mixed else ()
+    current_names = tuple(getattr(getattr(learn, 'mixed_precision', None), 'fp32_layers', ()))
     if half == 'fp32': learn.to_fp32().to_channelslast(to_fp16=False)
-    elif current_setting(learn)[1] == row.precision and not scaler and names == has: learn.to_channelslast()
+    elif current_setting(learn)[1] == row.precision and names == current_names and not scaler: learn.to_channelslast()
     else: learn.to_channelslast(amp_mode=half, fp32_layers=names or None, **(scaler if half == 'fp16' else {}))
-    if row.pred_diff is not None: # of predictions
-        if not row.folded: learn.remove_cb(FoldBatchNorm)
-        elif not learn._grab_cbs(FoldBatchNorm): learn.add_cb(FoldBatchNorm(measured=True))
-    else: learn.remove_cbs([o for o in learn._grab_cbs(FoldBatchNorm) if o.measured])
-    if row.memory_format != 'channels_last': return learn.to_contiguous()
+    if row.pred_diff is None: # measured in training
+        learn.remove_cbs([o for o in learn._grab_cbs(FoldBatchNorm) if o.measured])
+    elif not row.folded: learn.remove_cb(FoldBatchNorm)
+    elif not learn._grab_cbs(FoldBatchNorm):
+        learn.add_cb(FoldBatchNorm())
+        learn.fold_batch_norm.measured = True
+    if row.memory_format == 'contiguous': return learn.to_contiguous()
     learn.channels_last.measured = True
     return learn

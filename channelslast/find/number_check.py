@@ -1,6 +1,7 @@
-"Are a candidate's numbers those of contiguous fp32, as far as its precision allows?"
+"Check that a candidate's numbers are those of contiguous fp32, as far as its precision allows."
 import math
 import warnings
+from collections import namedtuple
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -19,80 +20,72 @@ from ..learner.step_callbacks import is_part_of_step
 from .candidates import Eliminated
 from .step_replay import Record, Replay
 
-__all__ = ['TOLERANCE', 'PREDICTION_TOLERANCE', 'stop_before_step', 'not_finite', 'check_numbers', 'check_predictions']
+__all__ = ['TOLERANCE', 'PREDICTION_TOLERANCE', 'StopBeforeStep', 'not_finite', 'check_numbers', 'check_predictions']
 
-# Relative differences from fp32 that rounding explains: of the loss, of an operation's result, of a weight's gradient,
-# of a vector's (biases, norms). Vectors' gradients are sums over all pixels: in bf16 one in Swin3D differed by 0.6.
-TOLERANCE = dict(fp32=(1e-3, 1e-2, 5e-2, 5e-2), fp16=(2e-2, 1e-2, 5e-2, 0.2), bf16=(5e-2, 2e-2, 0.12, 0.8))
-ROUNDING = dict(fp32=2**-18, fp16=2**-11, bf16=2**-8)  # a sum's in fp32
-ROUNDING_FACTOR = 3  # times the difference that such rounding errors make
-
-PREDICTION_TOLERANCE = dict(fp32=1e-3, fp16=2e-2, bf16=1e-1)  # relative differences of all outputs
+# Relative differences from fp32 that rounding explains: of the loss, of an operation's result, and of the gradients of
+# weights and of vectors (biases, norms), which are sums over all positions: in bf16, one in Swin3D differed by 0.6.
+Tolerance = namedtuple('Tolerance', 'loss result weight vector')
+TOLERANCE = dict(fp32=Tolerance(1e-3, 1e-2, 5e-2, 5e-2), fp16=Tolerance(2e-2, 1e-2, 5e-2, 0.2),
+                 bf16=Tolerance(5e-2, 2e-2, 0.12, 0.8))
+ROUNDING = dict(fp32=2**-18, fp16=2**-11, bf16=2**-8)  # relative rounding error; for fp32 that of a sum
+ROUNDING_FACTOR = 3  # up to this times the difference that such rounding errors make is accepted
+PREDICTION_TOLERANCE = dict(fp32=1e-3, fp16=2e-2, bf16=1e-1)  # relative difference of all outputs
 
 
 class StopBeforeStep(Callback):
-    "Stop each batch before the optimizer; tell `mode`, which follows the step, when the backward pass begins."
-    order, mode = -1000, None
+    "Stop each batch before the optimizer. Tells `mode`, which follows the step, when the backward pass begins."
+    order = -1000
+    def __init__(self, learn): self.learn, self.mode = learn, None
     def before_backward(self):
         if self.mode: self.mode.backward = True
     def before_step(self): raise CancelBatchException
 
 
-def stop_before_step(learn):
-    "The callback, for a Learner whose callbacks are exchanged by hand."
-    cb = StopBeforeStep()
-    cb.learn = learn
-    return cb
-
-
-def not_finite(named) -> str: # `''` where all are finite
-    "The first name whose tensor holds NaN or infinity, of pairs `(name, tensor)`. Tensors without numbers pass."
+def not_finite(named) -> str: # `''` if all are finite
+    "First name in pairs `(name, tensor)` whose tensor holds NaN or infinity. None and integers pass."
     named = [(n, t._values() if t.layout is torch.sparse_coo else t) for n, t in named if t is not None]
     named = [(n, t) for n, t in named if t.layout is torch.strided and (t.is_floating_point() or t.is_complex())]
     if not named: return ''
-    finite = torch.stack([t.isfinite().all().to(named[0][1].device) for _, t in named])  # one wait for all
+    finite = torch.stack([t.isfinite().all().to(named[0][1].device) for _, t in named])  # synchronize only once
     return '' if finite.all() else named[finite.int().argmin().item()][0]
 
 
-# gradients
-
 def _norm(tensors) -> float:
-    "Of all together; in float64, which not all GPUs have: a CPU's float32 norm of a hundred million numbers is 1% off."
-    def _one(t): return torch.linalg.vector_norm(t, dtype=_wide(t, torch.float64) if t.is_cpu or t.is_cuda else None)
+    "Norm of all tensors, in float64 if the device has it: a CPU's float32 norm of 100 million numbers is 1% off."
+    def _one(t):
+        wide = torch.promote_types(t.dtype, torch.float64) if t.is_cpu or t.is_cuda else None
+        return torch.linalg.vector_norm(t, dtype=wide)
     return math.hypot(*map(_one, tensors))
 
 
-def _wide(t, dtype): return torch.promote_types(t.dtype, dtype)  # complex numbers stay complex
+def _wide_copy(grad):
+    dense = grad.detach().to_dense() if grad.layout is not torch.strided else grad.detach()  # sparse: of embeddings
+    return dense.to(torch.promote_types(dense.dtype, torch.float32), copy=True)  # complex numbers stay complex
 
 
-def _wide_copy(g):
-    g = g.detach().to_dense() if g.layout is not torch.strided else g.detach()  # of embeddings with `sparse=True`
-    return g.to(_wide(g, torch.float32), copy=True)
-
-
-def _pairs(grads, truth):
-    "Gradients side by side; none is as good as zeros."
-    for a, b in zip(grads, truth):
-        if a is not None or b is not None:
-            yield (torch.zeros_like(b) if a is None else a), (torch.zeros_like(a) if b is None else b)
-        else: yield None, None
+def _pairs(grads, reference):
+    "Pairs of gradients. A missing one counts as zeros if the other one exists."
+    for a, b in zip(grads, reference):
+        if a is None and b is not None: a = torch.zeros_like(b)
+        elif b is None and a is not None: b = torch.zeros_like(a)
+        yield a, b
 
 
 def _error(a, b) -> float:
-    """The relative difference of the whole, or an eighth of the largest one of a slice along the first dimension: the
-    weights of one output channel, relative to an average one."""
+    """Relative difference of two gradients: of the whole, or an eighth of the largest one of a slice along the first
+    dimension (the weights of one output channel) relative to an average slice."""
     if a is None or not a.numel(): return 0.
-    off, b = (t.flatten(1) if t.dim() > 1 else t.view(1, -1) for t in (a - b, b))
-    offs, norm = torch.linalg.vector_norm(off, dim=1), torch.linalg.vector_norm(b)
-    most = torch.maximum(torch.linalg.vector_norm(offs), offs.max()*math.sqrt(len(offs))/8)
-    return (most/norm if most else most).item()
+    diff, b = (t.flatten(1) if t.dim() > 1 else t.view(1, -1) for t in (a - b, b))
+    diffs, norm = torch.linalg.vector_norm(diff, dim=1), torch.linalg.vector_norm(b)
+    largest = torch.maximum(torch.linalg.vector_norm(diffs), diffs.max()*math.sqrt(len(diffs))/8)
+    return (largest/norm if largest else largest).item()
 
 
-def _errors(grads, truth) -> list: return [_error(a, b) for a, b in _pairs(grads, truth)]
+def _errors(grads, reference) -> list: return [_error(a, b) for a, b in _pairs(grads, reference)]
 
 
 def _loss_and_grads(learn, batch, stop, make_mode) -> tuple: # Loss, gradients, the mode
-    "Loss and gradients of one batch, in fp32, unscaled; the step runs in the mode that `make_mode(model)` gives."
+    "Loss and unscaled gradients of one batch, in fp32. The step runs inside the mode that `make_mode(model)` returns."
     scaler = learn.scaler or None
     scale = scaler.get_scale() if scaler and scaler.is_enabled() else 1.
     while True:
@@ -103,7 +96,7 @@ def _loss_and_grads(learn, batch, stop, make_mode) -> tuple: # Loss, gradients, 
         grads = [p.grad if p.grad is None else _wide_copy(p.grad)/scale for p in learn.model.parameters()]
         if scale <= 1 or all(g is None or g.isfinite().all() for g in grads):
             return learn.loss.detach().float().mean().item(), grads, mode
-        scale /= 16  # too large for fp16: training finds that out, too
+        scale /= 16  # too large for fp16; training would reduce it too
         scaler._scale.fill_(scale)
 
 
@@ -111,15 +104,15 @@ def _loss_and_grads(learn, batch, stop, make_mode) -> tuple: # Loss, gradients, 
 def _no_graphs_kept(model):
     "Restore modules that keep results with their graph, as LeViT does in eval mode: the next backward pass would fail."
     kept = [(vars(m), ExitStack()) for m in model.modules()]
-    for own, undo in kept: restore_dict(undo, own)
+    for attributes, undo in kept: restore_dict(undo, attributes)
     yield
-    for own, undo in kept:
-        if any(t.grad_fn is not None for t in tensors_of([*own.values()])): undo.close()
+    for attributes, undo in kept:
+        if any(t.grad_fn is not None for t in tensors_of([*attributes.values()])): undo.close()
 
 
 def _set_mode(model, training):
-    """Eval mode, or training mode without dropout (of any kind: `DropPath`, `StochasticDepth`). Recurrent layers are in
-    training mode always, and without dropout: cuDNN's have no backward pass in eval mode (PyTorch issue 5878)."""
+    """Set eval mode, or training mode without dropout of any kind (`DropPath`, `StochasticDepth`). Recurrent layers are
+    always in training mode, without dropout: cuDNN's have no backward pass in eval mode (PyTorch issue 5878)."""
     model.train(training)
     for m in model.modules():
         if isinstance(m, nn.RNNBase): m.train().dropout = 0.
@@ -127,104 +120,103 @@ def _set_mode(model, training):
 
 
 class Comparison:
-    "One step of contiguous fp32, and candidates' steps on the same batch. Nothing here communicates with other ranks."
-    def __init__(self, learn, baseline, cbs, batch):
-        self.learn, self.baseline, self.batch, self.stop = learn, baseline, batch, stop_before_step(learn)
-        self.cbs = [self.stop, *filter(is_part_of_step, cbs)]
-        self.params = dict(learn.model.named_parameters())
-        self.computed = fp32_precision(fit_device(learn))
+    "One step of contiguous fp32 and candidates' steps on the same batch. Does not communicate with other processes."
+    def __init__(self, learn, baseline, callbacks, batch):
+        self.learn, self.baseline, self.batch, self.stop = learn, baseline, batch, StopBeforeStep(learn)
+        self.callbacks = [self.stop, *filter(is_part_of_step, callbacks)]
+        self.params, self.fp32_precision = dict(learn.model.named_parameters()), fp32_precision(fit_device(learn))
 
     def step(self, c, make_mode) -> tuple: # Loss, gradients, the mode
-        c.activate(self.learn, self.cbs)
+        c.activate(self.learn, self.callbacks)
         return _loss_and_grads(self.learn, self.batch, self.stop, make_mode)
 
-    def set_up(self) -> bool: # True if the step had to be one in training mode
-        """Take the step of contiguous fp32: in eval mode, or in training mode for detectors, which have no loss in eval
-        mode."""
+    def run_baseline(self) -> bool: # True if the step had to be in training mode
+        "Take the step of contiguous fp32 in eval mode, or in training mode for detectors: they have no eval-mode loss."
         for training in False, True:
             _set_mode(self.learn.model, training)
-            try: self.loss, grads, self.counts = self.step(self.baseline, partial(Record, keep=False))
+            try: self.baseline_loss, grads, self.counts = self.step(self.baseline, partial(Record, keep=False))
             except Exception:
                 if training: raise
             else:
                 if training or any(g is not None for g in grads): break
-        self.reference = [g if g is None else g.cpu() for g in grads]  # device memory is for the steps
-        self.known, self.norm = metric_errors(self.learn), _norm(g for g in self.reference if g is not None)
+        self.baseline_grads = [g if g is None else g.cpu() for g in grads]  # leaves the device's memory to the steps
+        self.grad_norm = _norm(g for g in self.baseline_grads if g is not None)
+        self.baseline_metric_errors = metric_errors(self.learn)
         return training
 
-    def look(self, c) -> tuple: # What `explain` needs
-        """Fill `loss_diff` and `grad_diff`. A candidate that makes infinity or NaN, or with which a metric fails, is
-        out; so is one whose loss or products differ from contiguous fp32's by more than rounding explains.
-
-        The baseline's step is replayed with the candidate's values: gradients of two steps of a deep network are far
-        apart by rounding alone."""
+    def run_candidate(self, c) -> tuple: # Arguments of `check_gradients`
+        """Set `loss_diff` and `grad_diff`. Infinity, NaN or a failing metric eliminates a candidate, and so does a loss
+        or a product that differs from contiguous fp32's by more than rounding explains. The baseline's step is replayed
+        with the candidate's values, since rounding alone drives gradients of deep networks far apart."""
         loss, grads, record = self.step(c, Record)
-        c.loss_diff = abs(loss - self.loss)/(abs(self.loss) or 1)
-        pairs = ((a, b) for a, b in _pairs(grads, self.reference) if a is not None)
-        c.grad_diff = _norm(a - b.to(a.device) for a, b in pairs)/(self.norm or 1)
-        name = '' if math.isfinite(loss) else 'loss'
-        if name := name or (f'gradient of {n}' if (n := not_finite(zip(self.params, grads))) else ''):
-            raise Eliminated(f'{name} is not finite')
-        if note := new_metric_error(self.learn, self.known): raise Eliminated(note)
-        replayed, wrong = self.replay(c, record)
-        if not c.loss_diff <= TOLERANCE[self.precision(c)][0]: raise Eliminated('numbers differ from contiguous fp32 (loss)')
+        c.loss_diff = abs(loss - self.baseline_loss)/(abs(self.baseline_loss) or 1)
+        pairs = ((a, b) for a, b in _pairs(grads, self.baseline_grads) if a is not None)
+        c.grad_diff = _norm(a - b.to(a.device) for a, b in pairs)/(self.grad_norm or 1)
+        if not math.isfinite(loss): raise Eliminated('loss is not finite')
+        name = not_finite(zip(self.params, grads))
+        if name: raise Eliminated(f'gradient of {name} is not finite')
+        check_metrics(self.learn, self.baseline_metric_errors)
+        replayed, wrong = self.replay_baseline(c, record)
+        if not c.loss_diff <= TOLERANCE[self.precision_of(c)].loss:
+            raise Eliminated('numbers differ from contiguous fp32 (loss)')
         if wrong: raise Eliminated(f'numbers differ from contiguous fp32 (result of {wrong[0]})')
         return record, replayed, _errors(grads, replayed)
 
-    def unexplained(self, c, errors) -> list:
-        "The parameters whose gradients the replay alone does not explain, with the difference of each."
-        most = TOLERANCE[self.precision(c)][2:]
-        return [(n, e) for (n, p), e in zip(self.params.items(), errors) if not e <= most[p.dim() < 2]]
+    def large_errors(self, c, errors) -> list:
+        "Pairs `(parameter name, error)` of gradients that differ by more than the tolerance."
+        limits = TOLERANCE[self.precision_of(c)]
+        return [(n, e) for (n, p), e in zip(self.params.items(), errors)
+                if not e <= (limits.vector if p.dim() < 2 else limits.weight)]
 
-    def explain(self, c, record, replayed, errors):
-        "Repeat the replay with rounding errors. A candidate is out if these do not explain its gradients either."
-        by = dict(zip(self.params, _errors(self.replay(c, record, rounded=True)[0], replayed)))
-        for n, e in self.unexplained(c, errors):
-            if not e <= ROUNDING_FACTOR*by[n]: raise Eliminated(f'numbers differ from contiguous fp32 (gradient of {n})')
+    def check_gradients(self, c, record, replayed, errors):
+        "Repeat the replay with rounding errors. Eliminates a candidate whose large errors these don't explain."
+        rounding_errors = dict(zip(self.params, _errors(self.replay_baseline(c, record, rounded=True)[0], replayed)))
+        for n, e in self.large_errors(c, errors):
+            if not e <= ROUNDING_FACTOR*rounding_errors[n]:
+                raise Eliminated(f'numbers differ from contiguous fp32 (gradient of {n})')
 
-    def replay(self, c, record, rounded=False) -> tuple: # Gradients of contiguous fp32; products that differ
-        precision = self.precision(c)
-        generator = torch.Generator(fit_device(self.learn)).manual_seed(0)  # the step's own random numbers stay
+    def replay_baseline(self, c, record, rounded=False) -> tuple: # Gradients of contiguous fp32; products that differ
+        precision = self.precision_of(c)
+        generator = torch.Generator(fit_device(self.learn)).manual_seed(0)  # leaves the step's own random numbers alone
         _round = partial(perturb, eps=ROUNDING[precision], generator=generator)
         def _mode(model):
-            return Replay(model, record, self.counts, _round, TOLERANCE[precision][1], ROUNDING_FACTOR, rounded)
+            return Replay(model, record, self.counts, _round, TOLERANCE[precision].result, ROUNDING_FACTOR, rounded)
         _, grads, mode = self.step(self.baseline, _mode)
         return grads, mode.wrong
 
-    def precision(self, c) -> str: return self.computed if c.base_precision == 'fp32' else c.base_precision
+    def precision_of(self, c) -> str: return self.fp32_precision if c.base_precision == 'fp32' else c.base_precision
 
 
 def check_numbers(
     learn, # Inside `preserve_learner`
     candidates, # `Candidate`s, contiguous fp32 first
-    cbs, # Of the Learner, without format and precision
+    callbacks, # Of the Learner, without format and precision
     batch,
-    restore_values, # Restores weights, buffers and optimizer state
+    restore_tensors, # Restores weights, buffers and optimizer state
 ):
-    """Fill `loss_diff` and `grad_diff`, and drop candidates whose numbers differ from contiguous fp32's by more than
+    """Set `loss_diff` and `grad_diff`. Eliminate candidates whose numbers differ from contiguous fp32's by more than
     rounding explains, or with which a metric fails."""
     modes = [(m, m.training, m.dropout if isinstance(m, nn.RNNBase) else None) for m in learn.model.modules()]
-    baseline, beside = candidates[0], Comparison(learn, candidates[0], cbs, batch)
-    training = baseline.run_or_eliminate(learn, beside.set_up)
+    baseline, comparison = candidates[0], Comparison(learn, candidates[0], callbacks, batch)
+    in_training_mode = baseline.run_or_eliminate(learn, comparison.run_baseline)
     baseline.loss_diff = baseline.grad_diff = 0.
     for c in candidates[1:]:
-        if not c.running or (found := c.run_or_eliminate(learn, partial(beside.look, c))) is None: continue
-        # all ranks run the same number of passes, since a model may communicate in them
-        if any(gather_from_ranks(bool(beside.unexplained(c, found[-1])))): c.run_or_eliminate(learn, partial(beside.explain, c, *found))
-        found = None  # the pass and the gradients that it holds, before the next ones are made
+        args = c.run_or_eliminate(learn, partial(comparison.run_candidate, c)) if c.running else None
+        if args is None: continue
+        # all processes run the same number of passes, since a model may communicate in them
+        explain = gather_from_ranks(bool(comparison.large_errors(c, args[-1])))
+        if any(explain): c.run_or_eliminate(learn, partial(comparison.check_gradients, c, *args))
+        del args  # free its pass and gradients before the next ones are made
     learn.model.zero_grad(set_to_none=True)
-    if training: restore_values()
-    for m, was, dropout in modes:
-        m.training = was
+    if in_training_mode: restore_tensors()
+    for m, training, dropout in modes:
+        m.training = training
         if dropout is not None: m.dropout = dropout
 
 
-# metrics
-
-def metric_errors(learn) -> dict: # Errors by place
-    "The Learner's metrics that fail on what it just predicted; their state stays."
-    errors = {}
-    pred, loss = learn.pred, learn.loss
+def metric_errors(learn) -> dict: # Errors by index
+    "Errors of the Learner's metrics on its last prediction. Leaves the metrics' state as it was."
+    errors, pred, loss = {}, learn.pred, learn.loss
     with ExitStack() as undo, restore_random_states(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         learn.pred, learn.loss = map_tensors(torch.Tensor.detach, (pred, loss))
@@ -236,42 +228,36 @@ def metric_errors(learn) -> dict: # Errors by place
     return errors
 
 
-def new_metric_error(learn, known) -> str: # `''` where there is none
-    "The first metric that fails here, but not in contiguous fp32, and its error."
+def check_metrics(learn, baseline_errors):
+    "Raise `Eliminated` if a metric fails that does not fail in contiguous fp32."
     for i, e in metric_errors(learn).items():
-        if i not in known: return f'metric {learn.metrics[i].name} fails: {type(e).__name__}: {str(e).strip()[:100]}'
-    return ''
-
-
-# predictions
-
-def _outputs(learn, batch):
-    "The model's outputs as users get them."
-    learn.one_batch(0, batch)
-    return map_tensors(lambda t: t.detach().clone(), learn.pred)
+        if i not in baseline_errors:
+            raise Eliminated(f'metric {learn.metrics[i].name} fails: {type(e).__name__}: {str(e).strip()[:100]}')
 
 
 def check_predictions(
     learn, # Inside `preserve_learner`, evaluating
     candidates, # `Candidate`s
-    cbs, # Of the Learner, without format and precision
+    callbacks, # Of the Learner, without format and precision
     batch,
-    truth=None, # Outputs and failing metrics of contiguous fp32; None: the first candidate is that one
-): # The same
-    "Fill `pred_diff`, and drop candidates whose outputs differ by more than rounding explains, or can't be compared."
-    cbs, computed = [*filter(is_part_of_step, cbs)], fp32_precision(fit_device(learn))
-    def _look(c):
-        c.activate(learn, cbs)
+    reference=None, # Outputs and metric errors of contiguous fp32; None: the first candidate is contiguous fp32
+): # The reference
+    "Set `pred_diff`. Eliminate candidates whose outputs can't be compared or differ by more than rounding explains."
+    callbacks, precision = [*filter(is_part_of_step, callbacks)], fp32_precision(fit_device(learn))
+    def _outputs(c):
+        c.activate(learn, callbacks)
         if c.folded: learn.one_batch(0, batch)
-        found = _outputs(learn, batch)
-        if c.baseline: return found, metric_errors(learn)
-        c.pred_diff = relative_error(found, truth[0])
-        if not numbers_of(truth[0]): raise Eliminated("outputs hold no numbers: they can't be compared with contiguous fp32")
-        if not c.pred_diff <= PREDICTION_TOLERANCE[computed if c.base_precision == 'fp32' else c.base_precision]:
+        learn.one_batch(0, batch)
+        return map_tensors(lambda t: t.detach().clone(), learn.pred)
+    def _reference(): return _outputs(candidates[0]), metric_errors(learn)
+    def _check(c):
+        outputs, errors = reference
+        c.pred_diff = relative_error(_outputs(c), outputs)
+        if not numbers_of(outputs): raise Eliminated("outputs hold no numbers to compare with contiguous fp32")
+        if not c.pred_diff <= PREDICTION_TOLERANCE[precision if c.base_precision == 'fp32' else c.base_precision]:
             raise Eliminated('numbers differ from contiguous fp32')
-        if note := new_metric_error(learn, truth[1]): raise Eliminated(note)
+        check_metrics(learn, errors)
     for c in candidates:
-        if not c.running: continue
-        if c.baseline: c.pred_diff, truth = 0., c.run_or_eliminate(learn, partial(_look, c))
-        else: c.run_or_eliminate(learn, partial(_look, c))
-    return truth
+        if c.is_baseline: c.pred_diff, reference = 0., c.run_or_eliminate(learn, _reference)
+        elif c.running: c.run_or_eliminate(learn, partial(_check, c))
+    return reference

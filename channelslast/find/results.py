@@ -1,4 +1,4 @@
-"What `format_find` measured: facts, and apart from them their table and chart."
+"Results of `format_find`: the measurements, and the table, verdict and chart made from them."
 import html
 from dataclasses import asdict, dataclass, is_dataclass
 
@@ -8,50 +8,62 @@ from .selection import TIE
 
 __all__ = ['BEST', 'OTHER', 'LABELS', 'Timing', 'FormatTimings', 'label', 'bars']
 
-NOISY = 0.1  # a margin above which a measurement says little
-MUCH = 0.1  # the share of a step from which on the optimizer is worth a word
-BEST, OTHER, WRONG = '#0072B2', '#B0B7BF', '#E6E6E6'  # colours of bars
+NOISY = 0.1  # margin above which the verdict suggests to measure again
+LARGE_SHARE = 0.1  # the optimizer's share of a step above which the verdict mentions it
+NOTE_WIDTH = 80  # characters of a printed note: with the other columns, lines have at most 160
+BEST, OTHER, WRONG = '#0072B2', '#B0B7BF', '#E6E6E6'  # colors of bars
 LABELS = dict(contiguous='contiguous', channels_last='channels last')
 
 
 @dataclass(frozen=True)
 class Timing:
-    "One memory format and precision, measured."
+    """Measurements of one memory format and precision.
+
+    >>> from channelslast.find.results import Timing
+    >>> Timing('channels_last', 'bf16', ms=61., speedup=1.64)  # doctest: +ELLIPSIS
+    Timing(memory_format='channels_last', precision='bf16', ms=61.0, speedup=1.64, ...)"""
     memory_format: str      # `'contiguous'` or `'channels_last'`
-    precision: str          # `'fp32'`, `'fp16'`, `'bf16'`; `'fp16+fp32'`, `'bf16+fp32'`: some layers stay in fp32
-    ms: float = None        # Of the fastest training step measured (or a batch's predictions); None: it could not run
+    precision: str          # `'fp32'`, `'fp16'`, `'bf16'`; with some layers in fp32 `'fp16+fp32'`, `'bf16+fp32'`
+    ms: float = None        # Fastest measured training step (or batch's predictions); None if it could not run
     speedup: float = None   # Over contiguous fp32
     loss_diff: float = None # Relative difference of the loss from contiguous fp32, same batch, eval mode
-    grad_diff: float = None # The same of all gradients: norm of the difference over their norm
-    memory: float = None    # Peak MiB on the device; None where it can't tell
-    note: str = ''          # How many layers stay in fp32; why it is out of the running or was measured less
-    valid: bool = True      # May be chosen: it ran, and its numbers are right
-    doubt: float = None     # How far below `ms` an undisturbed step may still lie, as a fraction of it (`race.doubt`)
-    folded: bool = False    # With `FoldBatchNorm`; of predictions only
-    pred_diff: float = None # Relative difference of all outputs from contiguous fp32; of predictions only
+    grad_diff: float = None # The same for all gradients: norm of the difference divided by their norm
+    memory: float = None    # Peak MiB on the device; None where the device can't tell
+    note: str = ''          # How many layers stay in fp32; why it was eliminated or measured less
+    valid: bool = True      # True if it ran and computes the same, so that it may be chosen
+    doubt: float = None     # Uncertainty: the true step may be up to this fraction faster than `ms`
+    folded: bool = False    # With `FoldBatchNorm`; predictions only
+    pred_diff: float = None # Relative difference of all outputs from contiguous fp32; predictions only
 
 
+def label(row: Timing) -> str: return f"{LABELS[row.memory_format]}, {row.precision}{', folded' if row.folded else ''}"
+def _name(row: Timing) -> str: # In sentences
+    name = label(row).replace('contiguous, fp32', 'contiguous fp32').replace(', folded', ' with batch norms folded')
+    return name.replace(', ', ' in ')
 def _plain(o): return asdict(o) if is_dataclass(o) else o
 
 
-def label(row: Timing) -> str: return f'{LABELS[row.memory_format]}, {row.precision}' + ', folded'*row.folded
-
-
 class FormatTimings:
-    """What `Learner.format_find` measured. Prints as a table, renders as one in a notebook.
+    """Result of `Learner.format_find`. Prints as a table, also in a notebook.
 
-    `.rows`: a `Timing` a candidate; `.best`: the suggested one; `.rival`: the one that may be faster still, and
-    `.margin`: by which fraction at the most (2 %, a tie, where the choice is sure); `.loader_ms`: median milliseconds
-    the loader needs for a batch; `.input_bound`: does it need longer than the fastest step? `.optimizer_ms`: the
-    optimizer's part of the suggested step; `.advice`: the argument of `Learner` that makes that shorter with the same
-    weights, where one is known; `.layers`: a `LayerTiming` for each distinct layer and half precision; `.frozen`: how
-    many of how many weights in the optimizer's groups took no part in training (None for predictions); `.notes`:
-    sentences on the conditions of the measurement."""
+    - `rows`: one `Timing` per candidate; `best`: the one to use
+    - `rival`: the one that may still be faster; `margin`: by up to this fraction (2%, a tie, if the choice is sure)
+    - `loader_ms`: milliseconds to load a batch; `input_bound`: True if that is longer than the fastest step
+    - `optimizer_ms`: the optimizer's part of the best step
+    - `advice`: argument of `Learner` for a faster optimizer step with the same weights, if one is known
+    - `layers`: one `LayerTiming` per distinct layer and half precision; `notes`: conditions of the measurement
+    - `frozen`: numbers of frozen and of all parameters in the optimizer's groups; None for predictions
+
+    >>> from channelslast.find.results import FormatTimings, Timing
+    >>> rows = [Timing('contiguous', 'fp32', 100., 1.), Timing('channels_last', 'bf16', 61., 1.64)]
+    >>> print(FormatTimings(rows, best=rows[1], margin=0.02, loader_ms=8.).verdict)
+    Use channels last in bf16: 1.64× as fast as contiguous fp32 (differences below 2% count as a tie)."""
     def __init__(self, rows, best, margin, loader_ms, layers=(), rival=None, optimizer_ms=None, advice=None,
-                 train=True, frozen=None, notes=()):
+                 train=True, frozen=None, notes=(),
+                 current=('contiguous', 'fp32', False)): # The Learner's setting: memory format, precision, folded
         self.rows, self.best, self.margin, self.rival = list(rows), best, margin, rival
         self.loader_ms, self.layers, self.optimizer_ms, self.advice = loader_ms, list(layers), optimizer_ms, advice
-        self.train, self.frozen, self.notes = train, frozen, list(notes)
+        self.train, self.frozen, self.notes, self._current = train, frozen, list(notes), current
 
     @property
     def fastest_ms(self) -> float: return min(r.ms for r in self.rows if r.valid)
@@ -64,88 +76,88 @@ class FormatTimings:
     def __deepcopy__(self, memo): return self
 
     def to_frame(self) -> pd.DataFrame:
-        "One row a candidate, with the fields of `Timing`."
+        "One row per candidate, with the fields of `Timing` in full."
         return pd.DataFrame([asdict(r) for r in self.rows])
 
     @property
     def verdict(self) -> str:
-        "The whole in a sentence or two."
-        return ' '.join(filter(None, [self._choice, self._loader, self._optimizer, self.frozen_hint, *self.notes]))
+        "What to do, in a few sentences."
+        return ' '.join(self._sentences())
+
+    def _sentences(self) -> list:
+        again = self.margin > NOISY and 'Measure again with a larger `num_it`, or when this machine is less busy.'
+        return [*filter(None, [self._choice, again, self._loader, self._optimizer, self.frozen_hint, *self.notes])]
 
     @property
     def _choice(self) -> str:
-        b, of = self.best, f'{self.best.speedup:.2f}× contiguous fp32'
-        if self.margin <= TIE: return f'Fastest: {label(b)}, {of} (differences below {TIE:.0%} are a tie).'
-        more = '' if self.margin <= NOISY else ' That is much: measure again when this machine is less busy.'
-        by = f'{self.margin:.0%}' if self.margin < 1 else 'more than twice as fast: too few steps to tell'
-        return f'Undecided: {label(b)}, {of}, but {label(self.rival)} may be faster by up to {by}.{more}'
+        b, name = self.best, _name(self.best)
+        use = 'Keep' if (b.memory_format, b.precision, b.folded) == self._current else 'Use'
+        speed = '' if name == 'contiguous fp32' else f'{b.speedup:.2f}× as fast as contiguous fp32'
+        if self.margin > TIE:
+            gain = f'up to {self.margin:.0%} faster' if self.margin < 1 else 'more than twice as fast'
+            pick = f'{name} ({speed})' if speed else name
+            return f'Undecided: {use.lower()} {pick}, but {_name(self.rival)} may be {gain}.'
+        if speed: return f'{use} {name}: {speed} (differences below {TIE:.0%} count as a tie).'
+        others = [r.valid for r in self.rows if r is not b and r.ms]
+        subject = 'nothing else' if all(others) else 'no other valid setting'
+        return f'{use} {name}: {subject} was ' + (f'more than {TIE:.0%} faster.' if others else 'measured.')
 
     @property
     def _loader(self) -> str:
         if not self.input_bound: return ''
-        what, step = ('training is', 'step') if self.train else ('predictions are', 'candidate')
-        return (f"But {what} input-bound: the loader takes {self.loader_ms:.1f} ms a batch, the fastest "
-                f"{step} {self.fastest_ms:.1f} ms. No format can help until it is faster.")
+        what, do = ('Training is', 'train on') if self.train else ('Predictions are', 'predict')
+        return (f'{what} limited by data loading: {self.loader_ms:.1f} ms to load a batch, {self.fastest_ms:.1f} ms to '
+                f'{do} it. Speed up the DataLoader first.')
 
     @property
     def _optimizer(self) -> str:
         share = (self.optimizer_ms or 0)/self.best.ms
-        if share <= MUCH: return ''
-        said = f'The optimizer takes {self.optimizer_ms:.1f} ms of the step, {share:.0%}'
-        return f'{said}; a fused one gives the same weights: `{self.advice}`.' if self.advice else said + '.'
+        if share <= LARGE_SHARE: return ''
+        advice = f' Pass `{self.advice}` to `Learner`: the same weights in less time.' if self.advice else ''
+        return f'The optimizer takes {self.optimizer_ms:.1f} ms of each step ({share:.0%}).{advice}'
 
     @property
     def frozen_hint(self) -> str:
-        "A sentence or two on frozen weights; empty where none is frozen."
+        "A sentence or two on frozen parameters; empty if there are none."
         if not self.frozen or not self.frozen[0]: return ''
-        return (f'{self.frozen[0]:,} of {self.frozen[1]:,} parameters are frozen. If they will train later, call '
+        return (f'{self.frozen[0]:,} of {self.frozen[1]:,} parameters are frozen. To train them later, call '
                 '`learn.unfreeze()` and measure again.')
 
-    def __repr__(self): return f'{_table(self).to_string(index=False)}\n{self.verdict}'
+    def __repr__(self):
+        return '\n'.join([_table(self).to_string(index=False, max_colwidth=NOTE_WIDTH), *self._sentences()])
     def _repr_html_(self): return f'{_table(self).to_html(index=False)}<p>{html.escape(self.verdict)}</p>'
 
     def plot(self,
         ax=None, # matplotlib axes to draw on; None makes new ones
     ):
-        "Bars of the speed-up of each candidate that ran, contiguous fp32 marked; returns the axes."
-        return _chart(self, ax)
+        "Draw the speedup of each candidate that ran as bars, with a line at contiguous fp32. Returns the axes."
+        from matplotlib import pyplot as plt
+        rows, what = [r for r in self.rows if r.ms], 'a training step' if self.train else 'predictions'
+        if ax is None: ax = plt.subplots(figsize=(7, 0.9 + 0.45*len(rows)), layout='constrained')[1]
+        ax.axvline(1, color='#444444', lw=1, ls='--')
+        def _text(r):
+            return f"{r.speedup:.2f}×  ({r.ms:.{0 if r.ms >= 100 else 1}f} ms){'' if r.valid else '  wrong numbers'}"
+        colors = [BEST if r is self.best else OTHER if r.valid else WRONG for r in rows]
+        bars(ax, [label(r) for r in rows], [r.speedup for r in rows], [_text(r) for r in rows], colors)
+        ax.set(xlabel=f'speedup of {what} over contiguous fp32 (dashed)', title=f'Suggested: {label(self.best)}')
+        return ax
 
 
 def _table(t) -> pd.DataFrame:
-    "The columns people read; memory and notes only where there are any."
+    "The measurements as text, without columns that hold nothing."
     def _num(v, spec): return '–' if v is None else format(v, spec)
     table = pd.DataFrame([{
         '': '→' if r is t.best else '', 'format': LABELS[r.memory_format], 'precision': r.precision,
         'batch norm': 'folded' if r.folded else '', 'ms/step' if t.train else 'ms/batch': _num(r.ms, '.1f'),
-        '±': _num(r.doubt, '.0%'), 'speed-up': '–' if r.speedup is None else f'{r.speedup:.2f}×',
-        **({'loss diff': _num(r.loss_diff, '.0e'), 'grad diff': _num(r.grad_diff, '.0e')} if t.train else
-           {'pred diff': _num(r.pred_diff, '.0e')}),
-        'MiB': _num(r.memory, '.0f'), 'note': r.note} for r in t.rows])
-    empty = ('MiB', '–'), ('note', ''), ('batch norm', '')
-    return table.drop(columns=[c for c, nothing in empty if (table[c] == nothing).all()])
+        '±': _num(r.doubt, '.0%'), 'speedup': '–' if r.speedup is None else f'{r.speedup:.2f}×',
+        'loss diff': _num(r.loss_diff, '.0e'), 'grad diff': _num(r.grad_diff, '.0e'),
+        'pred diff': _num(r.pred_diff, '.0e'), 'MiB': _num(r.memory, '.0f'), 'note': r.note} for r in t.rows])
+    return table.loc[:, ~table.isin(['', '–']).all()]
 
 
-def _chart(t, ax):
-    from matplotlib import pyplot as plt
-    rows = [r for r in t.rows if r.ms]
-    if ax is None: ax = plt.subplots(figsize=(7, 0.9 + 0.45*len(rows)), layout='constrained')[1]
-    ax.axvline(1, color='#444444', lw=1, ls='--')
-    def _said(r):
-        wrong = '' if r.valid else '  wrong numbers'
-        return f'{r.speedup:.2f}×  ({r.ms:.{0 if r.ms >= 100 else 1}f} ms){wrong}'
-    colors = [BEST if r is t.best else OTHER if r.valid else WRONG for r in rows]
-    bars(ax, [label(r) for r in rows], [r.speedup for r in rows], map(_said, rows), colors)
-    what = 'a training step' if t.train else 'predictions'
-    ax.set(xlabel=f'speed-up of {what} over contiguous fp32 (dashed)', title=f'Suggested: {label(t.best)}')
-    return ax
-
-
-def bars(
-    ax, # matplotlib axes to draw on
-    names, values, said, colors, # Of each bar; `said` stands behind it
-):
-    "Horizontal bars, the first on top."
+def bars(ax, names, values, texts, colors):
+    "Draw horizontal bars on matplotlib axes, the first on top, each with its text at the end."
     drawn = ax.barh(names, values, height=0.62, color=colors)
-    ax.bar_label(drawn, said, padding=4, bbox=dict(facecolor='white', edgecolor='none', pad=1))
+    ax.bar_label(drawn, texts, padding=4, bbox=dict(facecolor='white', edgecolor='none', pad=1))
     ax.set(xlim=(0, 1.4*max(values)), ylim=(len(drawn) - 0.5, -0.5))
     ax.spines[['top', 'right']].set_visible(False)

@@ -1,114 +1,105 @@
-"""Who is fastest, how sure, and when to stop: times in, decision out. Knows neither PyTorch nor a Learner.
+"""Choose the fastest candidate from step times, and decide when to stop. Knows neither PyTorch nor a Learner.
 
-Whatever disturbs a step makes it longer, so that the fastest of several says what a machine can do, and no burst of
-other work moves it; the median of a busy machine's times is a busy machine's. What `tests/test_race.py` counts on
-recorded steps: of five candidates the fastest of ten finds the right one in 200 of 200 cases, the lowest tenth in 198,
-the lowest quarter in 197, the median in 166."""
+Disturbances only make steps longer, so the fastest of several steps shows what a machine can do, and a burst of other
+work does not change it. The median depends on how busy the machine is. `tests/test_race.py` counts how often each finds
+the right one of five candidates from ten recorded steps: the fastest in 200 of 200 cases, the lowest tenth in 198, the
+lowest quarter in 197, the median in 166. `times` are milliseconds of each remaining candidate's steps, by its key."""
 import math
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ['TIE', 'MIN_ROUNDS', 'FAR_FACTOR', 'Decision', 'fastest', 'uncertainty', 'wins_sign_test', 'too_early', 'eliminated', 'decide', 'should_stop']
+__all__ = ['TIE', 'MIN_ROUNDS', 'FAR_FACTOR', 'Decision', 'fastest', 'uncertainty', 'wins_sign_test', 'too_early',
+           'eliminated', 'decide', 'should_stop']
 
-TIE = 0.02  # times this near are the same
-# after so many rounds, or milliseconds, a gain below this is not worth the search; after twice as many, twice it
+TIE = 0.02  # relative difference up to which times count as equal
+# Stop after so many rounds, or milliseconds, if at most this gain is possible; after twice as many, twice this gain
 SMALL_GAIN, PATIENCE_ROUNDS, PATIENCE_MS = 0.05, 6, 10_000
-MIN_ROUNDS = 3  # rounds before anything is decided, but for
-HOPELESS_FACTOR = 5  # times the fastest
-MIN_TOTAL_MS = 500  # milliseconds that a slow phase may last
-FAR_FACTOR = 1.5  # times the fastest: worth a word
-SIGN_TEST_ALPHA = 0.025  # that a lead, round for round, means nothing
-INCUMBENT_BONUS = 1/5  # of its doubt in favour of what the user has: to stay by mistake costs as much as to leave
+MIN_ROUNDS = 3  # rounds before anything is decided, except about hopeless candidates
+HOPELESS_FACTOR = 5  # after two steps, candidates that take more than this times the fastest are eliminated
+MIN_TOTAL_MS = 500  # milliseconds that a slow phase of the machine may last
+FAR_FACTOR = 1.5  # candidates that take more than this times the fastest are far behind
+SIGN_TEST_ALPHA = 0.025  # probability that a lead that counts is chance
+INCUMBENT_BONUS = 1/5  # share of its uncertainty in the incumbent's favor: keeping it wrongly costs as much as leaving
 
 
 def fastest(ms: list) -> float:
-    "What a step takes where nothing disturbs it: the fastest seen."
+    "Milliseconds of an undisturbed step: the fastest one measured."
     return min(ms)
 
 
-def uncertainty(
-    ms: list, # Milliseconds of one candidate's steps
-) -> float: # A fraction of the fastest
-    """How far below the fastest step seen an undisturbed one may still lie.
+def uncertainty(ms: list) -> float: # A fraction of the fastest
+    """How much faster than the fastest measured step an undisturbed one may be.
 
-    The gap between the fastest and the third: where three steps agree, none of them was disturbed, since disturbances
-    rarely agree. Few steps know little of that gap, so it counts more, as with Student's t: six times after two steps,
-    three times after three, twice after four. One step knows nothing."""
-    n, (first, *more) = len(ms), sorted(ms)
-    if not more: return 0.9
-    return min((more[:2][-1]/first - 1) * (1 + 2/(n - 2) if n > 2 else 6), 0.9)
+    Based on the gap between the fastest and the third fastest step. Disturbances rarely agree, so three steps that
+    agree were not disturbed. Few steps say little about the gap, so it counts more, as with Student's t: six times
+    after two steps, three times after three, twice after four. One step says nothing."""
+    n, ms = len(ms), sorted(ms)
+    if n == 1: return 0.9
+    factor = 1 + 2/(n - 2) if n > 2 else 6
+    return min((ms[min(n, 3) - 1]/ms[0] - 1)*factor, 0.9)
 
 
-def lower_bound(ms: list) -> float:
-    "What an undisturbed step takes at the least."
-    return fastest(ms)*(1 - uncertainty(ms))
+def lower_bound(ms: list) -> float: return fastest(ms)*(1 - uncertainty(ms))  # what an undisturbed step takes at least
 
 
 def wins_sign_test(
-    a: list, b: list, # Milliseconds of two candidates' steps, round by round to the last
+    a: list, b: list, # Milliseconds of two candidates' steps; the last ones are of the same round
 ) -> bool:
-    """Was `a` the faster one in more of the rounds that both ran in than chance explains?
+    """True if `a` was faster in more of the common rounds than chance explains.
 
-    A machine's slow phases slow a whole round, so who leads it says something where no two steps agree (sign test)."""
+    A slow phase of the machine slows a whole round, so the order within rounds counts even where no two steps agree."""
     rounds = list(zip(a[::-1], b[::-1]))
     n, won = len(rounds), sum(x < y for x, y in rounds)
     return sum(math.comb(n, k) for k in range(won, n + 1)) <= SIGN_TEST_ALPHA*2**n
 
 
-def too_early(
-    times: dict, # Milliseconds of the steps of each candidate in the race
-) -> bool:
-    "Is it too early to judge? What one slow phase may hold whole may agree, and be slow all the same."
+def too_early(times: dict) -> bool:
+    "True while all steps might lie in one slow phase of the machine: they could agree and still all be slow."
     return sum(map(sum, times.values())) < MIN_TOTAL_MS
 
 
-def eliminated(
-    times: dict, # Milliseconds of the steps of each candidate in the race
-) -> list: # Their keys
-    """Who cannot win any more: beyond a tie with the fastest even undisturbed, or round for round. Of two steps, both
-    may be disturbed alike."""
-    first = min(times.values(), key=fastest)
-    tie = fastest(first)*(1 + TIE)
-    def _is(ms):
-        if len(ms) < MIN_ROUNDS: return len(ms) == 2 and fastest(ms) > HOPELESS_FACTOR*fastest(first)
-        return fastest(ms) > tie and (lower_bound(ms) > tie or wins_sign_test(first, ms))
-    return [k for k, ms in times.items() if _is(ms)]
+def eliminated(times: dict) -> list: # Keys
+    """Candidates that can no longer win: slower than a tie with the fastest, and so is their lower bound, or they lose
+    the sign test. After two steps, which may be disturbed alike, only hopeless ones."""
+    best = min(times.values(), key=fastest)
+    tie = fastest(best)*(1 + TIE)
+    def _has_lost(ms):
+        if len(ms) < MIN_ROUNDS: return len(ms) == 2 and fastest(ms) > HOPELESS_FACTOR*fastest(best)
+        return fastest(ms) > tie and (lower_bound(ms) > tie or wins_sign_test(best, ms))
+    return [k for k, ms in times.items() if _has_lost(ms)]
 
 
 @dataclass(frozen=True)
 class Decision:
-    "What follows from the times so far."
-    best: Any          # The key of the one to take
-    rival: Any = None  # The key of the one that may be faster still; None: there is no other
-    by: float = 0.     # By how much at the most: a fraction of the best one's time
-
+    "The choice that follows from the times so far."
+    best: Any              # Key of the candidate to use
+    rival: Any = None      # Key of the candidate that may still be faster; None if no other remains
+    max_gain: float = 0.   # How much faster it may be at most: 0.05 is 5%
     @property
-    def sure(self) -> bool: return self.by <= TIE
+    def sure(self) -> bool: return self.max_gain <= TIE
 
 
 def decide(
-    times: dict, # Milliseconds of the steps of each candidate in the race, the simplest one first
-    incumbent: Any = None, # The key of what is left only for what is clearly faster
+    times: dict, # The simplest candidate first
+    incumbent: Any = None, # Key of the current setting, which is replaced only by a clearly faster one
 ) -> Decision:
-    """Of those that tie with the fastest the simplest; but what the user has, unless it is clearly slower.
+    """Choose the simplest candidate that ties with the fastest, or the incumbent unless it is clearly slower.
 
-    Sure is what no other that is not beaten can beat by more than a tie."""
+    Sure if no other remaining candidate can be more than a tie faster."""
     lost = eliminated(times)
     times = {k: ms for k, ms in times.items() if k not in lost}
-    best = min(map(fastest, times.values()))
-    pick = next(k for k, ms in times.items() if fastest(ms) <= best*(1 + TIE))
-    if incumbent in times and fastest(times[incumbent])*(1 - INCUMBENT_BONUS*uncertainty(times[incumbent])) <= fastest(times[pick]): pick = incumbent
-    mine = fastest(times[pick])
-    others = {k: mine/lower_bound(ms) - 1 for k, ms in times.items() if k != pick}
-    rival = max(others, key=others.get, default=None)
-    return Decision(pick, rival, max(others.get(rival, 0.), 0.))
+    tie = min(map(fastest, times.values()))*(1 + TIE)
+    pick = next(k for k, ms in times.items() if fastest(ms) <= tie)
+    if incumbent in times:
+        bonus = INCUMBENT_BONUS*uncertainty(times[incumbent])
+        if fastest(times[incumbent])*(1 - bonus) <= fastest(times[pick]): pick = incumbent
+    gains = {k: fastest(times[pick])/lower_bound(ms) - 1 for k, ms in times.items() if k != pick}
+    rival = max(gains, key=gains.get, default=None)
+    return Decision(pick, rival, max(gains.get(rival, 0.), 0.))
 
 
-def should_stop(
-    decision: Decision,
-    times: dict, # Milliseconds of the steps of each candidate in the race
-) -> bool:
-    "May the race end? When it is sure, or when what may still be gained is little for what it takes to find out."
-    rounds, took = max(map(len, times.values())), sum(map(sum, times.values()))
-    effort = max(rounds/PATIENCE_ROUNDS, took/PATIENCE_MS)
-    return rounds >= MIN_ROUNDS and (decision.sure or effort >= 1 and decision.by <= SMALL_GAIN*effort)
+def should_stop(decision: Decision, times: dict) -> bool:
+    "True if the decision is sure, or the possible gain is too small for the time that finding out would take."
+    rounds, total_ms = max(map(len, times.values())), sum(map(sum, times.values()))
+    effort = max(rounds/PATIENCE_ROUNDS, total_ms/PATIENCE_MS)
+    return rounds >= MIN_ROUNDS and (decision.sure or (effort >= 1 and decision.max_gain <= SMALL_GAIN*effort))

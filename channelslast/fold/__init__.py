@@ -1,1 +1,1 @@
-"Predictions with batch norms folded into the convolutions before them."
+"Batch norms folded into the convolutions before them, for predictions."

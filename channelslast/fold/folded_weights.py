@@ -1,4 +1,4 @@
-"Running a model with its batch norms folded, by a plan; and what such a plan depends on. Plain PyTorch."
+"Run a model with folded weights, and detect when its plan no longer holds. Plain PyTorch."
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
@@ -18,11 +18,10 @@ WRAPPED = nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.Script
 @torch.inference_mode(False)
 @torch.no_grad()
 def fold(pair: Pair) -> dict:
-    """Weight and bias that compute both, in the type and the strides that the convolution runs in; computed in fp32 at
-    least."""
+    "Folded weight and bias, in the dtype and strides that the convolution runs in. Computed in at least fp32."
     conv, norm = layer_tensors(pair.conv), layer_tensors(pair.norm)
     wide = torch.promote_types(conv['weight'].dtype, torch.float32)
-    def _get(state, names): return [state[k].to(wide) if k in state else None for k in names]
+    def _get(tensors, names): return [tensors[k].to(wide) if k in tensors else None for k in names]
     weight, bias = fuse_conv_bn_weights(*_get(conv, WEIGHTS), *_get(norm, STATISTICS), pair.norm.eps,
                                         *_get(norm, WEIGHTS))
     weight = torch.empty_like(conv['weight'], dtype=pair.dtype).copy_(weight)
@@ -30,47 +29,42 @@ def fold(pair: Pair) -> dict:
 
 
 def _sources(o) -> list:
-    "The tensors, or None, that a pair's or a cast's numbers come from."
+    "The tensors, or None, that the weights of a `Pair` or a `Cast` are computed from."
     if isinstance(o, Cast): return [o.module._parameters.get(o.name)]
-    conv, norm, stats = o.conv._parameters, o.norm._parameters, o.norm._buffers
-    counted = *STATISTICS, 'num_batches_tracked'  # training counts its batches, which tells that it wrote statistics
-    return [*(p.get(k) for p in (conv, norm) for k in WEIGHTS), *(stats.get(k) for k in counted)]
+    buffers = *STATISTICS, 'num_batches_tracked'  # the last counts the batches that wrote running statistics
+    return [m._parameters.get(k) for m in (o.conv, o.norm) for k in WEIGHTS] + [o.norm._buffers.get(k) for k in buffers]
 
 
-def _mark(t):
-    return None if t is None else (id(t), t._version, t.untyped_storage()._cdata, t.storage_offset(), t.stride())
-
-
-def _marks(plan, tensors) -> list:
-    "Others after each change that PyTorch counts, and after `t.data = …`; `t.data.add_(…)` it can't see."
-    try: marks = [_mark(t) for t in tensors]
-    except RuntimeError: return []  # an inference tensor, whose changes are not counted
-    return marks + [o.norm.eps for o in plan if isinstance(o, Pair)]
+def _fingerprint(plan) -> list:
+    "Changes with the version counters of all sources and with `t.data = …`, but not with `t.data.add_(…)`."
+    def _of(t): return id(t), t._version, t.untyped_storage()._cdata, t.storage_offset(), t.stride()
+    try: tensors = [t if t is None else _of(t) for o in plan for t in _sources(o)]
+    except RuntimeError: return []  # inference tensors have no version counter
+    return tensors + [o.norm.eps for o in plan if isinstance(o, Pair)]
 
 
 class FoldedWeights:
-    "The weights that a plan needs, computed once; runs the model with them."
+    "The weights of a plan, computed once. `run` runs the model with them."
     def __init__(self, plan: tuple):
-        self.plan, self.sources = plan, [t for o in plan for t in _sources(o)]
-        self.marks = _marks(plan, self.sources)
-        self.held = [t if t is None else memory_ref(t) for t in self.sources]  # whose addresses no later memory gets
+        self.plan, self.sources, self.fingerprint = plan, [t for o in plan for t in _sources(o)], _fingerprint(plan)
+        self.refs = [t if t is None else memory_ref(t) for t in self.sources]  # new memory can't reuse their addresses
         self.pairs = {m: o for o in plan if isinstance(o, Pair) for m in o[:2]}
         self.tensors = {o.conv: fold(o) for o in plan if isinstance(o, Pair)}
         for o in plan:
-            if not isinstance(o, Cast): continue
+            if isinstance(o, Pair): continue
             self.tensors.setdefault(o.module, {})[o.name] = o.module._parameters[o.name].detach().to(o.dtype)
 
     def is_current(self) -> bool:
-        "Are the model's weights and statistics those that these were computed from?"
-        return self.marks == _marks(self.plan, [t for o in self.plan for t in _sources(o)])
+        "True if the model's weights and running statistics are still those that these weights were computed from."
+        return self.fingerprint == _fingerprint(self.plan)
 
     def run(self, forward, args, kwargs) -> tuple: # Output; True
-        "What `forward` gives, and whether each folded batch norm got just what its convolution had made."
+        "Run `forward` with these weights. False if a folded batch norm's input was not its convolution's output."
         pending, mismatched = {}, []
         def _wrap(m, own):
             pair = self.pairs.get(m)
-            if pair and m is pair.norm: return _passes_on(pair, own, pending, mismatched)
-            return _computes(m, own, self.tensors[m], pair, pending, mismatched)
+            if pair and m is pair.norm: return _skip_norm(pair, own, pending, mismatched)
+            return _with_weights(m, own, self.tensors[m], pair, pending, mismatched)
         try:
             with ForwardPatch({*self.pairs, *self.tensors}, _wrap): out = forward(*args, **kwargs)
         except Exception:
@@ -79,15 +73,15 @@ class FoldedWeights:
         return out, not (pending or mismatched)
 
 
-def _computes(m, forward, tensors, pair, pending, mismatched):
-    "`forward` with these in place of the module's parameters, and right after with its own."
+def _with_weights(m, forward, tensors, pair, pending, mismatched):
+    "`forward` with these tensors instead of the module's parameters, which are restored right after."
     own = m._parameters
     def _forward(*args, **kwargs):
-        kept = {k: own[k] for k in tensors}
+        saved = {k: own[k] for k in tensors}
         try:
             own.update(tensors)
             out = forward(*args, **kwargs)
-        finally: own.update(kept)
+        finally: own.update(saved)
         if pair:
             if m in pending: mismatched.append(m)
             pending[m] = out
@@ -95,8 +89,8 @@ def _computes(m, forward, tensors, pair, pending, mismatched):
     return _forward
 
 
-def _passes_on(pair, forward, pending, mismatched):
-    "What is left of a batch norm's forward; its own for what is not its convolution's."
+def _skip_norm(pair, forward, pending, mismatched):
+    "The rest of a folded batch norm's forward; its own forward if the input is not its convolution's output."
     def _forward(input):
         if pending.pop(pair.conv, None) is not input:
             mismatched.append(pair.norm)
@@ -107,33 +101,32 @@ def _passes_on(pair, forward, pending, mismatched):
 
 
 def structure_key(model) -> tuple: # Modules; their modes; hooks; forwards; switches
-    "What a plan depends on beside the input. Each batch asks."
-    found = unique_modules(model)
-    own = [vars(m) for m in found]
+    "What a plan depends on besides the input. Computed for each batch."
+    modules = unique_modules(model)
+    own = [vars(m) for m in modules]
     modes, attached = [d.get('training') for d in own], [(*d[k],) for d in own for k in HOOKS if d.get(k)]
-    forwards = [(m, d.get('_compiled_call_impl'), foreign_forward(m)) for m, d in zip(found, own)
+    forwards = [(m, d.get('_compiled_call_impl'), foreign_forward(m)) for m, d in zip(modules, own)
                 if 'forward' in d or '_compiled_call_impl' in d]
-    # of the models' own classes, whose forward may ask for them: `self.return_features = True`
-    theirs = (d for m, d in zip(found, own) if type(m).__module__[:8] != 'torch.nn')
-    return found, modes, attached, forwards, [v for d in theirs for v in d.values() if type(v) in SWITCHES]
+    # attributes of classes outside PyTorch, since their forward may read them: `self.return_features = True`
+    custom = [d for m, d in zip(modules, own) if type(m).__module__[:8] != 'torch.nn']
+    return modules, modes, attached, forwards, [v for d in custom for v in d.values() if type(v) in SWITCHES]
 
 
 def is_eager(modules) -> bool:
-    "Are these plain modules? Not compiled, scripted or wrapped to run on several devices."
-    def _is(m): return not isinstance(m, WRAPPED) and '_orig_mod' not in m._modules and m._compiled_call_impl is None
-    return all(map(_is, modules))
+    "True if no module is compiled, scripted or wrapped to run on several devices."
+    return not any(isinstance(m, WRAPPED) or '_orig_mod' in m._modules or m._compiled_call_impl for m in modules)
 
 
 def has_global_hooks() -> bool:
-    "Do hooks of all modules see each layer's output?"
+    "True if hooks are registered for all modules: they see each layer's output."
     return any(getattr(hooks, f'_global{k}') for k in HOOKS)
 
 
-def input_key(args, kwargs) -> tuple: # Of the kind of input, and of the shapes but for the batch
+def input_key(args, kwargs) -> tuple: # Kind of the input; its shapes without the batch dimension
     "What a plan depends on in the input."
-    found = leaves_of((args, kwargs))
-    devices = {t.device.type for t in found if isinstance(t, Tensor)}
+    leaves = leaves_of((args, kwargs))
+    devices = {t.device.type for t in leaves if isinstance(t, Tensor)}
     def _kind(x): return (x.dtype, x.device) if isinstance(x, Tensor) else x if isinstance(x, PLAIN) else type(x)
     def _casts(d): return torch.amp.is_autocast_available(d) and torch.is_autocast_enabled(d)
-    kind, autocast = map(_kind, found), [(d, torch.get_autocast_dtype(d)) for d in sorted(devices) if _casts(d)]
-    return (*kind, *autocast), tuple(t.shape[1:] for t in found if isinstance(t, Tensor))
+    kind, autocast = map(_kind, leaves), [(d, torch.get_autocast_dtype(d)) for d in sorted(devices) if _casts(d)]
+    return (*kind, *autocast), tuple(t.shape[1:] for t in leaves if isinstance(t, Tensor))

@@ -1,4 +1,4 @@
-"Channels last as a fastai callback, and the `Learner` methods that switch it on and off."
+"The channels-last callback, and the `Learner` methods that turn it on and off."
 import warnings
 
 import torch
@@ -23,16 +23,23 @@ __all__ = ['ChannelsLast']
 class ChannelsLast(_FastaiChannelsLast):
     """Train and predict in PyTorch's channels-last memory format.
 
-    Before each fit, validation and prediction it converts the model's 4-D (`torch.channels_last`) and 5-D
-    (`torch.channels_last_3d`) parameters, buffers and gradients, and gives the optimizer's state the strides of its
-    parameters. Before each batch it converts the inputs of as many dimensions as the kernels of the model's
-    convolutions (clips for a 2-D network over frames stay as they are). Tensors in their format are not touched."""
+    Before each fit, validation and prediction, 4-D (`torch.channels_last`) and 5-D (`torch.channels_last_3d`)
+    parameters, buffers and gradients are converted, and the optimizer's state gets the strides of its parameters.
+    Before each batch, inputs are converted if they have as many dimensions as the kernels of the model's convolutions
+    (clips for a 2-D network over frames stay as they are). Tensors that already have the format are not copied.
+
+    >>> from fastai.vision.all import *; from channelslast import *
+    >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
+    >>> learn = Learner(DataLoaders(dl, dl), xresnet18(n_out=2), CrossEntropyLossFlat(), cbs=ChannelsLast())
+    >>> with learn.no_bar(): preds, targs = learn.get_preds()
+    >>> learn.model[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+    True"""
     order, dims = -1, ()  # before any callback that wraps or copies the model
-    measured = False  # True if `format_find` has compared its numbers and speed, so that no warning is due
+    measured = False  # True if `format_find` has compared its numbers and speed: then no warning is needed
     _warned, _patch = (), ForwardPatch()
 
     def before_fit(self):
-        self.leave()  # of a fit that this one interrupts
+        self.leave()  # ends a fit that this one interrupts
         if convert_module(self.model): align_optimizer(self.learn.opt)
         modules, device = unique_modules(self.model), model_device(self.model).type
         self.dims = {*kernel_dims(modules).values()}
@@ -40,17 +47,17 @@ class ChannelsLast(_FastaiChannelsLast):
         self._patch = ForwardPatch(layers, safe_forward)
         cudnn = torch.backends.cudnn
         if device == 'cuda' and cudnn.deterministic and not cudnn.benchmark:
-            self._warn("cuDNN is deterministic and may not benchmark (fastai's `no_random` sets it so): convolutions "
-                       "in channels last can fail. `channelslast.less_random` makes runs repeatable without that.")
+            self._warn_once("cuDNN is set to deterministic without benchmarking, as by fastai's `no_random`: "
+                            "convolutions in channels last can fail. Use `channelslast.less_random` instead.")
 
     def before_train(self):
-        align_optimizer(self.learn.opt)  # predictions need not look at its state
-        if fault := known_problem(model_device(self.model)): self._warn(fault)
+        align_optimizer(self.learn.opt)  # only training reads the optimizer's state
+        self._warn_once(known_problem(model_device(self.model)))
 
-    def _warn(self, message):
-        "Say this once, unless the format was chosen by measuring."
-        if message in self._warned or self.measured: return
-        self._warned = *self._warned, message
+    def _warn_once(self, message):
+        "Warn of each problem once; never if the format was chosen by measuring."
+        if not message or message in self._warned or self.measured: return
+        self._warned += (message,)
         warnings.warn(message, stacklevel=3)
 
     def before_batch(self):
@@ -58,65 +65,72 @@ class ChannelsLast(_FastaiChannelsLast):
         self._patch.apply()
 
     def leave(self):
-        "Give layers whose forward was replaced their own back."
+        "Restore the layers' own forwards."
         self._patch.undo()
 
     def after_fit(self):
         self.leave()
-        self._patch = ForwardPatch()  # holds layers of the model
+        self._patch = ForwardPatch()  # the old one holds layers of the model
 
 
 @patch
 @delegates(torch.amp.GradScaler, but=['device'])
 def to_channelslast(self:Learner,
-    to_fp16:bool=True, # Add mixed precision? Needed for the full speed of channels last
+    to_fp16:bool=True, # Also add mixed precision (often faster, not always)
     amp_mode:str|AMPMode=None, # `'fp16'` (default) or `'bf16'`
-    fp32_layers=None, # Modules to leave in fp32: names as in `named_modules`, classes, or functions of a module
+    fp32_layers=None, # Modules to keep in fp32: names as in `named_modules`, modules, classes, or functions of a module
     **kwargs
 ):
-    """Train in channels last, with mixed precision unless `to_fp16=False`; returns the Learner.
+    """Train in channels last, with mixed precision unless `to_fp16=False`. Returns the Learner.
 
-    Mixed precision that the Learner has is kept, unless this call names `amp_mode`, `fp32_layers` or an argument of
-    `GradScaler`: then it is replaced by what the call says. Where the device has no fast arithmetic of the asked type,
-    training stays in fp32 with a warning. `use_amp`, fastai's newer name of `to_fp16`, is taken too. The GradScaler
-    arguments serve fp16 only: https://docs.pytorch.org/docs/stable/amp.html
+    Existing mixed precision is kept unless this call passes `amp_mode`, `fp32_layers` or an argument of `GradScaler`.
+    If the type is slow on the device, training continues in fp32 with a warning. `use_amp`, fastai's newer name for
+    `to_fp16`, works too. The arguments of `GradScaler` affect fp16 only: https://docs.pytorch.org/docs/stable/amp.html
+    Raises `TypeError` for an unknown argument and `ValueError` for an invalid value, before anything changes.
 
-    Raises `TypeError` for an unknown argument, `ValueError` for an impossible value, before anything changes."""
+    >>> from fastai.vision.all import *; from channelslast import *
+    >>> learn = Learner(DataLoaders(), xresnet18(n_out=2), CrossEntropyLossFlat()).to_channelslast(amp_mode='bf16')
+    >>> learn.channels_last, learn.mixed_precision.amp_mode
+    (ChannelsLast, <AMPMode.BF16: 'bf16'>)"""
+    name = 'use_amp' if 'use_amp' in kwargs else 'to_fp16'
     to_fp16 = kwargs.pop('use_amp', to_fp16)
     if to_fp16 not in (True, False):
-        raise ValueError(f"to_fp16={to_fp16!r}: use True or False (the type goes into `amp_mode`)")
-    check_scaler(**kwargs)
-    mode = AMPMode.FP16 if amp_mode is None else check_amp_mode(amp_mode)
+        raise ValueError(f"to_channelslast({name}={to_fp16!r}): use True or False; the type goes into `amp_mode`")
+    check_scaler(Learner.to_channelslast, kwargs)
+    fp32_hint = ', or `to_fp16=False` to train in fp32'
+    mode = AMPMode.FP16 if amp_mode is None else check_amp_mode(amp_mode, 'to_channelslast', fp32_hint)
     layers = () if fp32_layers is None else resolve_layers(self.model, fp32_layers)
-    named = [k for k, v in dict(amp_mode=amp_mode, fp32_layers=fp32_layers).items() if v is not None] + list(kwargs)
-    kept, foreign = self._grab_cbs(MixedPrecision), self._grab_cbs(NonNativeMixedPrecision)
-
+    passed = [k for k, v in dict(amp_mode=amp_mode, fp32_layers=fp32_layers).items() if v is not None] + list(kwargs)
+    current = self._grab_cbs(MixedPrecision)
     if not any(isinstance(o, ChannelsLast) for o in self._grab_cbs(_FastaiChannelsLast)):
         self.remove_cb(_FastaiChannelsLast).add_cb(ChannelsLast())
-    idle = ()
-    if not to_fp16 or foreign: idle = named
-    elif named or not kept:
-        if mode is AMPMode.BF16: idle = list(kwargs)
+    ignored, reason = passed, ''
+    if not to_fp16: reason = '`to_fp16=False` adds no mixed precision'
+    elif self._grab_cbs(NonNativeMixedPrecision): reason = 'the Learner has `NonNativeMixedPrecision`'
+    elif passed or not current:
+        ignored, reason = list(kwargs) if mode is AMPMode.BF16 else [], 'bf16 needs no gradient scaling'
         self.remove_cb(MixedPrecision).add_cb(DeviceMixedPrecision(mode, layers, **kwargs))
-    elif any(type(o) is MixedPrecision for o in kept) and fit_device(self).type != 'cuda':
-        warnings.warn("This Learner keeps fastai's own `MixedPrecision`, which works on CUDA only. Name an `amp_mode` "
-                      "in `to_channelslast` to replace it.", stacklevel=2)
-    if fp32_layers is not None and not layers:
-        warnings.warn("fp32_layers: no module of the model is meant; all layers run in half precision.", stacklevel=2)
-    if idle:
-        why = ('with `to_fp16=False`' if not to_fp16 else "beside `NonNativeMixedPrecision`" if foreign
-               else 'in bf16, which needs no gradient scaling')
-        warnings.warn(f"{', '.join(idle)}: no effect {why}.", stacklevel=2)
+    elif any(type(o) is MixedPrecision for o in current) and fit_device(self).type != 'cuda':
+        warnings.warn("to_channelslast() keeps fastai's own `MixedPrecision`, which works on CUDA only. "
+                      "Pass `amp_mode` to replace it.", stacklevel=2)
+    if fp32_layers is not None and not layers and to_fp16:
+        warnings.warn("to_channelslast(): `fp32_layers` matched no module; all layers run in half precision.",
+                      stacklevel=2)
+    if ignored: warnings.warn(f"to_channelslast() ignores {', '.join(ignored)}: {reason}.", stacklevel=2)
     return self
 
 
 @patch
 def to_contiguous(self:Learner,
-    to_fp32:bool=False, # Remove mixed precision, and `FoldBatchNorm`, too?
+    to_fp32:bool=False, # Also remove mixed precision and `FoldBatchNorm`
 ):
-    """Cast model, gradients and optimizer state back to contiguous at once and remove `ChannelsLast`; with `to_fp32`,
-    mixed precision and `FoldBatchNorm` too. Returns the Learner."""
-    if to_fp32 not in (True, False): raise ValueError(f"to_fp32={to_fp32!r}: use True or False")
+    """Convert model, gradients and optimizer state to contiguous now and remove `ChannelsLast`. Returns the Learner.
+
+    >>> from fastai.vision.all import *; from channelslast import *
+    >>> learn = Learner(DataLoaders(), xresnet18(n_out=2), CrossEntropyLossFlat()).to_channelslast()
+    >>> hasattr(learn.to_contiguous(to_fp32=True), 'channels_last')
+    False"""
+    if to_fp32 not in (True, False): raise ValueError(f"to_contiguous(to_fp32={to_fp32!r}): use True or False")
     convert_module(self.model, channels_last=False)
     align_optimizer(self.opt)
     self.remove_cb(_FastaiChannelsLast)

@@ -1,19 +1,18 @@
-"""fastai's own Learner methods, done again. Importing this library mends them for every Learner of the process.
+"""Fixes to fastai's own `Learner` methods, applied to every Learner when this library is imported.
 
-| method | what fastai's does | here |
+| method | fastai's | here |
 |---|---|---|
-| `one_batch` | when the model or the loss raises, leaves autocast on for the whole session | it ends with the batch |
-| `to_fp16`, `to_bf16` | add a second mixed precision to the one that is there: the loss is scaled twice | replace it |
-| `load` | gives the optimizer the strides of the Learner that saved | those of the parameters it is loaded for |
-| `EXPLAINED_METHODS` | raise `view` errors that don't say that channels last is why | a note says where, why, and what to do |"""
-from contextlib import nullcontext
+| `one_batch` | leaves autocast on for the session if the model or the loss raises | autocast ends with the batch |
+| `to_fp16`, `to_bf16` | add a second mixed precision to an existing one: the loss is scaled twice | replace it |
+| `load` | gives the optimizer's state the strides that it was saved with | the strides of the current parameters |
+| `EXPLAINED_METHODS` | raise `view` errors without mentioning channels last | a note says where, why, what to do |"""
 from weakref import WeakKeyDictionary
 
+import torch
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from torch import nn
 
 from ..core.autocast import restore_autocast
 from ..core.devices import fit_device
@@ -27,67 +26,73 @@ from .view_errors import explain_view_errors
 
 __all__ = []
 
-CONVS_3D = nn.Conv3d, nn.ConvTranspose3d
-# all that runs a model, loss function, metric, callback or optimizer; the rest of fastai's methods call these
+# together these run every model, loss function, metric, callback and optimizer; fastai's other methods call them
 EXPLAINED_METHODS = 'fit', 'validate', 'get_preds', 'predict', 'tta', 'show_results', 'one_batch', 'create_opt'
-_one_batch, _to_fp16, _load = Learner.one_batch, Learner.to_fp16, Learner.load
+_one_batch, _load = Learner.one_batch, Learner.load
+_forward_caches = WeakKeyDictionary()  # per Learner
 
 
 @patch
 def one_batch(self:Learner, i, b):
     "Train or evaluate `self.model` on batch `(xb,yb)`"
-    # `MixedPrecision` turns autocast on before the batch and off after the loss; no event tells it that the model or
-    # the loss raised in between, and the whole session would go on in half precision. Replaced forwards serve until the
-    # backward pass is over: checkpointing calls them again there. The last one put on is the first one off.
-    ours = [cb for kind in (FoldBatchNorm, DeviceMixedPrecision, ChannelsLast) for cb in self._grab_cbs(kind)]
-    own = any(isinstance(cb, (DeviceMixedPrecision, ChannelsLast)) for cb in ours)  # they replace forwards themselves
-    convs = nullcontext() if own or fit_device(self).type != 'cpu' else _safe_convs_3d(self)
-    with restore_autocast(fit_device(self).type), convs:
+    # If the model or the loss raises, no event turns autocast off. Patched forwards stay for the backward pass, where
+    # checkpointing calls them again. They are undone in the reverse order.
+    cbs = [cb for kind in (FoldBatchNorm, DeviceMixedPrecision, ChannelsLast) for cb in self._grab_cbs(kind)]
+    device, patched = fit_device(self).type, any(isinstance(cb, (DeviceMixedPrecision, ChannelsLast)) for cb in cbs)
+    # PyTorch's CPU kernels compute some 3-D convolutions wrongly, even in contiguous fp32
+    modules = unique_modules(self.model) if device == 'cpu' and not patched else ()
+    layers = [m for m in modules if isinstance(m, (torch.nn.Conv3d, torch.nn.ConvTranspose3d)) and pads_in_kernel(m)]
+    with restore_autocast(device), ForwardPatch(layers, safe_forward, _forward_caches.setdefault(self, {})):
         try: _one_batch(self, i, b)
         finally:
-            for cb in ours: cb.leave()
-
-
-_caches = WeakKeyDictionary()
-
-
-def _safe_convs_3d(learn):
-    "Give 3-D convolutions, which PyTorch's CPU kernels compute wrongly in contiguous fp32 too, a safe forward."
-    layers = [m for m in unique_modules(learn.model) if isinstance(m, CONVS_3D) and pads_in_kernel(m)]
-    return ForwardPatch(layers, safe_forward, _caches.setdefault(learn, {}))
+            for cb in cbs: cb.leave()
 
 
 @patch
-@delegates(_to_fp16)
+@delegates(torch.amp.GradScaler, but=['device'])
 def to_fp16(self:Learner,
     amp_mode:str|AMPMode=AMPMode.FP16, # `'fp16'` or `'bf16'`
     **kwargs
 ):
-    "Train in mixed precision, in place of any other that the Learner has; returns the Learner."
-    mode = check_amp_mode(amp_mode)
-    check_scaler(**kwargs)
-    ours = self._grab_cbs(DeviceMixedPrecision)
-    self.remove_cb(MixedPrecision)
-    return self.add_cb(DeviceMixedPrecision(mode, **kwargs)) if ours else _to_fp16(self, amp_mode=mode, **kwargs)
+    """Train in mixed precision, replacing any other mixed precision. Returns the Learner.
+
+    >>> from fastai.vision.all import *; from channelslast import *
+    >>> learn = Learner(DataLoaders(), nn.Linear(2, 2), MSELossFlat()).to_fp16(init_scale=1024.)
+    >>> learn.mixed_precision.amp_mode
+    <AMPMode.FP16: 'fp16'>"""
+    mode = check_amp_mode(amp_mode, 'to_fp16', ', or call `learn.to_fp32()` to train in fp32')
+    check_scaler(Learner.to_fp16, kwargs)
+    kind = DeviceMixedPrecision if self._grab_cbs(DeviceMixedPrecision) else MixedPrecision
+    return self.remove_cb(MixedPrecision).add_cb(kind(mode, **kwargs))
 
 
 @patch
 def to_bf16(self:Learner):
-    "Train in bf16 mixed precision, in place of any other that the Learner has; returns the Learner."
+    """Train in bf16 mixed precision, replacing any other mixed precision. Returns the Learner.
+
+    >>> from fastai.vision.all import *; from channelslast import *
+    >>> learn = Learner(DataLoaders(), nn.Linear(2, 2), MSELossFlat()).to_fp16().to_bf16()
+    >>> learn.mixed_precision.amp_mode
+    <AMPMode.BF16: 'bf16'>"""
     return self.to_fp16(amp_mode=AMPMode.BF16)
 
 
 @patch
 @delegates(_load)
 def load(self:Learner,
-    file, # Name, with or without `.pth`, or path
-    device=None, # To load to; None: that of the DataLoaders
+    file, # Name in `self.path/self.model_dir`, with or without `.pth`, or path
+    device=None, # Device to load to; None: the DataLoaders' device
     **kwargs
 ):
-    """Load model and optimizer state (if `with_opt`) from `self.path/self.model_dir/file` using `device`: fastai's own,
-    but that the optimizer state takes the strides of the Learner's parameters, whatever format it was saved in."""
+    """Load model and, if `with_opt`, optimizer state, in the format of the current model. Returns the Learner.
+
+    >>> from fastai.vision.all import *; from channelslast import *; from tempfile import mkdtemp
+    >>> learn = Learner(DataLoaders([], device='cpu'), nn.Conv2d(3, 8, 3), MSELossFlat(), path=mkdtemp())
+    >>> path = learn.save('model')
+    >>> learn.to_channelslast(to_fp16=False).load('model') is learn
+    True"""
     _load(self, file, device=device, **kwargs)
-    align_optimizer(self.opt)  # a checkpoint brings the strides of the Learner that saved it
+    align_optimizer(self.opt)  # the loaded state has the strides that it was saved with
     return self
 
 

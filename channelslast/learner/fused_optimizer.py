@@ -1,4 +1,4 @@
-"fastai's own optimizers with their step in PyTorch's fused kernels: the same weights, sooner."
+"fastai's `Adam` and `SGD`, stepping with PyTorch's fused kernels: the same weights in less time."
 from functools import partial
 
 import torch
@@ -15,105 +15,109 @@ from ..core.memory_format import match_strides
 __all__ = ['fused', 'fused_argument']
 
 
-def _kept(ps, states, name):
-    "The states' tensors of this name, new ones where there are none, in the strides of their parameters."
+def _state_tensors(ps, states, name):
+    "The state tensors of this name in the strides of their parameters; missing ones start at zero."
     for p, s in zip(ps, states): s[name] = match_strides(s[name], p) if name in s else torch.zeros_like(p)
     return [s[name] for s in states]
 
 
 def _adam(kernel, ps, grads, states, lr, wd, mom, sqr_mom, eps):
-    # fastai counts in plain numbers, the kernel, which adds 1, in tensors. A GPU waits for the copy of a list.
+    # fastai counts steps in plain numbers; the kernel takes tensors and adds 1. On a GPU, copying a list would wait.
     counts = [float(s.get('step', 0)) for s in states]
-    same = len({*counts}) == 1
-    steps = (torch.full((len(ps),), counts[0], device=ps[0].device) if same else
-             torch.tensor(counts, device=ps[0].device)).unbind()
-    kernel(ps, grads, _kept(ps, states, 'grad_avg'), _kept(ps, states, 'sqr_avg'), [], [*steps], fused=True, lr=lr,
-           weight_decay=wd, beta1=mom, beta2=sqr_mom, eps=eps, amsgrad=False, maximize=False)
+    device, all_equal = ps[0].device, len({*counts}) == 1
+    steps = torch.full((len(ps),), counts[0], device=device) if all_equal else torch.tensor(counts, device=device)
+    avgs, sqr_avgs = _state_tensors(ps, states, 'grad_avg'), _state_tensors(ps, states, 'sqr_avg')
+    kernel(ps, grads, avgs, sqr_avgs, [], [*steps.unbind()], fused=True, lr=lr, weight_decay=wd, beta1=mom,
+           beta2=sqr_mom, eps=eps, amsgrad=False, maximize=False)
     for s in states: s['step'] = s.get('step', 0) + 1
 
 
 def _sgd(decoupled, averaged, ps, grads, states, lr, wd, mom):
-    if decoupled and averaged and wd:  # without an average both decays are one
+    if decoupled and averaged and wd:  # without an average, both kinds of decay are the same
         torch._foreach_mul_(ps, 1 - lr*wd)
         wd = 0.
-    # at momentum 0 the kernel forgets the average, which a schedule may need again: a number that is as good as 0
-    sgd(ps, grads, _kept(ps, states, 'grad_avg') if averaged else [None]*len(ps), fused=True, weight_decay=wd, lr=lr,
-        momentum=(mom or 1e-30) if averaged else 0., dampening=0., nesterov=False, maximize=False)
+    # At momentum 0 the kernel drops its buffer, which a schedule may need later: pass a tiny value.
+    sgd(ps, grads, _state_tensors(ps, states, 'grad_avg') if averaged else [None]*len(ps), fused=True, weight_decay=wd,
+        lr=lr, momentum=(mom or 1e-30) if averaged else 0., dampening=0., nesterov=False, maximize=False)
 
 
 _ADAM = (average_grad, "{'dampening': True}"), average_sqr_grad, step_stat, adam_step
-KERNELS = {  # by the callbacks that a fastai optimizer consists of; its other optimizers have no equal that is faster
+KERNELS = {  # by the callbacks of a fastai optimizer; its other optimizers have no faster equivalent
     (weight_decay, *_ADAM): partial(_adam, adamw), (l2_reg, *_ADAM): partial(_adam, adam),
     (weight_decay, sgd_step): partial(_sgd, True, False), (l2_reg, sgd_step): partial(_sgd, False, False),
     (weight_decay, average_grad, momentum_step): partial(_sgd, True, True),
     (l2_reg, average_grad, momentum_step): partial(_sgd, False, True)}
 
 
-def _fusable(p) -> bool:
-    "Do the kernels treat this parameter as fastai does? They round half precision elsewhere, and walk through memory."
+def _is_fusable(p) -> bool:
+    "True if the kernels update it as fastai does: they round half precision elsewhere, and follow memory order."
     return (type(p) is nn.Parameter and p.device.type in ('cpu', 'cuda') and p.dtype in (torch.float32, torch.float64)
             and p.layout is torch.strided and p.stride() == torch.empty_like(p).stride())
 
 
 def _kernel(opt):
-    "The kernel that does what this optimizer does, or None."
+    "The kernel that computes the same step as this optimizer, or None."
     if type(opt) is not Optimizer or any({*h} - {'lr', 'wd', 'mom', 'sqr_mom', 'eps'} for h in opt.hypers): return None
     ps = [p for pg in opt.param_lists for p in pg]
-    if len({*ps}) < len(ps) or len({p.device for p in ps}) != 1 or not all(map(_fusable, ps)): return None
+    if len({*ps}) < len(ps) or len({p.device for p in ps}) != 1 or not all(map(_is_fusable, ps)): return None
     return KERNELS.get(tuple((cb.func, str(cb.keywords)) if isinstance(cb, partial) else cb for cb in opt.cbs))
 
 
 class FusedOptimizer(Optimizer):
-    "A fastai optimizer, its groups, hyper-parameters and state, that steps with a fused kernel."
+    "A fastai optimizer with its groups, hyperparameters and state, but a fused step."
     def __init__(self, opt, kernel): vars(self).update(vars(opt), kernel=kernel, had_grad=set())
 
     def zero_grad(self):
-        for pg in self.param_lists:
-            for p in pg:
-                if p.grad is not None:
-                    self.had_grad.add(p)
-                    p.grad = None
+        for p in (p for pg in self.param_lists for p in pg if p.grad is not None):
+            self.had_grad.add(p)
+            p.grad = None
 
     @torch.no_grad()
     def step(self, closure=None):
         if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
-        for p in self.had_grad:  # fastai's become zero, not None: average and decay go on, in frozen layers too
+        # fastai sets gradients to zero, not None: averages and decay continue, in frozen layers too
+        for p in self.had_grad:
             if p.grad is None: p.grad = torch.zeros_like(p)
         for pg, hyper in zip(self.param_lists, self.hypers):
             for do_wd in True, False:
                 ps = [p for p in pg if p.grad is not None and self.state[p].get('do_wd', True) == do_wd]
                 if not ps: continue
                 grads, states = [match_strides(p.grad, p) for p in ps], [self.state[p] for p in ps]
-                self.kernel(ps, grads, states, **{**hyper, 'wd': hyper['wd']*do_wd})
+                self.kernel(ps, grads, states, **{**hyper, 'wd': hyper['wd'] if do_wd else 0.})
 
 
 class fused(partial):
-    """Optimizer function for a Learner, `opt_func=fused(SGD, mom=0.9)`: fastai's `Adam` or `SGD` that steps in a
-    fused kernel of PyTorch's. Weights, schedules, groups, checkpoints are fastai's; pickles as what it was made of."""
+    """Optimizer function for a Learner: fastai's `Adam` or `SGD`, or a `partial` of one, with PyTorch's fused step.
+    Weights, schedules, groups and checkpoints are as without it. It pickles as a `partial` of `opt_func`.
+
+    >>> from fastai.vision.all import *; from channelslast import *
+    >>> learn = Learner(DataLoaders(), nn.Linear(2, 2), MSELossFlat(), opt_func=fused(SGD, mom=0.9))
+    >>> learn.create_opt()
+    >>> type(learn.opt).__name__
+    'FusedOptimizer'"""
     def __init__(self,
         opt_func, # fastai's `Adam` or `SGD`, or a `partial` of one
         **kwargs # Its arguments
-    ): pass  # `partial` has taken them
+    ): pass  # `partial.__new__` has stored them
 
     def __call__(self, *args, **kwargs):
         opt = super().__call__(*args, **kwargs)
         if kernel := _kernel(opt): return FusedOptimizer(opt, kernel)
-        raise ValueError("fused: no kernel is known to give this optimizer's weights. It takes fastai's `Adam` and "
-                         "`SGD`, each parameter once, dense, in fp32 or fp64, all on the CPU or on one CUDA GPU.")
+        raise ValueError("`fused` supports only fastai's `Adam` and `SGD`, with dense, unshared fp32 or fp64 "
+                         "parameters on one device (CPU or CUDA).")
 
     def __reduce__(self): return (partial, *super().__reduce__()[1:])  # an exported Learner loads without this library
     def __copy__(self): return self
     def __deepcopy__(self, memo): return self
 
 
-def fused_argument(
-    learn, # A `Learner`; it is only looked at
-) -> str|None: # An argument of `Learner`
-    "Code for the same optimizer with a fused step, `opt_func=fused(Adam)`; None where none is proven equal."
+def fused_argument(learn) -> str|None:
+    "The `Learner` argument for an equal, fused optimizer, such as `opt_func=fused(Adam)`; None if none is known."
     f = learn.opt_func
     func, kwargs = (f.func, f.keywords) if type(f) is partial else (f, {})
     if func not in (Adam, SGD) or any(isinstance(cb, NonNativeMixedPrecision) for cb in learn.cbs): return None
     if any(getattr(m, 'sparse', False) for m in learn.model.modules()): return None  # embeddings: sparse gradients
-    opts = [f(learn.splitter(learn.model), lr=learn.lr), *([learn.opt] if learn.opt is not None else [])]
-    if None in (kernels := {_kernel(o) for o in opts}) or len(kernels) > 1: return None
-    return f"opt_func=fused({', '.join([func.__name__, *(f'{k}={v!r}' for k, v in kwargs.items())])})"
+    opts = f(learn.splitter(learn.model), lr=learn.lr), learn.opt
+    kernels = {_kernel(o) for o in opts if o is not None}
+    if None in kernels or len(kernels) > 1: return None
+    return f"opt_func=fused({', '.join([func.__name__, *[f'{k}={v!r}' for k, v in kwargs.items()]])})"

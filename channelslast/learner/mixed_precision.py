@@ -1,4 +1,5 @@
-"Mixed precision on the device the model is on, with some layers in fp32; and the checks of its arguments."
+"Mixed precision on the model's device, optionally with some layers in fp32, and the checks of its arguments."
+import inspect
 import math
 import operator
 import warnings
@@ -21,16 +22,15 @@ from ..core.undo import ForwardPatch
 
 __all__ = ['check_amp_mode', 'check_scaler', 'resolve_layers', 'DeviceMixedPrecision']
 
-# what users ask for
 
-def check_amp_mode(amp_mode) -> AMPMode:
-    "The `AMPMode` of a name or an `AMPMode`; `ValueError` for anything else."
+def check_amp_mode(amp_mode, caller, fp32_hint='') -> AMPMode:
+    "`amp_mode`, a name or an `AMPMode`, as an `AMPMode`; for anything else `ValueError` in the name of `caller`."
     try: return AMPMode(amp_mode)
-    except ValueError: pass
-    raise ValueError(f"amp_mode={amp_mode!r}: use 'fp16' or 'bf16' (or `to_fp16=False` to train in fp32)")
+    except ValueError:
+        raise ValueError(f"{caller}(amp_mode={amp_mode!r}): pass 'fp16' or 'bf16'{fp32_hint}") from None
 
 
-_scaler_rules = dict(
+_SCALER_RULES = dict(
     init_scale      = (lambda v: 0 < v <= torch.finfo(torch.float32).max, 'a number above 0 that fp32 can hold'),
     growth_factor   = (lambda v: 1 < v < math.inf, 'a number above 1'),
     backoff_factor  = (lambda v: 0 < v < 1, 'a number between 0 and 1, both excluded'),
@@ -38,110 +38,101 @@ _scaler_rules = dict(
     enabled         = (lambda v: v in (True, False), 'True or False'))
 
 
-def check_scaler(**kwargs):
-    "Raise `TypeError` for an argument that `GradScaler` does not have, `ValueError` for a value that it can't use."
+def check_scaler(method, kwargs):
+    "Check a call of this Learner method: `TypeError` for arguments it doesn't have, `ValueError` for invalid values."
+    name, known = method.__name__, list(inspect.signature(method).parameters)[1:]
     for k, v in kwargs.items():
-        if k not in _scaler_rules:
-            raise TypeError(f"to_channelslast() has no argument {k!r}; it takes to_fp16, amp_mode and GradScaler's "
-                            + ', '.join(_scaler_rules))
-        valid, rule = _scaler_rules[k]
-        try: ok = valid(v)
-        except Exception: ok = False  # no number at all
-        if not ok: raise ValueError(f'{k}={v!r}: use {rule}')
+        if k not in known: raise TypeError(f"{name}() has no argument {k!r}; it takes {', '.join(known)}")
+        if k not in _SCALER_RULES: continue
+        is_valid, rule = _SCALER_RULES[k]
+        try: valid = is_valid(v)
+        except Exception: valid = False  # not a number
+        if not valid: raise ValueError(f'{name}({k}={v!r}): use {rule}')
 
 
-# layers in fp32
-
-def _means(asked, name, module) -> bool:
-    "Is this module meant by a name, a module, a class or a function?"
+def _matches(asked, name, module) -> bool:
+    "True if this name, module, class or function selects the module."
     if isinstance(asked, str): return name == asked
     if isinstance(asked, nn.Module): return module is asked
     return isinstance(module, asked) if isinstance(asked, type) else asked(module)
 
 
-def resolve_layers(
-    model: nn.Module,
-    layers, # Names as in `named_modules`, modules, classes of modules, or functions of a module; one or several
-) -> list: # Names, in the model's order
-    "The names of the modules meant; `ValueError` for one that the model does not have or that can't run on its own."
+def resolve_layers(model, layers, caller='to_channelslast') -> list:
+    """Names, in the model's order, of the modules selected by one or several names, modules, classes or functions of a
+    module. `ValueError` in the name of `caller` for a module that is not in the model or can't run on its own."""
     modules = dict(unwrap_model(model).named_modules())
     asked = [layers] if isinstance(layers, str) or callable(layers) else list(layers)
     for o in asked:
-        if isinstance(o, str) and o in modules and o or any(m is o for m in modules.values()): continue
+        if any(m is o for m in modules.values()) or (isinstance(o, str) and o and o in modules): continue
         if callable(o) and not isinstance(o, nn.Module): continue
         near = get_close_matches(str(o), modules, 3, 0.4)
-        hint = (f"did you mean {', '.join(map(repr, near))}?" if near else
-                "use names as in `model.named_modules()`, or a function of a module that returns True or False")
-        raise ValueError(f"fp32_layers: the model has no module {o!r}; {hint}")
-    names = [n for n, m in modules.items() if n and any(_means(o, n, m) for o in asked)]
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else 'pass names as in `model.named_modules()`'
+        raise ValueError(f"{caller}(fp32_layers=…): the model has no module {o!r}; {hint}")
+    names = [n for n, m in modules.items() if n and any(_matches(o, n, m) for o in asked)]
     for n in names:
-        above = ['', *accumulate(n.split('.'), '{}.{}'.format)][:-1]
-        script = next((o for o in above if isinstance(modules[o], torch.jit.ScriptModule)), None)
-        if script is None or not {*above}.isdisjoint(names): continue
+        parents = ['', *accumulate(n.split('.'), '{}.{}'.format)][:-1]
+        script = next((o for o in parents if isinstance(modules[o], torch.jit.ScriptModule)), None)
+        if script is None or not {*parents}.isdisjoint(names): continue
         where, use = (f'module {script!r}', f'fp32_layers={script!r}') if script else ('model', 'to_fp16=False')
-        raise ValueError(f"fp32_layers: {n!r} is inside the scripted {where}, whose layers run in C++ and can't be set "
-                         f"one by one; `{use}` keeps all of it in fp32")
+        raise ValueError(f"{caller}(fp32_layers=…): {n!r} is inside the scripted {where}, whose layers run in C++ "
+                         f"and can't be set one by one; pass `{use}` to keep all of it in fp32")
     return names
 
 
-# the callback
-
 @pickle_as(MixedPrecision)
 class DeviceMixedPrecision(MixedPrecision):
-    """fastai's `MixedPrecision` on the device the model is on (fastai's own names `'cuda'` whatever the device), with
-    every `GradScaler` argument kept. Where the device has no fast arithmetic of the asked type it trains in fp32 and
-    says so once."""
+    """fastai's `MixedPrecision`, but on the model's device (fastai's uses `'cuda'` on every device) and with every
+    `GradScaler` argument respected. If the type is slow on the device, it trains in fp32 and warns once."""
     name, fp32_layers = 'mixed_precision', ()
     _warned, _entered, _patch = False, ExitStack(), ForwardPatch()
 
     def __init__(self,
         amp_mode: str|AMPMode = AMPMode.FP16, # `'fp16'` or `'bf16'`
         fp32_layers = (), # Names of modules to run outside autocast, in fp32
-        **kwargs # Of `torch.amp.GradScaler`, which only fp16 uses
+        **kwargs # Arguments of `torch.amp.GradScaler`, which only fp16 uses
     ):
-        super().__init__(check_amp_mode(amp_mode), **kwargs)
+        super().__init__(check_amp_mode(amp_mode, 'DeviceMixedPrecision'), **kwargs)
         self.fp32_layers = tuple(fp32_layers)
 
     def before_fit(self):
-        self.leave()  # of a fit that this one interrupts
-        where = model_device(self.model)
-        device, fast = where.type, devices.autocast_is_fast(where, self.amp_mode)
-        if not fast: self._warn_once(where)
-        self.autocast = torch.autocast(device, DTYPES[self.amp_mode], enabled=fast)
-        names = resolve_layers(self.model, self.fp32_layers) if fast else ()
-        kept = [unwrap_model(self.model).get_submodule(n) for n in names]
-        padded = [m for m in unique_modules(self.model) if device == 'cpu' and pads_in_kernel(m)]
+        self.leave()  # ends a fit that this one interrupts
+        device = model_device(self.model)
+        kind, fast = device.type, devices.autocast_is_fast(device, self.amp_mode)
+        if not fast: self._warn_once(device)
+        self.autocast = torch.autocast(kind, DTYPES[self.amp_mode], enabled=fast)
+        names = resolve_layers(self.model, self.fp32_layers, 'DeviceMixedPrecision') if fast else ()
+        in_fp32 = [unwrap_model(self.model).get_submodule(n) for n in names]
+        padded = [m for m in unique_modules(self.model) if kind == 'cpu' and pads_in_kernel(m)]
         def _wrap(m, forward):
             if m in padded: forward = safe_forward(m, forward)
-            return fp32_forward(forward, device, DTYPES[self.amp_mode]) if m in kept else forward
-        self._patch = ForwardPatch({*padded, *kept}, _wrap)
-        # bf16 has the range of fp32: nothing to scale
-        enabled = fast and self.amp_mode is AMPMode.FP16 and self.kwargs.get('enabled', True)
-        self.learn.scaler, self.scales = torch.amp.GradScaler(device, **{**self.kwargs, 'enabled': enabled}), L()
+            return fp32_forward(forward, kind, DTYPES[self.amp_mode]) if m in in_fp32 else forward
+        self._patch = ForwardPatch({*padded, *in_fp32}, _wrap)
+        enabled = fast and self.amp_mode is AMPMode.FP16 and self.kwargs.get('enabled', True)  # bf16 has fp32's range
+        self.learn.scaler, self.scales = torch.amp.GradScaler(kind, **{**self.kwargs, 'enabled': enabled}), L()
 
     def _warn_once(self, device):
         if self._warned: return
         self._warned = True
-        other = next((o for o in AMPMode if o is not self.amp_mode and devices.autocast_is_fast(device, o)), None)
-        use = f"use `amp_mode='{other.value}'`, which it has, or `to_fp16=False`" if other else (
-              "use `to_fp16=False` to say so yourself (`amp_mode='bf16'` needs a CPU with AVX512-BF16 or AMX)")
-        warnings.warn(f"This {device.type} has no fast {self.amp_mode.value}: training stays in fp32. "
-                      f"To silence this, {use}.", stacklevel=2)
+        mode, kind, advice = self.amp_mode.value, device.type.upper(), '`to_fp16=False`'
+        other = next(o for o in AMPMode if o is not self.amp_mode)
+        if devices.autocast_is_fast(device, other): advice = f"`amp_mode='{other.value}'` (fast here) or {advice}"
+        elif kind == 'CPU': advice += ' (bf16 is fast on x86 CPUs with AVX512-BF16 or AMX)'
+        problem = 'slow on this CPU' if kind == 'CPU' else f'unsupported or no faster than fp32 on this {kind} device'
+        warnings.warn(f'{mode} is {problem}, so training continues in fp32. Pass {advice}.', stacklevel=2)
 
     def before_batch(self):
-        self.leave()  # a callback may have cancelled the last batch before its loss
+        self.leave()  # a callback may have cancelled the previous batch before its loss
         self._entered = ExitStack()
         self._entered.enter_context(self.autocast)
-        # on the instance and for this batch alone: outside it the model is as it was
-        self._patch.apply()
+        self._patch.apply()  # only during the batch, so that the model is unchanged outside of it
 
-    # fastai's casts float64 too, and takes every output for tensors in lists and dictionaries
+    # fastai's casts float64 too, and expects every element of lists and dictionaries to be a tensor
     def after_pred(self): self.learn.pred = cast_floats(self.pred, torch.float32, HALF_DTYPES)
 
     def after_loss(self): self._entered.close()
 
     def leave(self):
-        "Leave autocast if it is still on, and give its layers their own forward back."
+        "Leave autocast if it is still on, and restore the layers' own forwards."
         self.after_loss()
         self._patch.undo()
 

@@ -1,4 +1,4 @@
-"Look and measure without leaving a trace on the Learner."
+"Use a Learner for measuring without leaving a trace on it."
 import random
 import traceback
 from contextlib import ExitStack, contextmanager
@@ -23,58 +23,55 @@ __all__ = ['preserve_learner', 'learner_modules', 'check_model']
 
 
 def learner_modules(learn, cbs=()) -> list:
-    "Every module of the Learner's model and, if they have any, of its loss and of these callbacks."
+    "The modules of the Learner's model, of its loss function and of these callbacks, each once."
     roots = [learn.model, learn.loss_func, getattr(learn.loss_func, 'func', None)]
-    roots += [v for cb in cbs for v in vars(cb).values()]
+    for cb in cbs: roots += vars(cb).values()
     return list({id(m): m for root in roots if isinstance(root, nn.Module) for m in root.modules()}.values())
 
 
 def check_model(learn):
-    "`ValueError` for a model that can't run in a Learner, with what to do."
+    "Raise `ValueError`, with what to do, for a model that can't run in a Learner."
     params = list(learn.model.parameters())
-    if not params:
-        raise ValueError("The model has no parameters: fastai reads the device from them, so it can't run this model.")
+    if not params: raise ValueError("The model has no parameters, from which fastai reads the device: it can't run.")
     if any(nn.parameter.is_lazy(p) for p in params):
-        raise ValueError("The model has lazy modules without shapes yet: run one batch through it first, "
+        raise ValueError("The model has lazy modules without shapes. Run one batch through it first: "
                          "`learn.model(learn.dls.one_batch()[0])`.")
     if any(p.is_meta for p in params):
-        raise ValueError("The model is on the meta device, it has shapes but no numbers: "
-                         "`learn.model.to_empty(device='cpu')`, then load weights.")
+        raise ValueError("The model is on the meta device, so it has no values. Call "
+                         "`learn.model.to_empty(device='cpu')` and load weights first.")
 
 
-def _held(modules):
-    "Objects that modules and callbacks hold: fastai's UNet keeps activations in `Hook` objects."
-    held = {id(v): v for m in modules for v in vars(m).values() if type(v).__module__ != 'builtins'}
-    others = nn.Module, Tensor, type, Learner
-    return [o for o in held.values() if hasattr(o, '__dict__') and not isinstance(o, others)]
+def _attribute_objects(modules):
+    "Objects among the attributes of modules and callbacks, such as a UNet's `Hook`s, which keep activations."
+    objects = {id(v): v for m in modules for v in vars(m).values() if type(v).__module__ != 'builtins'}.values()
+    return [o for o in objects if hasattr(o, '__dict__') and not isinstance(o, (nn.Module, Tensor, type, Learner))]
 
 
-def _keep_generators(undo, owner):
+def _restore_generators(undo, owner):
     "Have `undo` restore the random generators among an object's attributes: Python's, NumPy's and PyTorch's."
     for g in getattr(owner, '__dict__', {}).values():
         if isinstance(g, random.Random): undo.callback(g.setstate, g.getstate())
-        elif isinstance(g, torch.Generator): undo.callback(g.set_state, g.get_state())
-        elif isinstance(g, np.random.RandomState): undo.callback(g.set_state, g.get_state())
+        elif isinstance(g, (torch.Generator, np.random.RandomState)): undo.callback(g.set_state, g.get_state())
         elif isinstance(g, np.random.Generator): undo.callback(setattr, g.bit_generator, 'state', g.bit_generator.state)
 
 
-def _name_left_out(e, cbs):
-    "Say which callbacks a step that failed ran without."
+def _note_left_out(e, cbs):
+    "Add a note to an error of a step: which callbacks it ran without."
     names = ', '.join(f'`{type(o).__name__}`' for o in cbs if type(o).__module__.partition('.')[0] != 'fastai')
     if names and any(f.f_code.co_name == 'one_batch' for f, _ in traceback.walk_tb(e.__traceback__)):
-        add_note(e, f"The step ran without {names}, so that nothing is logged, saved, stopped or drawn. A callback "
-                 "takes part if it assigns `self.learn.xb`, `yb`, `pred`, `loss`, `loss_grad` or `loss_func`.")
+        add_note(e, f"The step ran without {names}, so that nothing is logged, saved, stopped or drawn. A callback is "
+                 "included only if it assigns `self.learn.xb`, `yb`, `pred`, `loss`, `loss_grad` or `loss_func`.")
 
 
-def _in_cpp(m) -> dict:
-    "Attributes of a scripted module that live in C++: mode, parameters, buffers, plain values."
+def _cpp_attributes(m) -> dict:
+    "Attributes of a scripted module that are stored in C++: mode, parameters, buffers, plain values."
     if not isinstance(m, torch.jit.ScriptModule): return {}
     return {k: m._c.getattr(k) for k in torch._C.ConcreteModuleType.from_jit_type(m._c._type()).get_attributes()}
 
 
-def _run_on_copies(undo, tensors):
-    """Put a copy of its memory behind each tensor, one copy behind tied ones, until `undo` puts the original back,
-    which nothing can have changed; returns the tensors with their originals."""
+def _run_on_clones(undo, tensors):
+    """Swap in clones of the tensors' memory, one clone for tensors that share it; `undo` restores the originals, which
+    were never written to. Returns each tensor with its original."""
     originals = []
     for group in group_by_memory(tensors):
         memory = group[0].untyped_storage().clone() if len(group) > 1 else None
@@ -91,61 +88,58 @@ def _run_on_copies(undo, tensors):
     return originals
 
 
-def _keep_optimizer(undo, opt):
-    """Have `undo` restore an optimizer, wrapped ones too: what it holds, its hyper-parameters, its state by value;
-    returns its state's tensors with their originals."""
+def _restore_optimizer(undo, opt):
+    "Have `undo` restore an optimizer and those it wraps; returns each state tensor with its original."
     originals = []
     while opt is not None:
-        own = vars(opt)
-        restore_dict(undo, own)
-        for group in (*own.get('param_groups', ()), *own.get('hypers', ())): restore_dict(undo, group)
+        attrs = vars(opt)
+        restore_dict(undo, attrs)
+        for group in (*attrs.get('param_groups', ()), *attrs.get('hypers', ())): restore_dict(undo, group)
         for state in getattr(opt, 'state', {}).values():
             if isinstance(state, dict): restore_dict(undo, state)
-        originals += _run_on_copies(undo, tensors_of([own.get('state'), *map(list, own.get('slow_weights') or ())]))
-        inner = own.get('opt', own.get('optimizer'))
+        originals += _run_on_clones(undo, tensors_of([attrs.get('state'), *map(list, attrs.get('slow_weights') or ())]))
+        inner = attrs.get('opt', attrs.get('optimizer'))
         opt = inner if hasattr(inner, 'state') else None
     return originals
 
 
 @contextmanager
 def preserve_learner(learn,
-    classes=(), # Of callbacks that stay, beside those that a step needs
-    eager=True, # Run compiled models as the modules they were made from?
-    loader=None, # That is used inside; None: the training loader
+    classes=(), # Classes of callbacks to keep, in addition to those that a step needs
+    eager=True, # Run compiled models as the modules they were made from
+    loader=None, # Loader used inside; None: the training loader
 ):
-    """Context manager: use the Learner as you like inside; afterwards it is bit for bit what it was, however the block
-    ended: weights, buffers, gradients, their formats and memory, optimizer, modes, callbacks, recorder, hooks, random
-    states, autocast, the loader's shuffling. Costs one copy of the tensors of model and optimizer. Callbacks that a
-    step does not need are left out; an error of a step names them.
-
-    Gives the tensors with their originals' memory. What a module keeps deeper than in objects among its attributes is
-    not known here."""
-    stay = [o for o in learn.cbs if is_part_of_step(o, classes)]
-    users = [o for o in stay if changes_step(o)]
-    try: loader, modules = learn.dls.train if loader is None else loader, learner_modules(learn, users)
+    """Context manager: do anything with the Learner inside. Afterwards it is restored bit for bit, even after an error:
+    weights, buffers, gradients, their formats and memory, optimizer, modes, callbacks, recorder, hooks, random states,
+    autocast, the loader's shuffling. Costs one copy of the tensors of model and optimizer. Callbacks that a step does
+    not need are left out; an error of a step names them. Yields the tensors with their originals. State of a module is
+    not restored if it is nested deeper than in objects among its attributes."""
+    kept = [o for o in learn.cbs if is_part_of_step(o, classes)]
+    changing = [o for o in kept if changes_step(o)]
+    try: loader = learn.dls.train if loader is None else loader
     except IndexError:
         raise ValueError("The Learner's DataLoaders hold no loader: there is nothing to run on.") from None
-    with restore_random_states(), restore_autocast(fit_device(learn).type), torch.enable_grad(), ExitStack() as undo:
+    modules, device, loss_func = learner_modules(learn, changing), fit_device(learn), learn.loss_func
+    with restore_random_states(), restore_autocast(device.type), torch.enable_grad(), ExitStack() as undo:
         if eager: undo.enter_context(torch.compiler.set_stance('force_eager'))
-        plain_loss = not isinstance(learn.loss_func, nn.Module) and hasattr(learn.loss_func, '__dict__')
-        owners = [*modules, learn.loss_func] if plain_loss else modules
-        for o in (learn, *learn.cbs, *[loader]*hasattr(loader, '__dict__'), *owners): restore_dict(undo, vars(o))
-        for o in _held([*modules, *users]): restore_dict(undo, vars(o))
+        owners = modules if isinstance(loss_func, nn.Module) else [*modules, loss_func]
+        owners = [o for o in owners if hasattr(o, '__dict__')]
+        for o in (learn, *learn.cbs, loader, *owners):
+            if hasattr(o, '__dict__'): restore_dict(undo, vars(o))
+        for o in _attribute_objects([*modules, *changing]): restore_dict(undo, vars(o))
         for m in modules:
-            for k, v in _in_cpp(m).items(): undo.callback(m._c.setattr, k, v)
-        for o in (loader, getattr(loader, 'sampler', None), *users): _keep_generators(undo, o)
-        # parameters, buffers, and tensors that are plain attributes
-        held = [[*vars(o).values(), *_in_cpp(o).values()] for o in (*owners, *users)]
-        originals = _run_on_copies(undo, tensors_of(held))
+            for k, v in _cpp_attributes(m).items(): undo.callback(m._c.setattr, k, v)
+        for o in (loader, getattr(loader, 'sampler', None), *changing): _restore_generators(undo, o)
+        values = [[*vars(o).values(), *_cpp_attributes(o).values()] for o in (*owners, *changing)]
+        originals = _run_on_clones(undo, tensors_of(values))  # parameters, buffers, plain attributes
         opt = learn.opt_func if learn.opt is None and isinstance(learn.opt_func, OptimWrapper) else learn.opt
-        originals += _keep_optimizer(undo, opt)
-        device = fit_device(learn)
+        originals += _restore_optimizer(undo, opt)
         if getattr(learn.dls, 'device', None) not in (None, device):
             undo.callback(setattr, learn.dls, 'device', learn.dls.device)
             learn.dls.device = device
-        left_out, learn.cbs = [o for o in learn.cbs if o not in stay], L(stay)
+        left_out, learn.cbs = [o for o in learn.cbs if o not in kept], L(kept)
         if eager: learn.model = unwrap_model(learn.model)
         try: yield originals
         except Exception as e:
-            _name_left_out(e, left_out)
+            _note_left_out(e, left_out)
             raise

@@ -1,14 +1,16 @@
-"`Learner.format_summary`: where does the model keep channels last, and where does it lose it?"
+"`Learner.format_summary`: where the model keeps channels last, and where it loses it."
 import html
 import re
 from collections import Counter, defaultdict
 from contextlib import ExitStack
 from dataclasses import fields
+from functools import partial
+from textwrap import fill
 
 import pandas as pd
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.learner import Learner
-from fastcore.basics import patch
+from fastcore.basics import patch, uniqueify
 from fastcore.foundation import L
 
 from ..core.devices import fit_device
@@ -18,23 +20,31 @@ from .format_trace import Conversion, FormatTrace
 
 __all__ = ['FormatSummary']
 
-# Remedies by class name, each shown by a test to remove the loss, with what it gained in channels last: convolutions
-# and this layer, forward and backward, on CPUs, in three or four shapes (notebook `format_summary` has the table)
-_group_norm = ('`nn.GroupNorm(C, C, affine=False)` computes the same and keeps the format; {} on CPUs, where '
-               'contiguous is as fast or faster')
+WIDTH = 160  # of printed lines, in characters
+# Remedies by class name. A test shows that each removes the loss and computes the same. Speedups are in channels last,
+# of convolutions and this layer, forward and backward, for three or four shapes (table in notebook `format_summary`)
+_remedy = '`{}` computes the same and keeps channels last. Speedup on {}.'
+_group_norm = _remedy.format('nn.GroupNorm(C, C, affine=False)', 'CPUs: {}; contiguous is as fast or faster')
 HINTS = dict(InstanceNorm2d=_group_norm.format('0.9–1.2×'), InstanceNorm3d=_group_norm.format('0.9–1.1×'),
-             Softmax2d='`x.movedim(1, -1).softmax(-1).movedim(-1, 1)` keeps it; 1.0–1.5× on a CPU',
-             GLU='`a, b = x.chunk(2, 1); a * b.sigmoid()` keeps it; 1.0–1.4× on a CPU, where contiguous is as fast')
+             Softmax2d=_remedy.format('x.movedim(1, -1).softmax(-1).movedim(-1, 1)', 'a CPU: 1.0–1.5×'),
+             GLU=_remedy.format('a, b = x.chunk(2, 1); a * b.sigmoid()', 'a CPU: 1.0–1.4×; contiguous is as fast'))
 CPU_HINTS = 'InstanceNorm2d', 'InstanceNorm3d'  # on other devices PyTorch's group norm gives contiguous results
 
 
 class FormatSummary:
-    """What `Learner.format_summary` found. Prints as a table, renders as one in a notebook.
+    """Result of `Learner.format_summary`. Prints as a table, renders as one in a notebook.
 
-    `.rows`: a `Conversion` an event, in order of execution; `.lost`, `.regained`: those of that kind; `.bytes_moved`:
-    of all rows; `.holds`: there are channels-last activations, none is lost, and none has to be regained;
-    `.counts[backward]`: `(kept, had)`, the operations that took a channels-last activation and made a new one, and
-    those whose result was channels last too."""
+    `.rows` has one `Conversion` per copy, in order of execution. `.lost` and `.regained` are those of that kind, and
+    `.bytes_moved` is the sum over all rows. `.holds` is True if there are channels-last activations and none is lost or
+    has to be regained. `.counts[backward]` is `(kept, had)`: `had` operations took a channels-last activation and made
+    a new one, and `kept` of the results were channels last too.
+
+    >>> from fastai.vision.all import *
+    >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
+    >>> model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Softmax2d(), nn.AdaptiveAvgPool2d(1), Flatten())
+    >>> learn = Learner(DataLoaders(dl, dl), model, CrossEntropyLossFlat())
+    >>> learn.to_channelslast(to_fp16=False).format_summary().lost[0].cls
+    'Softmax2d'"""
     def __init__(self, rows, counts, note='', max_rows=20, device='cpu'):
         self.rows, self.counts, self.note, self.max_rows, self.device = list(rows), counts, note, max_rows, device
 
@@ -48,81 +58,81 @@ class FormatSummary:
     def holds(self): return not self.lost and not self._unseen and self.counts[False][1] > 0
     @property
     def _unseen(self):
-        # what comes back was lost, if by an operation on tensors without pixels, where formats have no name
+        # what is regained was lost, if not in a row: by an operation on tensors that have no memory format
         return not self.lost and [r for r in self.regained if not r.backward]
 
     def to_frame(self) -> pd.DataFrame:
-        "One row an event, as in `.rows`."
+        "One row per `Conversion`, as in `.rows`."
         return pd.DataFrame([vars(r) for r in self.rows], columns=[f.name for f in fields(Conversion)])
 
     @property
     def verdict(self) -> str:
-        "The whole in one or two sentences."
-        (kept, had), (bkept, bhad) = self.counts[False], self.counts[True]
+        "The result in a few sentences."
+        (kept, had), (kept_backward, had_backward) = self.counts[False], self.counts[True]
         if not had: return ("No activation is channels last, so there is nothing to lose: "
                             "call `learn.to_channelslast()` first.") + self.note
-        of = f"{kept} of {had} activations forward, {bkept} of {bhad} backward"
-        n = len(self.rows)
-        moved = f"{n} conversion{'s'*(n != 1)} move{'s'*(n == 1)} {_mb(self.bytes_moved)} per step."
-        if self.holds: return f"Channels last holds: {of}. {moved}{self.note}"
-        if unseen := self._unseen:
-            return (f"Channels last does not hold: {unseen[0].module or '(model)'} has to regain it, {len(unseen)} time"
-                    f"{'s'*(len(unseen) != 1)} forward, so that an operation before it on tensors of other dimensions "
-                    f"lost it (kept by {of}). {moved}{self.note}")
-        top = Counter(r.cls for r in self.lost).most_common(3)
-        times = 'once' if len(self.lost) == 1 else f'{len(self.lost)} times'
-        return (f"Channels last is lost {times} (kept by {of}): mostly {', '.join(f'{c} ({n})' for c, n in top)}. "
-                f"{moved}{self.note}")
+        ratio = f'{kept} of {had} activations forward, {kept_backward} of {had_backward} backward'
+        lost, unseen, moved = len(self.lost), self._unseen, f'{_mb(self.bytes_moved)} per step.{self.note}'
+        moved = '1 conversion moves ' + moved if len(self.rows) == 1 else f'{len(self.rows)} conversions move {moved}'
+        if self.holds: return f'Channels last holds: {ratio}. {moved}'
+        if unseen: return (
+            f"Channels last does not hold (kept by {ratio}). It is regained {_times(len(unseen))} in the forward pass, "
+            f"first in {_short(unseen[0].module) or '(model)'}: an operation before that loses it, on tensors of other "
+            f"dimensions. {moved}")
+        (cls, top), *others = Counter(_short(r.cls) for r in self.lost).most_common(3)
+        where = ', '.join([f'mostly in {cls} ({top} of {lost})', *(f'{c} ({n})' for c, n in others)])
+        if not others: where = f'in {cls}' if lost == 1 else f'all in {cls}'
+        return f'Channels last is lost {_times(lost)} (kept by {ratio}), {where}. {moved}'
 
-    def __repr__(self):
-        table, hidden = _folded(self)
-        return '\n'.join([self.verdict, *([table.to_string(index=False)] if len(table) else []), *hidden])
-
-    def _repr_html_(self):
-        table, hidden = _folded(self)
-        parts = [f'<p>{html.escape(self.verdict)}</p>', table.to_html(index=False) if len(table) else '',
-                 *(f'<p>{html.escape(o)}</p>' for o in hidden)]
-        return ''.join(parts)
+    def __repr__(self): return '\n'.join(_parts(self, _fill, partial(pd.DataFrame.to_string, index=False)))
+    def _repr_html_(self): return ''.join(_parts(self, _paragraph, partial(pd.DataFrame.to_html, index=False)))
 
 
+def _fill(text): return fill(text, WIDTH, break_on_hyphens=False)
+def _paragraph(text): return f'<p>{html.escape(text)}</p>'
 def _mb(n): return f'{n/1e6:.1f} MB' if n >= 5e4 else f'{n/1e3:.1f} kB' if n >= 50 else f'{n} B'
+def _times(n): return 'once' if n == 1 else f'{n} times'
+
+
+def _short(text, n=60) -> str:
+    "`text` in at most `n` characters: `…` replaces its middle."
+    return text if len(text) <= n else f'{text[:(n - 1)//2]}…{text[-(n//2):]}'
 
 
 def _common(names) -> str:
-    "One name for several that differ in a number or so: `layer1.*.conv2`."
+    "One name for names that differ only in numbers: `layer1.*.conv2`."
     parts = zip(*(n.split('.') for n in names))
     return '.'.join(p[0] if len(set(p)) == 1 else re.sub(r'\d+', '*', p[0]) for p in parts)
 
 
-def _hint(r, device) -> str: # `''` where none is known
-    "A remedy for a loss on this type of device."
-    return HINTS.get(r.cls, '') if r.kind == 'lost' and (device == 'cpu' or r.cls not in CPU_HINTS) else ''
-
-
-def _row(events, device) -> dict:
-    "Like events as one row of the table."
-    first, name = events[0], _common(dict.fromkeys(r.module for r in events)) or '(model)'
+def _row(events) -> dict:
+    "One row of the table for conversions that differ only in numbers."
+    first, name = events[0], _common({r.module for r in events}) or '(model)'
     return {'module': name + (f' ×{len(events)}' if len(events) > 1 else ''), 'class': first.cls, 'op': first.op,
             'pass': 'backward' if first.backward else 'forward', 'kind': first.kind,
             'shape': '×'.join(map(str, max(events, key=lambda r: r.bytes).shape)),
-            'moved': _mb(sum(r.bytes for r in events)),
-            'hint': _hint(first, device)}
+            'moved': _mb(sum(r.bytes for r in events))}
 
 
-def _folded(summary) -> tuple:
-    "The table people read: like events in one row, the costliest first; and a line on what `max_rows` hides."
+def _parts(summary, show_text, show_table) -> list:
+    "Verdict, table (the largest conversions first) and the notes under it, as these functions show them."
     groups = defaultdict(list)
     for r in summary.rows: groups[re.sub(r'\d+', '*', r.module), r.cls, r.op, r.backward, r.kind].append(r)
     groups = sorted(groups.values(), key=lambda g: -sum(r.bytes for r in g))
-    shown = groups[:summary.max_rows]
-    table = pd.DataFrame(_row(g, summary.device) for g in shown)
-    if len(table) and not table['hint'].any(): table = table.drop(columns='hint')
-    more = len(groups) - len(shown)
-    return table, [f"… and {more} more row{'s'*(more != 1)}: `max_rows={len(groups)}` shows all."] if more else []
+    table, hidden = pd.DataFrame(map(_row, groups[:summary.max_rows])), len(groups) - summary.max_rows
+    widths = {k: max(map(len, [k, *table[k]])) for k in table}
+    while sum(widths.values()) + len(widths) > WIDTH: widths[max(widths, key=widths.get)] -= 1
+    for k, n in widths.items(): table[k] = [_short(o, n) for o in table[k]]
+    known = {*HINTS} if summary.device == 'cpu' else {*HINTS} - {*CPU_HINTS}
+    notes = [f'{c}: {HINTS[c]}' for c in uniqueify(r.cls for r in summary.lost) if c in known]
+    verdict = summary.verdict + (' Remedies are under the table.' if notes else '')
+    more = f"{hidden} more {'row' if hidden == 1 else 'rows'}"
+    if hidden > 0: notes.insert(0, f'… and {more}: `max_rows={len(groups)}` shows all.')
+    return [show_text(verdict), *([show_table(table)] if len(table) else []), *map(show_text, notes)]
 
 
 class _OneStep(Callback):
-    "Trace one batch from its cast to the end of its backward pass, and stop it before the optimizer."
+    "Trace one batch from its conversion to the end of its backward pass, and cancel it before the optimizer step."
     order = -1000
     def __init__(self, trace, stack): self.trace, self.stack = trace, stack
     def before_batch(self): self.stack.enter_context(self.trace)
@@ -133,7 +143,7 @@ class _OneStep(Callback):
 
 
 def _batch_of(learn, batch):
-    "The user's batch as a tuple, or the first of the Learner's own."
+    "The user's batch as a tuple, or the first batch of the Learner's training loader."
     if batch is None:
         try:
             dl = learn.dls.train
@@ -146,31 +156,37 @@ def _batch_of(learn, batch):
     listed = isinstance(batch, (tuple, list, L))
     if listed and len(batch): return tuple(batch)
     if not listed and tensors_of(batch): return (batch,)
-    raise ValueError(f"batch is {type(batch).__name__}{' without elements' if listed else ''}: use `(x, y)` as the "
-                     "Learner's loader yields it, or `(x,)`")
+    raise ValueError(f"batch is {type(batch).__name__}{' without elements' if listed else ''}: pass `(x, y)` to "
+                     "`format_summary`, as the Learner's loader yields it, or `(x,)`")
 
 
-def _without_images(xb) -> ValueError:
+def _no_images(xb) -> ValueError:
     "The error for a step in which no tensor has a memory format."
     shapes = ', '.join(f'{tuple(t.shape)} {t.dtype}' for t in tensors_of(xb))
-    return ValueError("The step computes no 4-D or 5-D floating-point tensor, so no memory format matters. The batch's "
-                      f"inputs hold: {shapes or 'no tensor'}.")
+    return ValueError("The step computes no 4-D or 5-D floating-point tensor, so `format_summary` has no memory format "
+                      f"to trace. Inputs of the batch: {shapes or 'no tensor'}.")
 
 
 @patch
 def format_summary(self:Learner,
-    batch=None, # `(x, y)` as the Learner's loader yields it, or without labels; None: the loader's first
-    max_rows:int=20, # Rows of the printed table
+    batch=None, # `(x, y)` as the Learner's loader yields it, or `(x,)` without labels; None: the loader's first batch
+    max_rows:int=20, # Maximum rows of the printed table
 ) -> FormatSummary:
-    """Run one training step (forward, loss, backward, no optimizer step) and show where activations and gradients are
-    copied out of channels last and back.
+    """Run one training step (forward, loss and backward, but no optimizer step) and show where activations and
+    gradients are copied out of channels last and back.
 
-    In the Learner's current format and precision, on its device. The Learner is left bit for bit as it was. A compiled
-    model is traced as the module it was made from; a batch without labels, or a frozen model, forward only. Costs a few
-    times the step itself.
+    The step runs in the Learner's current format and precision, on its device. The Learner is left bit for bit as it
+    was. A compiled model is traced uncompiled. Only the forward pass is traced if the batch has no labels or the model
+    is frozen. Takes a few times as long as the step itself.
 
-    Raises `ValueError` for an empty loader, or where neither the batch nor the model's operations make a 4-D or 5-D
-    floating-point tensor; the model's own exceptions come as they are."""
+    Raises `ValueError` for an empty loader, or if neither the batch nor the model's operations make a 4-D or 5-D
+    floating-point tensor. The model's own exceptions are passed on.
+
+    >>> from fastai.vision.all import *
+    >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
+    >>> learn = Learner(DataLoaders(dl, dl), xresnet18(n_out=2), CrossEntropyLossFlat())
+    >>> learn.to_channelslast(to_fp16=False).format_summary().holds
+    True"""
     if not isinstance(max_rows, int) or max_rows < 1:
         raise ValueError(f'max_rows={max_rows!r}: use a whole number from 1')
     check_model(self)
@@ -178,20 +194,20 @@ def format_summary(self:Learner,
     with preserve_learner(self), ExitStack() as stack:
         batch = self._set_device(_batch_of(self, batch))
         self._split(batch)
-        self.opt = None # nothing steps, nothing of it is touched
+        self.opt = None  # it takes no step
         xb = self.xb
-        loss = type(self.loss_func).__name__ if not hasattr(self.loss_func, '__name__') else self.loss_func.__name__
-        trace = FormatTrace(self.model, batch, loss)
+        trace = FormatTrace(self.model, batch, getattr(self.loss_func, '__name__', type(self.loss_func).__name__))
         self.add_cb(_OneStep(trace, stack))
         self('before_fit'); self('before_epoch'); self('before_train')
         self.n_iter = 1
         try: self.one_batch(0, batch)
-        except Exception as e:  # images may arise inside the model, so that only the pass can tell
+        except Exception as e:  # the model may make images itself, so only the pass can tell
             if trace.has_images: raise
-            raise _without_images(xb) from e
-        if not trace.has_images: raise _without_images(xb)
-        notes = [" Traced forward only: the batch has no labels."]*(not len(self.yb))
+            raise _no_images(xb) from e
+        if not trace.has_images: raise _no_images(xb)
         frozen = not any(p.requires_grad for p in model.parameters())
-        notes += [" Traced forward only: no parameter requires a gradient."]*frozen
-        notes += [" Traced the module that was compiled, uncompiled."]*(model is not self.model)
-        return FormatSummary(trace.rows, trace.counts, ''.join(notes), max_rows, fit_device(self).type)
+        notes = {'Only the forward pass was traced: the batch has no labels.': not len(self.yb),
+                 'Only the forward pass was traced: no parameter requires a gradient.': frozen,
+                 'The compiled model was traced uncompiled.': model is not self.model}
+        note = ''.join(f' {text}' for text, applies in notes.items() if applies)
+        return FormatSummary(trace.rows, trace.counts, note, max_rows, fit_device(self).type)
