@@ -441,7 +441,7 @@ def test_on_cuda():
 def test_a_busy_machine_is_said(margin, said):
     r = row()
     verdict = FormatTimings([r], r, margin, 1., rival=row('channels_last', ms=90.)).verdict
-    assert ('less busy' in verdict) == said and f'channels last, fp32 may be up to {margin:.0%} faster.' in verdict
+    assert ('less busy' in verdict) == said and f'channels last in fp32 may be up to {margin:.0%} faster.' in verdict
 
 
 BASE, LAST, FAILED = row(), row('channels_last', ms=50.), row('channels_last', 'bf16', ms=10., valid=False, note='x'*200)

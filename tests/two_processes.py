@@ -10,6 +10,7 @@ from fastai.distributed import DistributedDL
 from fastai.vision.all import *
 from torch.utils.data import TensorDataset
 
+from channelslast import ChannelsLast, less_random
 from channelslast.core import devices
 from channelslast.find import predict_benchmark, train_benchmark
 from tests.conftest import Steep
