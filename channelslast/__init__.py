@@ -1,4 +1,4 @@
-"Train and predict faster with fastai in PyTorch's channels-last memory format, with the same numbers."
+"Train and predict faster with fastai in PyTorch's channels-last memory format, with the same numbers up to rounding."
 from fastai.learner import Learner as _Learner
 
 from .core.glibc_malloc import keep_memory

@@ -27,7 +27,7 @@ from channelslast.find.results import Timing
 from channelslast.fold import fold_batch_norm as module
 from channelslast.fold.fold_trace import Pair
 from .conftest import learner, loaders, shake
-from .test_callback import image_folder
+from .test_channels_last import image_folder
 
 NORM = nn.modules.batchnorm._BatchNorm
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from channelslast import FoldBatchNorm
 from .conftest import convnet, learner, loaders, shake
-from .test_containers import MAKE, Boxes, Data, ModelOutput, UserDict
+from .test_nested_tensors import MAKE, Boxes, Data, ModelOutput, UserDict
 
 HOLDERS = dict(
     data=lambda t: Data(t), output=lambda t: ModelOutput(a=t, b=None), user=lambda t: UserDict(a=t), object=lambda t: Boxes(t), L=lambda t: L(t, 'name'),

@@ -217,7 +217,7 @@ def test_a_lost_device_ends_the_run(measured, run, monkeypatch):
     def _fail(name, px, bs):
         if len(measured) == 1: raise RuntimeError('CUDA error: an illegal memory access was encountered')
     measured.do = _fail
-    monkeypatch.setattr(report, 'answers', lambda device: False)
+    monkeypatch.setattr(report, 'is_usable', lambda device: False)
     code, out, err = run('--report')
     assert 'unusable in this process. To resume, run the same command' in code and 'illegal memory access' in out
     assert len(report.load_records(report.FILE)) == 2
@@ -225,7 +225,7 @@ def test_a_lost_device_ends_the_run(measured, run, monkeypatch):
     assert run('--report')[0] == 0 and measured == [ALL[0], *ALL[2:], ALL[1]]
 
 
-def test_is_the_device_lost(): assert report.answers(CPU) and not report.answers(torch.device('cuda:99'))
+def test_is_the_device_lost(): assert report.is_usable(CPU) and not report.is_usable(torch.device('cuda:99'))
 
 
 def test_the_file_must_be_writable(measured, run):

@@ -20,7 +20,7 @@ import channelslast
 from channelslast import FoldBatchNorm
 from channelslast.core.compare import relative_error
 from .conftest import shake, strides
-from .test_same_numbers import checked
+from .test_number_check import checked
 
 SEGMENTATION, VIDEO = (torchvision.models.list_models(module=m) for m in (torchvision.models.segmentation, torchvision.models.video))
 # the smallest model of each family (module) of timm 1.0.31, except timm's own test models

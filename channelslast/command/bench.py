@@ -34,11 +34,11 @@ def overhead(device, n=20) -> str:
 
 def main(
     models: str = '', # Comma-separated names, of the panel or of any torchvision or timm classifier; empty: the panel
-    size: int = 0, # Height and width of images; 0: the panel's own on a CPU or an Apple GPU, 224 on other GPUs
+    size: int = 0, # Height and width; 0: 224 (video: 112), or the panel's own for training on a CPU or Apple GPU
     bs: int = 0, # Images per batch; 0: the panel's own (other GPUs: 128), for predictions 16 (other GPUs: 128) and 1
     device: str = None, # cpu, cuda, cuda:1, mps, …; default: the fastest one available
-    num_it: int = 20, # Timed steps or predictions per candidate in the reference timing, on up to six fresh copies
-    busy: store_true = False, # Search next to a second process that computes in bursts; time the reference without it
+    num_it: int = 20, # Minimum timed steps (predictions) per candidate in the reference timing, on up to six copies
+    busy: store_true = False, # Run format_find while a second process computes in bursts; not the reference timing
     predict: store_true = False, # Measure predictions instead of training: 224 px, in batches and one by one
     report: store_true = False, # Print training, predictions and format_summary as Markdown to paste; can be resumed
 ):

@@ -110,11 +110,11 @@ def main(
     epochs: int = 5, # Epochs of each training
     lr: float = 1e-2, # Highest learning rate of the one-cycle schedule
     device: str = None, # cpu, cuda, cuda:1, mps, …; default: the fastest one available
-    amp_mode: str = None, # fp16, bf16 or fp32: measure only this precision; default: all that are fast on the device
+    amp_mode: str = None, # fp16, bf16 or fp32, measured next to contiguous fp32; default: all that are fast here
     save: str = None, # Save a chart of the table to this file, such as chart.png
 ):
-    """Find the fastest memory format and precision for an image classifier. Train it in contiguous fp32, as fastai
-    does, and in the fastest channels last, and compare. `channelslast bench` measures a panel of models instead."""
+    """Find the fastest memory format and precision for an image classifier. Train it in contiguous fp32, in the
+    fastest channels-last setting and in the fastest of all, and compare. `channelslast bench` measures many models."""
     for k, v in dict(size=size, bs=bs, epochs=epochs, lr=lr).items():
         if not v > 0: raise UsageError(f"--{k} {v}: must be above 0")
     if save: check_save(save)

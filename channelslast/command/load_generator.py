@@ -1,6 +1,6 @@
 """Another process that computes in bursts, as on a shared machine. `channelslast bench --busy` runs it.
 
-It computes on all cores for 0.1 to 1.5 s, then rests for as long. It ends with its parent process or after an hour."""
+It computes on all cores for 0.1 to 1.5 s, then sleeps for 0.1 to 1.5 s, until its parent process ends, or an hour."""
 import os
 import random
 import sys

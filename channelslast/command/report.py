@@ -22,7 +22,7 @@ from .models import make_learner
 from .reference_timing import judge, judge_predictions
 from .rows import columns, measure_row, plan, summary
 
-# per millisecond of a forward pass, at the default `num_it`: ResNet-18, MobileNetV2 and DenseNet-121 on a CPU in fp32
+# Per row and millisecond of its model's forward pass, at the default `num_it`, from three models on a CPU in fp32
 SECONDS = dict(training=0.78, predictions=0.65, format_summary=0.02)
 FILE = Path('channelslast-report.jsonl')  # in the current folder
 TITLES = dict(training='Training steps', predictions='Predictions',
@@ -76,7 +76,7 @@ def load_records(path) -> dict: # Record of each key
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
         try:
             record = json.loads(line)
-            records[tuple(record['key'])] = record
+            if 'forward_pass_ms' in record: records[tuple(record['key'])] = record  # older ones have other columns
         except (ValueError, TypeError, KeyError): pass
     return records
 
@@ -113,7 +113,7 @@ def markdown(
     return '\n\n'.join(parts)
 
 
-def answers(device) -> bool:
+def is_usable(device) -> bool:
     "True unless this process can no longer use the device, as after an error in a CUDA kernel."
     try: return torch.ones(1, device=device).item() == 1
     except Exception: return False
@@ -141,7 +141,7 @@ def measure_rows(
         save(row, records[row])
         left = f'; {_left(todo[i:])} left on an idle machine' if todo[i:] else ''
         log(f"{i} of {len(todo)}: {row_name(*row)}: {result.get('error') or duration(seconds)}{left}")
-        if 'error' in result and not answers(device): return f'The last error made {device} unusable in this process'
+        if 'error' in result and not is_usable(device): return f'The last error made {device} unusable in this process'
     return ''
 
 

@@ -1,4 +1,4 @@
-"One row per model. An error becomes a row, and a batch that does not fit in memory is halved."
+"One row per model, kind and batch size. An error becomes a row, and a batch that does not fit in memory is halved."
 import torch
 from fastcore.basics import uniqueify
 

@@ -51,12 +51,12 @@ def autocast_is_fast(
     CPU: a dtype without CPU instructions is emulated many times slower than fp32. oneDNN reports two slow cases as
     supported. bf16 with AVX512 but without AVX512-BF16 takes 4 times as long as fp32. fp16 with AVX512-FP16 (Xeons
     since 2023) takes 8 to 139 times as long in a convolution's two passes: only CPUs with AMX-FP16 have a kernel for
-    the weight gradient (oneDNN's `src/cpu/cpu_convolution_list.cpp`). As these also have bf16, fp16 is always False.
-    CUDA: GPUs without tensor cores gain nothing from fp16, and the GTX 16 series gives NaN
-    (https://github.com/pytorch/pytorch/issues/77955).
-    MPS: Apple's M1 and M2 lack bf16 instructions (https://github.com/huggingface/transformers/issues/40458).
-    XPU and MPS: fp16 needs a gradient scaler, which computes in fp64. It raises on Intel GPUs without fp64, and on MPS
-    before PyTorch 2.8 (https://github.com/pytorch/pytorch/issues/142397)."""
+    the weight gradient (oneDNN's `src/cpu/cpu_convolution_list.cpp`). As these also have bf16, this returns False for
+    fp16 on every CPU. CUDA: GPUs without tensor cores gain nothing from fp16, and the GTX 16 series gives NaN
+    (https://github.com/pytorch/pytorch/issues/77955). MPS: Apple's M1 and M2 lack bf16 instructions
+    (https://github.com/huggingface/transformers/issues/40458). XPU and MPS: fp16 needs a gradient scaler, which
+    computes in fp64. It raises on Intel GPUs without fp64, and on MPS before PyTorch 2.8
+    (https://github.com/pytorch/pytorch/issues/142397)."""
     device = torch.device(device)
     if not torch.amp.is_autocast_available(device.type): return False
     if device.type == 'cpu':
@@ -64,7 +64,7 @@ def autocast_is_fast(
         is_supported = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', None)  # missing without oneDNN
         if not is_supported or not is_supported(): return False
         def _has(feature): return getattr(torch.cpu, f'_is_{feature}_supported')()
-        # AVX512 alone emulates bf16: Skylake to Ice Lake, or a cloud hides the other two
+        # CPUs with AVX512 alone emulate bf16: Skylake to Ice Lake, and clouds that hide the other two features
         return not _has('avx512') or _has('avx512_bf16') or _has('amx_tile')
     if device.type == 'cuda':
         with torch.cuda.device(device):
@@ -102,11 +102,11 @@ def known_problem(device: torch.device) -> str: # `''` if there is none
 
 
 def _miopen_takes_nhwc() -> bool:
-    "True if the variable is 1 or, in PyTorch 2.9 and 2.10, since MIOpen 3.5 (see `aten/src/ATen/native/ConvUtils.h`)."
+    "True if MIOpen does not convert (`ConvUtils.h`): the variable is 1, or PyTorch is 2.9 or 2.10 with MIOpen 3.5."
     setting = os.environ.get('PYTORCH_MIOPEN_SUGGEST_NHWC')
     if setting in ('0', '1'): return setting == '1'
     try: return (2, 9) <= torch_version() < (2, 11) and torch.backends.cudnn.version() >= 3_005_000
-    except RuntimeError: return True  # raised if two versions are mixed: unknown
+    except RuntimeError: return True  # raised if two versions of MIOpen are mixed
 
 
 def fp32_setting(operation) -> str: # `'tf32'`, `'bf16'`, `'ieee'` or `'none'`
@@ -116,8 +116,8 @@ def fp32_setting(operation) -> str: # `'tf32'`, `'bf16'`, `'ieee'` or `'none'`
 
 
 def fp32_precision(device: torch.device) -> str: # `'fp32'`, `'fp16'` or `'bf16'`
-    """The precision of convolutions and matrix products of fp32 tensors. TF32 has as many mantissa bits as fp16. cuDNN
-    uses it by default since Ampere (https://docs.pytorch.org/docs/stable/notes/cuda.html)."""
+    """The precision of convolutions and matrix products of fp32 tensors. TF32 counts as fp16, which has as many
+    mantissa bits. cuDNN uses it by default since Ampere (https://docs.pytorch.org/docs/stable/notes/cuda.html)."""
     backends = torch.backends
     if device.type == 'cuda':
         if torch.cuda.get_device_capability(device) < (8, 0): return 'fp32'

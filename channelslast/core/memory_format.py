@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .nested_tensors import map_tensors
 
-__all__ = ['CHANNELS_LAST_FORMATS', 'has_channels_last_format', 'format_strides', 'needs_conversion', 'convert',
+__all__ = ['CHANNELS_LAST_FORMATS', 'can_be_channels_last', 'format_strides', 'needs_conversion', 'convert',
            'convert_nested', 'unique_modules', 'kernel_dims', 'group_by_memory', 'convert_module', 'match_strides',
            'align_optimizer']
 
@@ -18,7 +18,7 @@ CHANNELS_LAST_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # b
 CONV = nn.modules.conv._ConvNd  # base class of all convolutions, transposed ones too
 
 
-def has_channels_last_format(t) -> bool:
+def can_be_channels_last(t) -> bool:
     "True for a dense, floating-point 4-D or 5-D tensor: only such tensors can be channels last."
     return (isinstance(t, Tensor) and t.ndim in CHANNELS_LAST_FORMATS and not t.is_nested  # lazy ones have no `dim()`
             and t.layout is torch.strided and t.is_floating_point())
@@ -32,8 +32,8 @@ def format_strides(shape: torch.Size, channels_last: bool = True) -> tuple:
 
 
 def needs_conversion(t, channels_last=True) -> bool:
-    "True if the strides of `t` must change to make it channels last, or contiguous if it is channels last now."
-    if not has_channels_last_format(t): return False
+    "True if `convert(t, channels_last)` changes the strides of `t`."
+    if not can_be_channels_last(t): return False
     stride, last = t.stride(), format_strides(t.shape)
     return stride != last if channels_last else (stride == last and last != format_strides(t.shape, False))
 
@@ -88,11 +88,11 @@ def kernel_dims(modules: list) -> dict: # By module; the value of `None` is that
     A convolution module and its parametrizations hold kernels of the convolution's own dimensions. Another module may
     hold kernels for `F.conv2d`, or banks of kernels with one more dimension, which the model takes apart with `view`.
     So other modules get the smallest number among the model's 2-D and 3-D convolutions. Without convolution modules,
-    the parameters decide, except those whose first dimension is 1: these are added to a batch."""
+    the parameters decide, except those whose first dimension is 1: these are usually added to activations."""
     # not `kernel_size`, which subclasses with their own forward may set to a number
     dims = {m: len(c.output_padding) + 2 for c in modules if isinstance(c, CONV) for m in unique_modules(c)}
     params = [] if dims else [p for m in modules for p in m._parameters.values()]
-    found = {*dims.values(), *(p.dim() for p in params if has_channels_last_format(p) and len(p) > 1)}
+    found = {*dims.values(), *(p.dim() for p in params if can_be_channels_last(p) and len(p) > 1)}
     return {**dims, None: min(found & CHANNELS_LAST_FORMATS.keys(), default=None)}
 
 
@@ -120,8 +120,8 @@ def group_by_memory(tensors) -> list: # Lists of tensors
 
 @torch.no_grad()
 def convert_module(module: nn.Module, channels_last: bool = True) -> bool: # True if any tensor was converted
-    """Convert parameters and buffers with the dimensions of kernels (see `kernel_dims`) to channels last, or all that
-    are channels last to contiguous. Gradients get the strides of their parameters.
+    """Convert parameters and buffers with the dimensions of kernels (see `kernel_dims`) to channels last. With
+    `channels_last=False`, convert all channels-last tensors to contiguous. Gradients get their parameters' strides.
 
     Parameters keep their identity, so optimizers, hooks and tied weights stay valid. Tensors that share memory still
     share it. If their shapes or strides differ (a 1×1 convolution and a linear layer), they are converted only if new

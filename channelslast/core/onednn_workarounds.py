@@ -72,7 +72,7 @@ def _is_misread(m, x, size) -> bool:
     return x.device.type == 'cpu' and misreads_padding(m.kernel_size, m.stride, _zeros_per_side(m)[::-2], size, half)
 
 
-def _run_unpadded(m, forward, *args, **kwargs):
+def _run_unpadded(m, forward, /, *args, **kwargs):
     padding, m.padding = m.padding, (0,)*len(m.kernel_size)
     try: return forward(*args, **kwargs)
     finally: m.padding = padding

@@ -28,12 +28,18 @@ class ForwardPatch:
             else: vars(m)['forward'] = forward
         self.replaced = []
 
+    def renew(self, modules, wrap):
+        "A patch of other modules, whose next `apply()` or `undo()` also undoes this one."
+        new = ForwardPatch(modules, wrap)
+        new.replaced = self.replaced
+        return new
+
     def __enter__(self): self.apply()
     def __exit__(self, *exc): self.undo()
 
 
 def restore_dict(undo, d):
-    "Make the `ExitStack` `undo` restore a dictionary, and the dictionaries, lists and sets that are its values."
+    "Register on `undo`, an `ExitStack`, to restore a dictionary and the dictionaries, lists and sets in it."
     saved = dict(d)
     saved_values = [(v, copy(v)) for v in d.values() if isinstance(v, (dict, list, set))]
     def _restore():

@@ -33,7 +33,7 @@ def _checked_loader(learn, train, num_it, dl):
     "The loader to take batches from. Raises `ValueError` for arguments and Learners that can't be measured."
     if train not in (True, False): raise ValueError(f'train={train!r}: use True or False')
     if num_it is not None and (not isinstance(num_it, int) or isinstance(num_it, bool) or num_it < 1):
-        raise ValueError(f'num_it={num_it!r}: use a whole number from 1')
+        raise ValueError(f'num_it={num_it!r}: use a whole number of at least 1')
     if learn._grab_cbs(NonNativeMixedPrecision):
         raise ValueError("`NonNativeMixedPrecision` can't be measured: call `learn.to_non_native_fp32()` first.")
     check_model(learn)
@@ -114,26 +114,28 @@ def format_find(self:Learner,
     The steps are the Learner's own (its loss, optimizer, gradient clipping and accumulation, MixUp), at learning rate
     0, on a few batches kept on the device. Candidates take turns, and the fastest step of each one counts, since other
     work on the machine only adds time. Candidates that can no longer win are dropped. Measuring stops when the choice
-    is certain, or when the possible gain is not worth the time. The current setting, or contiguous fp32 if that is not
-    measured, is replaced only by one that is clearly faster. Steps that the gradient scaler skips are repeated. The
-    loader is timed separately. On a CPU so is the optimizer, once for all formats, and its time is added.
+    is certain, or when the possible gain is not worth the time. The current setting is replaced only by one that is
+    clearly faster (contiguous fp32 takes its place if it is not measured). Steps that the gradient scaler skips are
+    repeated. The loader is timed separately. On a CPU the optimizer is, too, and its time is added to each step.
 
     Each candidate's loss, results and gradients are compared with contiguous fp32, which is always measured, and is
-    replayed with the candidate's activations. Differences beyond rounding, infinity, NaN, or a metric that fails rule a
-    candidate out. With `layers`, each distinct convolution and linear layer is timed alone in half precision and in
-    fp32. One more candidate per half precision (`'bf16+fp32'`) keeps in fp32 those that are clearly faster there.
+    replayed with the candidate's activations. A candidate is eliminated if its numbers differ by more than rounding
+    explains or are not finite, or if a metric fails. With `layers`, each distinct convolution and linear layer is timed
+    alone in half precision and in fp32. One more candidate per half precision (`'bf16+fp32'`) keeps in fp32 those that
+    are clearly faster there.
 
     Predictions are made in eval mode without gradients on batches of `dl`, whose size affects which candidate is
     fastest. Candidates that are not far behind after two rounds are also measured with folded batch norms
     (`FoldBatchNorm`). All outputs are compared with contiguous fp32.
 
-    Callbacks that change the batch, predictions or loss take part; those that log, save, stop or draw are left out. So
-    is communication between GPUs: each process computes on one device. In a distributed run, rank 0's result holds for
-    all, and a candidate that fails in one process is eliminated in all.
+    Callbacks that change the batch, predictions or loss take part; those that log, save, stop or draw are left out.
+    Communication between GPUs is left out too: each process computes on one device. In a distributed run, rank 0's
+    result holds for all, and a candidate that fails in one process is eliminated in all.
 
-    Costs at most `(1 + num_it) × candidates` steps, two or three forward and backward passes per candidate, memory for
-    one more copy of the model and the optimizer's state, and main memory for one pass's activations. If contiguous fp32
-    runs out of memory, all candidates are measured on half of each batch or less, and the result's `notes` say so.
+    Costs about `1 + num_it` steps per candidate (predictions: folded and unfolded), two or three forward and backward
+    passes per candidate, memory for one more copy of the model and the optimizer's state, and main memory for one
+    pass's activations. If contiguous fp32 runs out of memory, all candidates are measured on half of each batch or
+    less, and the result's `notes` say so.
 
     Other arguments are those of `torch.amp.GradScaler`, for fp16. Raises `ValueError` for invalid arguments, a model
     that can't train or has half-precision weights, and a loader without batches or labels. Errors in contiguous fp32
@@ -195,8 +197,9 @@ def to_fastest(self:Learner, *,
     """Measure with `format_find`, switch to the fastest setting, print it in one line, and return the Learner.
 
     With `train=False` this is the fastest setting for predictions, with `FoldBatchNorm` if that is part of it. A later
-    call for training undoes that, and vice versa. In an app, call `learn = load_learner('export.pkl')`, then
-    `learn.to_fastest(train=False, dl=learn.dls.test_dl(files, bs=1))`, then `predict`.
+    call for training replaces this setting and removes that `FoldBatchNorm`, and vice versa. In an app, call `learn =
+    load_learner('export.pkl')`, then `learn.to_fastest(train=False, dl=learn.dls.test_dl(files, bs=1))`, then
+    `predict`.
 
     The measurements are kept in `learn.format_timings`. In a distributed run, call it inside `learn.distrib_ctx()`, so
     that all processes take rank 0's choice; outside, each would make its own, so it raises `ValueError`.
@@ -208,7 +211,7 @@ def to_fastest(self:Learner, *,
     Training in ... as fast as contiguous fp32."""
     check_scaler(Learner.to_fastest, kwargs)
     if num_distrib() > 1 and not torch.distributed.is_initialized():
-        raise ValueError('to_fastest: each process would choose for itself; call it inside `with learn.distrib_ctx():`')
+        raise ValueError('to_fastest(): each process would choose on its own; call it in `with learn.distrib_ctx():`')
     timings = self.format_find(show_plot=show_plot, **kwargs)
     scaler = {k: v for k, v in kwargs.items() if k not in ('precisions', 'formats', 'num_it', 'layers', 'train', 'dl')}
     apply_timing(self, timings.best, timings.layers, **scaler)

@@ -59,6 +59,7 @@ def layer_ms(m, x, device, half, in_fp32) -> float:
             if out.requires_grad: out.backward(torch.ones_like(out))
             x.grad = None
             m.zero_grad(set_to_none=True)
+            del out  # before the next pass allocates its own
     return elapsed_ms(device, _passes)/n
 
 
@@ -69,7 +70,7 @@ def time_layers(
 ) -> list: # `LayerTiming`s
     "Time each distinct layer alternately in half precision and in fp32. Layers that can't run alone are left out."
     names, groups = {m: n for n, m in model.named_modules()}, defaultdict(list)
-    for m, specs in inputs.items(): # a layer that is used with several shapes has several times
+    for m, specs in inputs.items(): # skip layers that are called with different shapes
         if len(set(specs)) == 1: groups[layer_key(m, specs[0])].append(m)
     xs, runs = {}, defaultdict(list)
     for _ in range(WARM_UP + ROUNDS):  # all layers in each round, so that a burst of other work affects only one round

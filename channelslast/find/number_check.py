@@ -22,18 +22,18 @@ from .step_replay import Record, Replay
 
 __all__ = ['TOLERANCE', 'PREDICTION_TOLERANCE', 'StopBeforeStep', 'not_finite', 'check_numbers', 'check_predictions']
 
-# Relative differences from fp32 that rounding explains: of the loss, of an operation's result, and of the gradients of
-# weights and of vectors (biases, norms), which are sums over all positions: in bf16, one in Swin3D differed by 0.6.
+# Relative differences from fp32 that rounding explains: of the loss, an operation's result, the gradient of a weight,
+# and the gradient of a vector (bias or norm), a sum over all positions: in bf16, one in Swin3D differed by 0.6.
 Tolerance = namedtuple('Tolerance', 'loss result weight vector')
 TOLERANCE = dict(fp32=Tolerance(1e-3, 1e-2, 5e-2, 5e-2), fp16=Tolerance(2e-2, 1e-2, 5e-2, 0.2),
                  bf16=Tolerance(5e-2, 2e-2, 0.12, 0.8))
 ROUNDING = dict(fp32=2**-18, fp16=2**-11, bf16=2**-8)  # relative rounding error; for fp32 that of a sum
-ROUNDING_FACTOR = 3  # up to this times the difference that such rounding errors make is accepted
+ROUNDING_FACTOR = 3  # accept up to this many times the difference that rounding errors cause
 PREDICTION_TOLERANCE = dict(fp32=1e-3, fp16=2e-2, bf16=1e-1)  # relative difference of all outputs
 
 
 class StopBeforeStep(Callback):
-    "Stop each batch before the optimizer. Tells `mode`, which follows the step, when the backward pass begins."
+    "Stop each batch before the optimizer. Sets `mode.backward` when the backward pass begins."
     order = -1000
     def __init__(self, learn): self.learn, self.mode = learn, None
     def before_backward(self):
@@ -72,8 +72,8 @@ def _pairs(grads, reference):
 
 
 def _error(a, b) -> float:
-    """Relative difference of two gradients: of the whole, or an eighth of the largest one of a slice along the first
-    dimension (the weights of one output channel) relative to an average slice."""
+    """Relative difference of two gradients: the larger of that of the whole gradient, and an eighth of the largest one
+    of a slice (the weights of one output channel) relative to an average slice."""
     if a is None or not a.numel(): return 0.
     diff, b = (t.flatten(1) if t.dim() > 1 else t.view(1, -1) for t in (a - b, b))
     diffs, norm = torch.linalg.vector_norm(diff, dim=1), torch.linalg.vector_norm(b)
@@ -102,7 +102,7 @@ def _loss_and_grads(learn, batch, stop, make_mode) -> tuple: # Loss, gradients, 
 
 @contextmanager
 def _no_graphs_kept(model):
-    "Restore modules that keep results with their graph, as LeViT does in eval mode: the next backward pass would fail."
+    "Restore modules that keep results with their graph, as LeViT does in eval mode: otherwise the next backward fails."
     kept = [(vars(m), ExitStack()) for m in model.modules()]
     for attributes, undo in kept: restore_dict(undo, attributes)
     yield

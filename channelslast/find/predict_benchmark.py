@@ -32,7 +32,7 @@ class PredictBenchmark(TrainBenchmark):
             self.reference = check_predictions(self.learn, self.candidates, self.callbacks, self.compared_batch)
 
     def add_folded(self, scaler):
-        "Add each candidate that is not far behind with folded batch norms too, if its model has any to fold."
+        "For each candidate that is not far behind, add one with `FoldBatchNorm`, if that prepares any weights."
         self.run(ROUNDS_UNFOLDED, None)
         limit = selection.FAR_FACTOR*min(selection.fastest(c.ms) for c in self.running)
         near = [i for i, c in enumerate(self.candidates) if c.running and selection.fastest(c.ms) <= limit]

@@ -26,7 +26,7 @@ class Timing:
     precision: str          # `'fp32'`, `'fp16'`, `'bf16'`; with some layers in fp32 `'fp16+fp32'`, `'bf16+fp32'`
     ms: float = None        # Fastest measured training step (or batch's predictions); None if it could not run
     speedup: float = None   # Over contiguous fp32
-    loss_diff: float = None # Relative difference of the loss from contiguous fp32, same batch, eval mode
+    loss_diff: float = None # Relative difference of the loss from contiguous fp32; eval mode (detectors: training mode)
     grad_diff: float = None # The same for all gradients: norm of the difference divided by their norm
     memory: float = None    # Peak MiB on the device; None where the device can't tell
     note: str = ''          # How many layers stay in fp32; why it was eliminated or measured less
@@ -47,7 +47,7 @@ class FormatTimings:
     """Result of `Learner.format_find`. Prints as a table, also in a notebook.
 
     - `rows`: one `Timing` per candidate; `best`: the one to use
-    - `rival`: the one that may still be faster; `margin`: by up to this fraction (2%, a tie, if the choice is sure)
+    - `rival`: the one that may still be faster; `margin`: how much faster it may be; 0.02, a tie, if the choice is sure
     - `loader_ms`: milliseconds to load a batch; `input_bound`: True if that is longer than the fastest step
     - `optimizer_ms`: the optimizer's part of the best step
     - `advice`: argument of `Learner` for a faster optimizer step with the same weights, if one is known
@@ -85,7 +85,7 @@ class FormatTimings:
         return ' '.join(self._sentences())
 
     def _sentences(self) -> list:
-        again = self.margin > NOISY and 'Measure again with a larger `num_it`, or when this machine is less busy.'
+        again = self.margin > NOISY and 'Measure again when this machine is less busy.'
         return [*filter(None, [self._choice, again, self._loader, self._optimizer, self.frozen_hint, *self.notes])]
 
     @property
@@ -100,7 +100,7 @@ class FormatTimings:
         if speed: return f'{use} {name}: {speed} (differences below {TIE:.0%} count as a tie).'
         others = [r.valid for r in self.rows if r is not b and r.ms]
         subject = 'nothing else' if all(others) else 'no other valid setting'
-        return f'{use} {name}: {subject} was ' + (f'more than {TIE:.0%} faster.' if others else 'measured.')
+        return f'{use} {name}: {subject} was ' + (f'more than {TIE:.0%} faster.' if others else 'usable.')
 
     @property
     def _loader(self) -> str:
@@ -136,7 +136,7 @@ class FormatTimings:
         if ax is None: ax = plt.subplots(figsize=(7, 0.9 + 0.45*len(rows)), layout='constrained')[1]
         ax.axvline(1, color='#444444', lw=1, ls='--')
         def _text(r):
-            return f"{r.speedup:.2f}×  ({r.ms:.{0 if r.ms >= 100 else 1}f} ms){'' if r.valid else '  wrong numbers'}"
+            return f"{r.speedup:.2f}×  ({r.ms:.{0 if r.ms >= 100 else 1}f} ms){'' if r.valid else '  failed'}"
         colors = [BEST if r is self.best else OTHER if r.valid else WRONG for r in rows]
         bars(ax, [label(r) for r in rows], [r.speedup for r in rows], [_text(r) for r in rows], colors)
         ax.set(xlabel=f'speedup of {what} over contiguous fp32 (dashed)', title=f'Suggested: {label(self.best)}')

@@ -1,7 +1,7 @@
 """Choose the fastest candidate from step times, and decide when to stop. Knows neither PyTorch nor a Learner.
 
-Disturbances only make steps longer, so the fastest of several steps shows what a machine can do, and a burst of other
-work does not change it. The median depends on how busy the machine is. `tests/test_race.py` counts how often each finds
+Noise only makes steps longer, so the fastest of several steps shows what a machine can do, and a burst of other work
+does not change it. The median depends on how busy the machine is. `tests/test_selection.py` counts how often each finds
 the right one of five candidates from ten recorded steps: the fastest in 200 of 200 cases, the lowest tenth in 198, the
 lowest quarter in 197, the median in 166. `times` are milliseconds of each remaining candidate's steps, by its key."""
 import math
@@ -12,34 +12,34 @@ __all__ = ['TIE', 'MIN_ROUNDS', 'FAR_FACTOR', 'Decision', 'fastest', 'uncertaint
            'eliminated', 'decide', 'should_stop']
 
 TIE = 0.02  # relative difference up to which times count as equal
-# Stop after so many rounds, or milliseconds, if at most this gain is possible; after twice as many, twice this gain
+# Stop if the possible gain is below SMALL_GAIN after so many rounds or milliseconds; the limit grows in proportion
 SMALL_GAIN, PATIENCE_ROUNDS, PATIENCE_MS = 0.05, 6, 10_000
 MIN_ROUNDS = 3  # rounds before anything is decided, except about hopeless candidates
 HOPELESS_FACTOR = 5  # after two steps, candidates that take more than this times the fastest are eliminated
 MIN_TOTAL_MS = 500  # milliseconds that a slow phase of the machine may last
 FAR_FACTOR = 1.5  # candidates that take more than this times the fastest are far behind
-SIGN_TEST_ALPHA = 0.025  # probability that a lead that counts is chance
-INCUMBENT_BONUS = 1/5  # share of its uncertainty in the incumbent's favor: keeping it wrongly costs as much as leaving
+SIGN_TEST_ALPHA = 0.025  # significance level of the sign test
+INCUMBENT_BONUS = 1/5  # share of its uncertainty taken off the incumbent's time: wrongly keeping it costs no more
 
 
 def fastest(ms: list) -> float:
-    "Milliseconds of an undisturbed step: the fastest one measured."
+    "Milliseconds of a step without noise: the fastest one measured."
     return min(ms)
 
 
 def uncertainty(ms: list) -> float: # A fraction of the fastest
-    """How much faster than the fastest measured step an undisturbed one may be.
+    """How much faster than the fastest measured step a step without noise may be.
 
-    Based on the gap between the fastest and the third fastest step. Disturbances rarely agree, so three steps that
-    agree were not disturbed. Few steps say little about the gap, so it counts more, as with Student's t: six times
-    after two steps, three times after three, twice after four. One step says nothing."""
+    Based on the gap between the fastest and the third fastest step. Noise rarely agrees, so three steps that agree
+    had none. With few steps the gap is uncertain, so it is multiplied, as with Student's t: by 6 with two steps, by 3
+    with three, by 2 with four. One step says nothing."""
     n, ms = len(ms), sorted(ms)
     if n == 1: return 0.9
     factor = 1 + 2/(n - 2) if n > 2 else 6
     return min((ms[min(n, 3) - 1]/ms[0] - 1)*factor, 0.9)
 
 
-def lower_bound(ms: list) -> float: return fastest(ms)*(1 - uncertainty(ms))  # what an undisturbed step takes at least
+def lower_bound(ms: list) -> float: return fastest(ms)*(1 - uncertainty(ms))  # of a step without noise
 
 
 def wins_sign_test(
@@ -59,8 +59,8 @@ def too_early(times: dict) -> bool:
 
 
 def eliminated(times: dict) -> list: # Keys
-    """Candidates that can no longer win: slower than a tie with the fastest, and so is their lower bound, or they lose
-    the sign test. After two steps, which may be disturbed alike, only hopeless ones."""
+    """Candidates that can no longer win: slower than a tie with the fastest, and either their lower bound is too or
+    they lose the sign test. After two steps, which may both be noisy, only hopeless ones."""
     best = min(times.values(), key=fastest)
     tie = fastest(best)*(1 + TIE)
     def _has_lost(ms):
@@ -85,7 +85,7 @@ def decide(
 ) -> Decision:
     """Choose the simplest candidate that ties with the fastest, or the incumbent unless it is clearly slower.
 
-    Sure if no other remaining candidate can be more than a tie faster."""
+    It is sure if no other remaining candidate can be more than a tie faster."""
     lost = eliminated(times)
     times = {k: ms for k, ms in times.items() if k not in lost}
     tie = min(map(fastest, times.values()))*(1 + TIE)
@@ -99,7 +99,7 @@ def decide(
 
 
 def should_stop(decision: Decision, times: dict) -> bool:
-    "True if the decision is sure, or the possible gain is too small for the time that finding out would take."
+    "True if the decision is sure, or the possible gain is small for the time already spent."
     rounds, total_ms = max(map(len, times.values())), sum(map(sum, times.values()))
     effort = max(rounds/PATIENCE_ROUNDS, total_ms/PATIENCE_MS)
     return rounds >= MIN_ROUNDS and (decision.sure or (effort >= 1 and decision.max_gain <= SMALL_GAIN*effort))

@@ -1,7 +1,7 @@
 """Replay one step's operations in another step, with the same values in the forward pass: rounding is not amplified.
 
 Plain PyTorch. Two steps of a deep network in two precisions differ by far more than the rounding of one operation,
-since activations fall on the other side of a kink and everything after them differs. If each operation of the second
+since activations fall on the other side of a ReLU's kink, and all that follows differs. If each operation of the second
 step continues with the first step's value, the gradients differ only by the rounding of operations on their way."""
 from collections import defaultdict
 
@@ -59,11 +59,11 @@ class Replay(ForwardMode):
     """Replace the results of the operations by recorded ones. `.wrong` lists the products that differed, by the module
     of their weights. With `rounded`, all other operations take and give perturbed numbers."""
     def __init__(self, model,
-        record: Record, # Of the step to replay
-        counts: Record, # Of this step without a replay: operations are replayed only if both ran them equally often
+        record: Record, # Record of the step to replay
+        counts: Record, # Record of this step without a replay: operations are replayed if both ran them equally often
         perturb, # Function that adds rounding errors to a tensor
         tolerance, # Relative error up to which a product is right
-        rounding_factor, # A product is also right up to this times the error that perturbed factors cause
+        rounding_factor, # A product is also right up to this many times the error that perturbed factors cause
         rounded=False,
     ):
         super().__init__(model)

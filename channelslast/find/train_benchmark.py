@@ -167,7 +167,7 @@ class TrainBenchmark:
 
     def first_baseline_step(self, c) -> float:
         """Milliseconds of the first step of contiguous fp32. While it runs out of memory, the batches are halved for
-        all candidates: a batch may be as large as only fp16 allows."""
+        all candidates: the user's batch may fit in memory only in fp16."""
         while True:
             try: return self.timed_step(c)
             except Exception as e:
@@ -183,9 +183,10 @@ class TrainBenchmark:
         return True
 
     def warm_up(self, candidates):
-        """Take the first step of each candidate, which allocates memory, compiles and chooses kernels. Later warm-up
-        only slows down early rounds, and the fastest step counts. A candidate whose steps repeatedly take far longer
-        than contiguous fp32's is eliminated: the device emulates its precision, and several such steps would follow."""
+        """Take the first step of each candidate, which allocates memory, compiles and chooses kernels. If a later step
+        still warms up, only an early round is slow, and the fastest step counts. A candidate whose steps repeatedly
+        take far longer than contiguous fp32's is eliminated: the device emulates its precision, and several such steps
+        would follow."""
         tries = 2 if self.device.type in SYNCHRONOUS else 3  # elsewhere the second step may still choose kernels
         def _factor(c, ms): return broadcast_from_rank0(ms/self.baseline_first_ms if c.running else 0.)
         self.callbacks.append(self.gradient_check)
@@ -232,7 +233,7 @@ class TrainBenchmark:
 
     def time_optimizer(self):
         """Set `optimizer_ms` to the optimizer's part of a step, the fastest of a few; None if that fails. The optimizer
-        does the same in each format and precision, but is up to half of a step and much of its noise.
+        does the same in each format and precision, but takes up to half of a step and causes much of its noise.
 
         On a CPU the steps that follow skip it, and this time is added. On other devices its launches overlap the
         backward pass, so its part is the difference between steps with and without it."""
@@ -254,7 +255,7 @@ class TrainBenchmark:
     def run(self,
         rounds, # Maximum number of rounds
         incumbent, # Current setting of the Learner, `(memory_format, precision, folded)`
-        extra_rounds=0, # More rounds while all steps may lie in one slow phase of the machine, which decides nothing
+        extra_rounds=0, # More rounds while all steps so far may lie in one slow phase of the machine
     ) -> selection.Decision: # Its keys are `Candidate`s
         "Take timed steps in rounds until the choice is clear. Candidates that can no longer win are dropped."
         for c in self.running: c.memory = None  # the warm-up took more, to try kernels

@@ -12,7 +12,8 @@ from ..core.pickle_as import pickle_as
 from ..core.random_state import restore_random_states
 from ..core.undo import ForwardPatch, restore_dict
 from .fold_trace import ForwardTrace, Pair, is_complete
-from .folded_weights import FoldedWeights, has_global_hooks, input_key, is_eager, structure_key
+from .folded_weights import FoldedWeights
+from .plan_conditions import has_global_hooks, input_key, is_eager, structure_key
 
 __all__ = ['FoldBatchNorm']
 
@@ -88,7 +89,7 @@ class FoldCache:
         else: self._disable(f"gives other outputs with its batch norms folded (relative difference {error:.0e})")
 
     def _amplified(self, eps, truth, forward, args, kwargs) -> float:
-        "Error that rounding alone may cause in the output. 0 if the model fails or errs widely on a perturbed input."
+        "Error that rounding may cause in the output. 0 if the model fails on a perturbed input or its error is large."
         try:
             with restore_random_states(): args, kwargs = perturb((args, kwargs), eps)
             error = AMPLIFICATION*relative_error(forward(*args, **kwargs), truth)
@@ -111,16 +112,17 @@ class FoldCache:
 
 @pickle_as(Callback)
 class FoldBatchNorm(Callback):
-    """Predict faster, with the same numbers. While the Learner evaluates (validation, `validate`, `get_preds`, `tta`,
-    `predict`), batch norms are folded into the convolutions before them, and mixed precision casts weights only once.
+    """Predict faster, with the same numbers up to rounding. While the Learner evaluates (validation, `validate`,
+    `get_preds`, `tta`, `predict`), batch norms are folded into the convolutions before them, and mixed precision casts
+    weights only once.
 
     Only safe pairs are folded, found by tracing one forward pass: a 1-D, 2-D or 3-D convolution whose output is read
     only by one batch norm in eval mode, each used once. The first batch runs twice (users' hooks too), to compare both
     outputs. If they differ by more than 1e-5 (in fp32), it runs again with a rounding error added to its input, to see
     if the model amplifies that as much. A model that gives other outputs when folded, or that later runs its layers in
     another order, stays unfolded, with a warning. Compiled models, TorchScript, and models in `DataParallel` or
-    `DistributedDataParallel` stay unfolded. `.folded` of the `.found` batch norms after a convolution are folded. Works
-    on every device. The model is changed only during its forward pass.
+    `DistributedDataParallel` stay unfolded. `.found` is the number of batch norms that follow a
+    convolution, and `.folded` of these are folded. The model is changed only during its forward pass.
 
     Changed weights and running statistics are detected, except changes that PyTorch does not count: after
     `p.data.mul_(2)` or the like outside a fit, call `learn.fold_batch_norm.forget()`.

@@ -77,7 +77,7 @@ class ForwardTrace(TorchDispatchMode):
         state = (*model.parameters(), *model.buffers())
         self.own, self.old = {id(t) for t in state}, {memory_ref(t) for t in (*state, *tensors_of(inputs))}
         self.calls, self.stack, self.reads, self.source = [], [Call(model)], defaultdict(list), {}
-        self.shown, self.writes, self.found = set(), False, 0  # `shown`: memory that users' hooks got
+        self.shown, self.writes, self.found = set(), False, 0  # `shown`: memory of tensors that users' hooks got
 
     def __enter__(self):
         self._handles = [hooks.register_module_forward_pre_hook(self._enter_module),
@@ -130,7 +130,7 @@ class ForwardTrace(TorchDispatchMode):
         return *pairs, *(Cast(*o, *to) for o, to in casts.items() if to in ({torch.float16}, {torch.bfloat16}))
 
     def _pair(self, conv, norm):
-        "The `Pair` of two calls, or None if folding could change what anything else sees."
+        "The `Pair` of two calls, or None if folding could change a tensor that is used elsewhere."
         pair = Pair(conv.module, norm.module, tuple(c.module for c in norm.inner), conv.dtype)
         if pair.norm.training or not is_complete(pair) or conv.inner: return None
         if any(_has_hooks(m) or foreign_forward(m) for m in pair[:2]): return None
@@ -141,7 +141,7 @@ class ForwardTrace(TorchDispatchMode):
     def _origin(self, k): return self.source.get(k, k)  # key of the tensor that was cast
 
     def _operations(self, pair, conv, norm):
-        "Both operations, or None unless each layer, whatever its class, computes one of them from its own tensors."
+        "The convolution and batch-norm operations; None if a layer runs anything else, or uses foreign tensors."
         expected = [{k: id(t) for k, t in layer_tensors(m).items()} for m in pair[:2]]
         weights = {*expected[0].values()}
         convs = [o for o in conv.ops if o.name not in COPIES and (o.name in CONVOLUTIONS or o.ins & weights)]

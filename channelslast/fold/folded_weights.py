@@ -1,18 +1,11 @@
-"Run a model with folded weights, and detect when its plan no longer holds. Plain PyTorch."
+"Run a model with folded weights, and detect when they are no longer current. Plain PyTorch."
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..core.memory_format import unique_modules
-from ..core.nested_tensors import leaves_of
 from ..core.undo import ForwardPatch
-from .fold_trace import HOOKS, STATISTICS, WEIGHTS, Cast, Pair, foreign_forward, layer_tensors, memory_ref
+from .fold_trace import STATISTICS, WEIGHTS, Cast, Pair, layer_tensors, memory_ref
 
-__all__ = ['FoldedWeights', 'is_eager', 'has_global_hooks', 'structure_key', 'input_key']
-
-SWITCHES, PLAIN = {bool, str, type(None)}, (bool, int, float, str)
-WRAPPED = nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule
+__all__ = ['FoldedWeights']
 
 
 @torch.inference_mode(False)
@@ -58,8 +51,8 @@ class FoldedWeights:
         "True if the model's weights and running statistics are still those that these weights were computed from."
         return self.fingerprint == _fingerprint(self.plan)
 
-    def run(self, forward, args, kwargs) -> tuple: # Output; True
-        "Run `forward` with these weights. False if a folded batch norm's input was not its convolution's output."
+    def run(self, forward, args, kwargs) -> tuple: # Output; True if it is valid
+        "Run `forward` with these weights. Valid if each folded convolution ran once and its batch norm got the output."
         pending, mismatched = {}, []
         def _wrap(m, own):
             pair = self.pairs.get(m)
@@ -98,35 +91,3 @@ def _skip_norm(pair, forward, pending, mismatched):
         for m in pair.after: input = m(input)
         return input
     return _forward
-
-
-def structure_key(model) -> tuple: # Modules; their modes; hooks; forwards; switches
-    "What a plan depends on besides the input. Computed for each batch."
-    modules = unique_modules(model)
-    own = [vars(m) for m in modules]
-    modes, attached = [d.get('training') for d in own], [(*d[k],) for d in own for k in HOOKS if d.get(k)]
-    forwards = [(m, d.get('_compiled_call_impl'), foreign_forward(m)) for m, d in zip(modules, own)
-                if 'forward' in d or '_compiled_call_impl' in d]
-    # attributes of classes outside PyTorch, since their forward may read them: `self.return_features = True`
-    custom = [d for m, d in zip(modules, own) if type(m).__module__[:8] != 'torch.nn']
-    return modules, modes, attached, forwards, [v for d in custom for v in d.values() if type(v) in SWITCHES]
-
-
-def is_eager(modules) -> bool:
-    "True if no module is compiled, scripted or wrapped to run on several devices."
-    return not any(isinstance(m, WRAPPED) or '_orig_mod' in m._modules or m._compiled_call_impl for m in modules)
-
-
-def has_global_hooks() -> bool:
-    "True if hooks are registered for all modules: they see each layer's output."
-    return any(getattr(hooks, f'_global{k}') for k in HOOKS)
-
-
-def input_key(args, kwargs) -> tuple: # Kind of the input; its shapes without the batch dimension
-    "What a plan depends on in the input."
-    leaves = leaves_of((args, kwargs))
-    devices = {t.device.type for t in leaves if isinstance(t, Tensor)}
-    def _kind(x): return (x.dtype, x.device) if isinstance(x, Tensor) else x if isinstance(x, PLAIN) else type(x)
-    def _casts(d): return torch.amp.is_autocast_available(d) and torch.is_autocast_enabled(d)
-    kind, autocast = map(_kind, leaves), [(d, torch.get_autocast_dtype(d)) for d in sorted(devices) if _casts(d)]
-    return (*kind, *autocast), tuple(t.shape[1:] for t in leaves if isinstance(t, Tensor))

@@ -25,8 +25,8 @@ class ChannelsLast(_FastaiChannelsLast):
 
     Before each fit, validation and prediction, 4-D (`torch.channels_last`) and 5-D (`torch.channels_last_3d`)
     parameters, buffers and gradients are converted, and the optimizer's state gets the strides of its parameters.
-    Before each batch, inputs are converted if they have as many dimensions as the kernels of the model's convolutions
-    (clips for a 2-D network over frames stay as they are). Tensors that already have the format are not copied.
+    Before each batch, inputs are converted if they have as many dimensions as the kernels of the model's convolutions:
+    not 5-D video clips, if the network is 2-D and runs per frame. Tensors that already have the format are not copied.
 
     >>> from fastai.vision.all import *; from channelslast import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
@@ -35,16 +35,15 @@ class ChannelsLast(_FastaiChannelsLast):
     >>> learn.model[0][0].weight.is_contiguous(memory_format=torch.channels_last)
     True"""
     order, dims = -1, ()  # before any callback that wraps or copies the model
-    measured = False  # True if `format_find` has compared its numbers and speed: then no warning is needed
+    measured = False  # True if `format_find` made this callback: it compares numbers and speed, so no warning is needed
     _warned, _patch = (), ForwardPatch()
 
     def before_fit(self):
-        self.leave()  # ends a fit that this one interrupts
         if convert_module(self.model): align_optimizer(self.learn.opt)
         modules, device = unique_modules(self.model), model_device(self.model).type
         self.dims = {*kernel_dims(modules).values()}
         layers = [m for m in modules if device == 'cpu' and (hits_onednn_6035(m) or pads_in_kernel(m))]
-        self._patch = ForwardPatch(layers, safe_forward)
+        self._patch = self._patch.renew(layers, safe_forward)  # a batch of an outer fit may be running
         cudnn = torch.backends.cudnn
         if device == 'cuda' and cudnn.deterministic and not cudnn.benchmark:
             self._warn_once("cuDNN is set to deterministic without benchmarking, as by fastai's `no_random`: "
@@ -78,13 +77,13 @@ class ChannelsLast(_FastaiChannelsLast):
 def to_channelslast(self:Learner,
     to_fp16:bool=True, # Also add mixed precision (often faster, not always)
     amp_mode:str|AMPMode=None, # `'fp16'` (default) or `'bf16'`
-    fp32_layers=None, # Modules to keep in fp32: names as in `named_modules`, modules, classes, or functions of a module
+    fp32_layers=None, # Modules to keep in fp32: names, modules, classes, or functions `f(module) -> bool`
     **kwargs
 ):
-    """Train in channels last, with mixed precision unless `to_fp16=False`. Returns the Learner.
+    """Train in channels last. Also adds mixed precision unless `to_fp16=False`. Returns the Learner.
 
     Existing mixed precision is kept unless this call passes `amp_mode`, `fp32_layers` or an argument of `GradScaler`.
-    If the type is slow on the device, training continues in fp32 with a warning. `use_amp`, fastai's newer name for
+    If the dtype is slow on the device, training continues in fp32 with a warning. `use_amp`, fastai's newer name for
     `to_fp16`, works too. The arguments of `GradScaler` affect fp16 only: https://docs.pytorch.org/docs/stable/amp.html
     Raises `TypeError` for an unknown argument and `ValueError` for an invalid value, before anything changes.
 
@@ -95,9 +94,9 @@ def to_channelslast(self:Learner,
     name = 'use_amp' if 'use_amp' in kwargs else 'to_fp16'
     to_fp16 = kwargs.pop('use_amp', to_fp16)
     if to_fp16 not in (True, False):
-        raise ValueError(f"to_channelslast({name}={to_fp16!r}): use True or False; the type goes into `amp_mode`")
+        raise ValueError(f"to_channelslast({name}={to_fp16!r}): use True or False; the dtype goes into `amp_mode`")
     check_scaler(Learner.to_channelslast, kwargs)
-    fp32_hint = ', or `to_fp16=False` to train in fp32'
+    fp32_hint = ', or `to_fp16=False` to add no mixed precision'
     mode = AMPMode.FP16 if amp_mode is None else check_amp_mode(amp_mode, 'to_channelslast', fp32_hint)
     layers = () if fp32_layers is None else resolve_layers(self.model, fp32_layers)
     passed = [k for k, v in dict(amp_mode=amp_mode, fp32_layers=fp32_layers).items() if v is not None] + list(kwargs)

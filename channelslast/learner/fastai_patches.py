@@ -42,7 +42,8 @@ def one_batch(self:Learner, i, b):
     # PyTorch's CPU kernels compute some 3-D convolutions wrongly, even in contiguous fp32
     modules = unique_modules(self.model) if device == 'cpu' and not patched else ()
     layers = [m for m in modules if isinstance(m, (torch.nn.Conv3d, torch.nn.ConvTranspose3d)) and pads_in_kernel(m)]
-    with restore_autocast(device), ForwardPatch(layers, safe_forward, _forward_caches.setdefault(self, {})):
+    cache = _forward_caches.setdefault(self, {}) if layers else {}
+    with restore_autocast(device), ForwardPatch(layers, safe_forward, cache):
         try: _one_batch(self, i, b)
         finally:
             for cb in cbs: cb.leave()

@@ -50,7 +50,7 @@ KERNELS = {  # by the callbacks of a fastai optimizer; its other optimizers have
 
 
 def _is_fusable(p) -> bool:
-    "True if the kernels update it as fastai does: they round half precision elsewhere, and follow memory order."
+    "True if the kernels update `p` as fastai does: they round half precision differently, and need dense memory."
     return (type(p) is nn.Parameter and p.device.type in ('cpu', 'cuda') and p.dtype in (torch.float32, torch.float64)
             and p.layout is torch.strided and p.stride() == torch.empty_like(p).stride())
 

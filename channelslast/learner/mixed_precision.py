@@ -24,7 +24,7 @@ __all__ = ['check_amp_mode', 'check_scaler', 'resolve_layers', 'DeviceMixedPreci
 
 
 def check_amp_mode(amp_mode, caller, fp32_hint='') -> AMPMode:
-    "`amp_mode`, a name or an `AMPMode`, as an `AMPMode`; for anything else `ValueError` in the name of `caller`."
+    "`amp_mode`, a name or an `AMPMode`, as an `AMPMode`; anything else raises a `ValueError` that names `caller`."
     try: return AMPMode(amp_mode)
     except ValueError:
         raise ValueError(f"{caller}(amp_mode={amp_mode!r}): pass 'fp16' or 'bf16'{fp32_hint}") from None
@@ -34,7 +34,7 @@ _SCALER_RULES = dict(
     init_scale      = (lambda v: 0 < v <= torch.finfo(torch.float32).max, 'a number above 0 that fp32 can hold'),
     growth_factor   = (lambda v: 1 < v < math.inf, 'a number above 1'),
     backoff_factor  = (lambda v: 0 < v < 1, 'a number between 0 and 1, both excluded'),
-    growth_interval = (lambda v: operator.index(v) >= 1, 'a whole number from 1'),
+    growth_interval = (lambda v: operator.index(v) >= 1, 'a whole number of at least 1'),
     enabled         = (lambda v: v in (True, False), 'True or False'))
 
 
@@ -59,7 +59,7 @@ def _matches(asked, name, module) -> bool:
 
 def resolve_layers(model, layers, caller='to_channelslast') -> list:
     """Names, in the model's order, of the modules selected by one or several names, modules, classes or functions of a
-    module. `ValueError` in the name of `caller` for a module that is not in the model or can't run on its own."""
+    module. Raises a `ValueError` that names `caller` for a module that is not in the model or can't run on its own."""
     modules = dict(unwrap_model(model).named_modules())
     asked = [layers] if isinstance(layers, str) or callable(layers) else list(layers)
     for o in asked:
@@ -95,7 +95,7 @@ class DeviceMixedPrecision(MixedPrecision):
         self.fp32_layers = tuple(fp32_layers)
 
     def before_fit(self):
-        self.leave()  # ends a fit that this one interrupts
+        self.leave()  # a fit inside a batch of another fit ends that batch's changes
         device = model_device(self.model)
         kind, fast = device.type, devices.autocast_is_fast(device, self.amp_mode)
         if not fast: self._warn_once(device)
@@ -113,20 +113,21 @@ class DeviceMixedPrecision(MixedPrecision):
     def _warn_once(self, device):
         if self._warned: return
         self._warned = True
-        mode, kind, advice = self.amp_mode.value, device.type.upper(), '`to_fp16=False`'
+        mode, kind, advice = self.amp_mode.value, device.type.upper(), '`learn.to_fp32()`'
         other = next(o for o in AMPMode if o is not self.amp_mode)
-        if devices.autocast_is_fast(device, other): advice = f"`amp_mode='{other.value}'` (fast here) or {advice}"
+        if devices.autocast_is_fast(device, other):
+            advice = f"`learn.to_channelslast(amp_mode='{other.value}')` (fast here) or {advice}"
         elif kind == 'CPU': advice += ' (bf16 is fast on x86 CPUs with AVX512-BF16 or AMX)'
         problem = 'slow on this CPU' if kind == 'CPU' else f'unsupported or no faster than fp32 on this {kind} device'
-        warnings.warn(f'{mode} is {problem}, so training continues in fp32. Pass {advice}.', stacklevel=2)
+        warnings.warn(f'{mode} is {problem}, so training continues in fp32. Call {advice}.', stacklevel=2)
 
     def before_batch(self):
-        self.leave()  # a callback may have cancelled the previous batch before its loss
+        self.leave()  # a callback may have canceled the previous batch before its loss
         self._entered = ExitStack()
         self._entered.enter_context(self.autocast)
         self._patch.apply()  # only during the batch, so that the model is unchanged outside of it
 
-    # fastai's casts float64 too, and expects every element of lists and dictionaries to be a tensor
+    # fastai's `after_pred` casts float64 too, and expects every element of lists and dictionaries to be a tensor
     def after_pred(self): self.learn.pred = cast_floats(self.pred, torch.float32, HALF_DTYPES)
 
     def after_loss(self): self._entered.close()

@@ -1,4 +1,4 @@
-"Use a Learner for measuring without leaving a trace on it."
+"Run a Learner, and restore it bit for bit."
 import random
 import traceback
 from contextlib import ExitStack, contextmanager
@@ -32,7 +32,7 @@ def learner_modules(learn, cbs=()) -> list:
 def check_model(learn):
     "Raise `ValueError`, with what to do, for a model that can't run in a Learner."
     params = list(learn.model.parameters())
-    if not params: raise ValueError("The model has no parameters, from which fastai reads the device: it can't run.")
+    if not params: raise ValueError("The model has no parameters: fastai needs one to find the device.")
     if any(nn.parameter.is_lazy(p) for p in params):
         raise ValueError("The model has lazy modules without shapes. Run one batch through it first: "
                          "`learn.model(learn.dls.one_batch()[0])`.")
@@ -59,7 +59,7 @@ def _note_left_out(e, cbs):
     "Add a note to an error of a step: which callbacks it ran without."
     names = ', '.join(f'`{type(o).__name__}`' for o in cbs if type(o).__module__.partition('.')[0] != 'fastai')
     if names and any(f.f_code.co_name == 'one_batch' for f, _ in traceback.walk_tb(e.__traceback__)):
-        add_note(e, f"The step ran without {names}, so that nothing is logged, saved, stopped or drawn. A callback is "
+        add_note(e, f"The step ran without {names}, because callbacks may log, save, stop or draw. One is "
                  "included only if it assigns `self.learn.xb`, `yb`, `pred`, `loss`, `loss_grad` or `loss_func`.")
 
 
@@ -112,8 +112,8 @@ def preserve_learner(learn,
     """Context manager: do anything with the Learner inside. Afterwards it is restored bit for bit, even after an error:
     weights, buffers, gradients, their formats and memory, optimizer, modes, callbacks, recorder, hooks, random states,
     autocast, the loader's shuffling. Costs one copy of the tensors of model and optimizer. Callbacks that a step does
-    not need are left out; an error of a step names them. Yields the tensors with their originals. State of a module is
-    not restored if it is nested deeper than in objects among its attributes."""
+    not need are left out; an error of a step names them. Yields the tensors with their originals. Objects in a
+    module's attributes are restored, but nothing nested deeper in them."""
     kept = [o for o in learn.cbs if is_part_of_step(o, classes)]
     changing = [o for o in kept if changes_step(o)]
     try: loader = learn.dls.train if loader is None else loader

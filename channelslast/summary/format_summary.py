@@ -21,10 +21,10 @@ from .format_trace import Conversion, FormatTrace
 __all__ = ['FormatSummary']
 
 WIDTH = 160  # of printed lines, in characters
-# Remedies by class name. A test shows that each removes the loss and computes the same. Speedups are in channels last,
-# of convolutions and this layer, forward and backward, for three or four shapes (table in notebook `format_summary`)
-_remedy = '`{}` computes the same and keeps channels last. Speedup on {}.'
-_group_norm = _remedy.format('nn.GroupNorm(C, C, affine=False)', 'CPUs: {}; contiguous is as fast or faster')
+# Remedies by class name. A test shows that each keeps channels last and computes the same. Speedups over the replaced
+# layer: convolutions plus this layer, forward and backward, in channels last (table in nbs/02_format_summary.ipynb)
+_remedy = '`{}` computes the same and keeps channels last. Speedup over it on {}.'
+_group_norm = _remedy.format('nn.GroupNorm(C, C, affine=False)', 'CPUs: {}; contiguous is at least as fast')
 HINTS = dict(InstanceNorm2d=_group_norm.format('0.9–1.2×'), InstanceNorm3d=_group_norm.format('0.9–1.1×'),
              Softmax2d=_remedy.format('x.movedim(1, -1).softmax(-1).movedim(-1, 1)', 'a CPU: 1.0–1.5×'),
              GLU=_remedy.format('a, b = x.chunk(2, 1); a * b.sigmoid()', 'a CPU: 1.0–1.4×; contiguous is as fast'))
@@ -34,10 +34,11 @@ CPU_HINTS = 'InstanceNorm2d', 'InstanceNorm3d'  # on other devices PyTorch's gro
 class FormatSummary:
     """Result of `Learner.format_summary`. Prints as a table, renders as one in a notebook.
 
-    `.rows` has one `Conversion` per copy, in order of execution. `.lost` and `.regained` are those of that kind, and
-    `.bytes_moved` is the sum over all rows. `.holds` is True if there are channels-last activations and none is lost or
-    has to be regained. `.counts[backward]` is `(kept, had)`: `had` operations took a channels-last activation and made
-    a new one, and `kept` of the results were channels last too.
+    `.rows` has one `Conversion` per copy, in order of execution. `.lost` and `.regained` are the rows of that kind.
+    `.bytes_moved` is the sum over all rows. `.holds` is True if the forward pass makes channels-last activations and
+    neither loses nor regains the format, and the backward pass does not lose it. `.counts[False]` (forward) and
+    `.counts[True]` (backward) are `(kept, had)`: `had` operations made a new tensor from a channels-last one, and
+    `kept` of these new tensors are channels last too.
 
     >>> from fastai.vision.all import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
@@ -58,7 +59,7 @@ class FormatSummary:
     def holds(self): return not self.lost and not self._unseen and self.counts[False][1] > 0
     @property
     def _unseen(self):
-        # what is regained was lost, if not in a row: by an operation on tensors that have no memory format
+        # a format that is regained was lost before, here by an operation on tensors that are not 4-D or 5-D
         return not self.lost and [r for r in self.regained if not r.backward]
 
     def to_frame(self) -> pd.DataFrame:
@@ -77,8 +78,8 @@ class FormatSummary:
         if self.holds: return f'Channels last holds: {ratio}. {moved}'
         if unseen: return (
             f"Channels last does not hold (kept by {ratio}). It is regained {_times(len(unseen))} in the forward pass, "
-            f"first in {_short(unseen[0].module) or '(model)'}: an operation before that loses it, on tensors of other "
-            f"dimensions. {moved}")
+            f"first in {_short(unseen[0].module) or '(model)'}: an earlier operation loses it, on tensors that are "
+            f"not 4-D or 5-D. {moved}")
         (cls, top), *others = Counter(_short(r.cls) for r in self.lost).most_common(3)
         where = ', '.join([f'mostly in {cls} ({top} of {lost})', *(f'{c} ({n})' for c, n in others)])
         if not others: where = f'in {cls}' if lost == 1 else f'all in {cls}'
@@ -156,8 +157,8 @@ def _batch_of(learn, batch):
     listed = isinstance(batch, (tuple, list, L))
     if listed and len(batch): return tuple(batch)
     if not listed and tensors_of(batch): return (batch,)
-    raise ValueError(f"batch is {type(batch).__name__}{' without elements' if listed else ''}: pass `(x, y)` to "
-                     "`format_summary`, as the Learner's loader yields it, or `(x,)`")
+    kind = f"{'an empty ' if listed else ''}{type(batch).__name__}"
+    raise ValueError(f"format_summary(batch=…) is {kind}: pass `(x, y)` as the Learner's loader yields it, or `(x,)`")
 
 
 def _no_images(xb) -> ValueError:
@@ -188,7 +189,7 @@ def format_summary(self:Learner,
     >>> learn.to_channelslast(to_fp16=False).format_summary().holds
     True"""
     if not isinstance(max_rows, int) or max_rows < 1:
-        raise ValueError(f'max_rows={max_rows!r}: use a whole number from 1')
+        raise ValueError(f'format_summary(max_rows={max_rows!r}): use a whole number of at least 1')
     check_model(self)
     model = self.model
     with preserve_learner(self), ExitStack() as stack:

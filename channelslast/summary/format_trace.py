@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..core.memory_format import has_channels_last_format
+from ..core.memory_format import can_be_channels_last
 from ..core.nested_tensors import tensors_of
 
 __all__ = ['Conversion', 'FormatTrace', 'layout_of']
@@ -54,7 +54,7 @@ def layout_of(t: Tensor):
 
 
 Owner = namedtuple('Owner', 'name cls')
-# Of an activation's memory: its format, True if it or a tensor it comes from was channels last, the pass it was made in
+# History of an activation: its format, whether it or a source of it was channels last, the pass that made it
 Past = namedtuple('Past', 'is_channels_last was_channels_last backward')
 
 
@@ -100,9 +100,9 @@ def _rearranged(func, new, sources) -> list:
 class FormatTrace(TorchDispatchMode):
     """Context manager that records each `Conversion` in `.rows`, in order of execution.
 
-    `.counts[backward]` is `[kept, had]`: `had` operations took a channels-last activation and made a new one, and
-    `kept` of the results were channels last too. `.has_images` is True if any input or activation is a floating-point
-    4-D or 5-D tensor.
+    `.counts[False]` (forward) and `.counts[True]` (backward) are `[kept, had]`: `had` operations made a new tensor from
+    a channels-last activation, and `kept` of these new tensors are channels last too. `.has_images` is True if any
+    input or activation is a floating-point 4-D or 5-D tensor.
 
     An activation is computed from the `inputs`; tensors computed only from parameters never count. Set `.backward` when
     the backward pass starts. Each conversion names the module whose forward ran the operation. In the backward pass, it
@@ -120,7 +120,7 @@ class FormatTrace(TorchDispatchMode):
         self.idle = self.latest = self.root  # owner while no module runs; owner of the latest autograd node
         self.starts, self.owners = [], []  # `owners[i]` creates the autograd nodes numbered from `starts[i]` on
         tensors = tensors_of(inputs)
-        self.has_images, layouts = any(map(has_channels_last_format, tensors)), [*map(layout_of, tensors)]
+        self.has_images, layouts = any(map(can_be_channels_last, tensors)), [*map(layout_of, tensors)]
         self.past = {_ref(t): Past(o == 'channels_last', o == 'channels_last', False) for t, o in zip(tensors, layouts)}
 
     def __enter__(self):
@@ -172,7 +172,7 @@ class FormatTrace(TorchDispatchMode):
         if not sources: return
         new, sources = _new_results(func, ins, outs, sources)
         self._remember(outs, new, sources)
-        self.has_images = self.has_images or any(has_channels_last_format(t) for t, _ in outs)
+        self.has_images = self.has_images or any(can_be_channels_last(t) for t, _ in outs)
         new, layouts = [t for t, _ in new], {layout_of(t) for t, _ in new} - {None}
         read = [t for t, _ in sources if layout_of(t) == 'channels_last']
         other = [(t, p) for t, p in sources if layout_of(t) == 'other']

@@ -54,7 +54,7 @@ def test_what_is_kept_goes_back_at_once():
 
 
 def in_a_new_process(code, **env):
-    code = f'from tests.test_malloc import *\n{dedent(code)}'
+    code = f'from tests.test_glibc_malloc import *\n{dedent(code)}'
     subprocess.run([sys.executable, '-c', code], env={**os.environ, **env}, cwd=Path(__file__).parent.parent, check=True)
 
 

@@ -53,26 +53,26 @@ def test_half_precision_really_runs_on_a_cpu(has, mode, dtype):
     assert learn.model[0].weight.dtype == torch.float32 and torch.isfinite(learn.recorder.losses[-1])
 
 
-HINT = '`to_fp16=False` (bf16 is fast on x86 CPUs with AVX512-BF16 or AMX)'
+HINT = '`learn.to_fp32()` (bf16 is fast on x86 CPUs with AVX512-BF16 or AMX)'
 
 
 @pytest.mark.parametrize('fast, mode, advice', [
-    ((), 'fp16', HINT), ((), 'bf16', HINT), (('bf16',), 'fp16', "`amp_mode='bf16'` (fast here) or `to_fp16=False`"),
-    (('fp16',), 'bf16', "`amp_mode='fp16'` (fast here) or `to_fp16=False`")])
+    ((), 'fp16', HINT), ((), 'bf16', HINT), (('bf16',), 'fp16', "`learn.to_channelslast(amp_mode='bf16')` (fast here) or `learn.to_fp32()`"),
+    (('fp16',), 'bf16', "`learn.to_channelslast(amp_mode='fp16')` (fast here) or `learn.to_fp32()`")])
 def test_what_the_device_lacks_trains_in_fp32_and_is_said_once(has, fast, mode, advice):
     has(*fast)
     learn = learner().to_channelslast(amp_mode=mode)
     warned = messages(lambda: (learn.fit(1), learn.fit(1), learn.validate()))
-    assert warned == [f'{mode} is slow on this CPU, so training continues in fp32. Pass {advice}.']
+    assert warned == [f'{mode} is slow on this CPU, so training continues in fp32. Call {advice}.']
     assert dtypes(learn) == {torch.float32}
 
 
 @pytest.mark.parametrize('device', ['cuda', 'mps', 'xpu'])
-@pytest.mark.parametrize('fast, advice', [((), '`to_fp16=False`'), (('bf16',), "`amp_mode='bf16'` (fast here) or `to_fp16=False`")])
+@pytest.mark.parametrize('fast, advice', [((), '`learn.to_fp32()`'), (('bf16',), "`learn.to_channelslast(amp_mode='bf16')` (fast here) or `learn.to_fp32()`")])
 def test_the_warning_on_other_devices(has, device, fast, advice):
     has(*fast)
     assert messages(lambda: DeviceMixedPrecision()._warn_once(torch.device(device))) == [
-        f'fp16 is unsupported or no faster than fp32 on this {device.upper()} device, so training continues in fp32. Pass {advice}.']
+        f'fp16 is unsupported or no faster than fp32 on this {device.upper()} device, so training continues in fp32. Call {advice}.']
 
 
 class Scaler(Callback):

@@ -18,7 +18,7 @@ from channelslast.core.memory_format import convert_module, convert_nested
 from channelslast.core.onednn_workarounds import hits_onednn_6035, misreads_padding, pads_in_kernel, safe_forward, slice_first
 from channelslast.core.undo import ForwardPatch
 from .conftest import convnet, learner, loaders
-from .test_callback import image_folder
+from .test_channels_last import image_folder
 
 conv = nn.Conv2d
 
@@ -56,7 +56,7 @@ def stem(): return nn.Sequential(conv(3, 16, 1, stride=2), nn.ReLU(), conv(16, 8
 def test_trains_where_pytorch_crashes():
     "✗ PyTorch crashes or writes outside its memory here, so this runs in its own process."
     code = """
-from tests.test_workarounds import *
+from tests.test_onednn_workarounds import *
 for size in 64, 128:
     torch.manual_seed(0)
     model, grads, dls = stem(), [], loaders((3, size, size), n=2, bs=2)
@@ -142,6 +142,18 @@ def test_fp32_layers_under_checkpointing(has):
 def test_with_fp32_layers_both_come_off(has):
     has('bf16')
     learn = learner(stem()).to_channelslast(amp_mode='bf16', fp32_layers='0')
+    learn.fit(1)
+    assert 'forward' not in vars(learn.model[0])
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_fit_inside_a_batch_leaves_no_forward(has):
+    "✗ Both callbacks patch the same layer. The inner fit undoes both patches, in any order."
+    has('bf16')
+    learn = learner(stem()).to_channelslast(amp_mode='bf16', fp32_layers='0')
+    learn.create_opt()
+    learn._split(learn.dls.one_batch())
+    learn('before_fit'); learn('before_batch')
     learn.fit(1)
     assert 'forward' not in vars(learn.model[0])
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, prune
 
 from tests.conftest import learner, loaders
-from tests.test_callback import image_folder
+from tests.test_channels_last import image_folder
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 ERROR, CAUSE, REMEDIES = 'view size is not compatible', 'is in channels last', ('`reshape`', '`learn.to_contiguous()`')

@@ -18,7 +18,7 @@ from channelslast import fused
 from channelslast.learner.fused_optimizer import FusedOptimizer, fused_argument
 from channelslast.learner.preserve_learner import preserve_learner
 from .conftest import convnet, learner, loaders
-from .test_callback import image_folder
+from .test_channels_last import image_folder
 
 GIVEN = {  # name: the Learner's optimizer, the suggested line
     'Adam': (Adam, 'opt_func=fused(Adam)'),

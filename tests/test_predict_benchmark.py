@@ -13,7 +13,7 @@ from channelslast.find import predict_benchmark, train_benchmark
 from channelslast.find.results import label
 from channelslast.find.train_benchmark import load_batches
 from tests.conftest import convnet, learner, loaders
-from tests.test_callback import image_folder
+from tests.test_channels_last import image_folder
 from tests.test_format_find import Fails, WrongInChannelsLast, find
 from tests.test_format_summary import same, state
 

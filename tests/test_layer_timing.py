@@ -14,7 +14,7 @@ from channelslast.find import layer_timing as module, train_benchmark
 from channelslast.find.layer_timing import fp32_names, record_inputs, time_layers
 from channelslast.learner.mixed_precision import resolve_layers
 from tests.conftest import convnet, learner, loaders
-from tests.test_callback import image_folder
+from tests.test_channels_last import image_folder
 from tests.test_format_find import fake, find
 from tests.test_format_summary import same, state
 

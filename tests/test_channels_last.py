@@ -350,7 +350,7 @@ def test_arguments_without_effect_are_said(kwargs, match):
     (dict(init_scale=0.), ValueError, r'to_channelslast\(init_scale=0.0\): use a number above 0'),
     (dict(init_scale=-1), ValueError, 'init_scale=-1'), (dict(init_scale='big'), ValueError, "init_scale='big'"),
     (dict(init_scale=None), ValueError, 'init_scale=None'), (dict(init_scale=float('inf')), ValueError, 'init_scale=inf'),
-    (dict(growth_interval=0), ValueError, r'to_channelslast\(growth_interval=0\): use a whole number from 1'),
+    (dict(growth_interval=0), ValueError, r'to_channelslast\(growth_interval=0\): use a whole number of at least 1'),
     (dict(growth_interval=1e3), ValueError, 'growth_interval=1000.0'), (dict(init_scale=1e39), ValueError, 'init_scale=1e.39'),
     (dict(enabled='yes'), ValueError, r"to_channelslast\(enabled='yes'\): use True or False"),
     (dict(amp_mode='fp8'), ValueError, r"to_channelslast\(amp_mode='fp8'\): pass 'fp16' or 'bf16'"),
