@@ -573,7 +573,7 @@ class Empty(nn.Module):
     (lambda: learner(dls=loaders(n=2, bs=4).__class__(*[DataLoader([(torch.ones(3, 8, 8), 0)], bs=4, drop_last=True)]*2)), {}, 'yields no batch'),
     (lambda: learner(nn.Linear(3, 4), loaders((3,))), {}, r'no 4-D or 5-D floating-point tensor.*\(8, 3\)'),
     (lambda: learner(), dict(batch=(torch.ones(2, 3, 8, 8, dtype=torch.int64), torch.zeros(2))), 'no 4-D or 5-D floating'),
-    (lambda: learner(), dict(batch=5), '(batch=…) is int'), (lambda: learner(), dict(batch=()), 'is an empty tuple'),
+    (lambda: learner(), dict(batch=5), r'batch=…\) is int'), (lambda: learner(), dict(batch=()), 'is an empty tuple'),
     (lambda: learner(), dict(max_rows=0), 'max_rows=0'), (lambda: learner(Empty()), {}, 'no parameters'),
     (lambda: learner(nn.LazyConv2d(3, 3)), {}, 'lazy modules')])
 def test_bad_input(make, call, match):
