@@ -356,7 +356,7 @@ def test_arguments_without_effect_are_said(kwargs, match):
     (dict(amp_mode='fp8'), ValueError, r"to_channelslast\(amp_mode='fp8'\): pass 'fp16' or 'bf16'"),
     (dict(amp_mode=torch.float16), ValueError, 'amp_mode=torch.float16'),
     (dict(to_fp16='bf16'), ValueError, r"to_channelslast\(to_fp16='bf16'\): use True or False"),
-    (dict(use_amp='fp16'), ValueError, "to_fp16='fp16'")])
+    (dict(use_amp='fp16'), ValueError, "use_amp='fp16'")])
 def test_wrong_arguments_fail_at_the_call(kwargs, error, match): raises_unchanged(learner(), error, match, **kwargs)
 
 
