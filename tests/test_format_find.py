@@ -450,10 +450,10 @@ BASE, LAST, FAILED = row(), row('channels_last', ms=50.), row('channels_last', '
     ([BASE, LAST], BASE, 0.02, BASE, 'Keep contiguous fp32: nothing else was more than 2% faster.'),
     ([BASE, LAST], BASE, 0.02, LAST, 'Use contiguous fp32: nothing else was more than 2% faster.'),
     ([BASE, FAILED], BASE, 0.02, BASE, 'Keep contiguous fp32: no other valid setting was more than 2% faster.'),
-    ([BASE], BASE, 0.02, BASE, 'Keep contiguous fp32: nothing else was usable.'),
+    ([BASE], BASE, 0.02, BASE, 'Keep contiguous fp32: nothing else was measured.'),
     ([BASE, LAST], LAST, 0.02, LAST, 'Keep channels last in fp32: 2.00× as fast as contiguous fp32 (differences below 2% count as a tie).'),
     ([BASE, LAST], BASE, 0.05, BASE, 'Undecided: keep contiguous fp32, but channels last in fp32 may be up to 5% faster.'),
-    ([BASE, LAST], BASE, 1.5, LAST, 'Undecided: use contiguous fp32, but channels last in fp32 may be more than twice as fast. Measure again with')])
+    ([BASE, LAST], BASE, 1.5, LAST, 'Undecided: use contiguous fp32, but channels last in fp32 may be more than twice as fast. Measure again when')])
 def test_what_to_do_is_said(rows, best, margin, current, choice):
     t = FormatTimings(rows, best, margin, 1., rival=LAST, current=(current.memory_format, current.precision, current.folded))
     assert t.verdict.startswith(choice) and max(map(len, repr(t).splitlines())) <= 160 and list(t.to_frame().note) == [r.note for r in rows]

@@ -63,7 +63,7 @@ def test_what_the_device_lacks_trains_in_fp32_and_is_said_once(has, fast, mode, 
     has(*fast)
     learn = learner().to_channelslast(amp_mode=mode)
     warned = messages(lambda: (learn.fit(1), learn.fit(1), learn.validate()))
-    assert warned == [f'{mode} is slow on this CPU, so training continues in fp32. Call {advice}.']
+    assert warned == [f'{mode} is slow on this CPU, so training continues in fp32. To avoid this warning, call {advice}.']
     assert dtypes(learn) == {torch.float32}
 
 
@@ -72,7 +72,7 @@ def test_what_the_device_lacks_trains_in_fp32_and_is_said_once(has, fast, mode, 
 def test_the_warning_on_other_devices(has, device, fast, advice):
     has(*fast)
     assert messages(lambda: DeviceMixedPrecision()._warn_once(torch.device(device))) == [
-        f'fp16 is unsupported or no faster than fp32 on this {device.upper()} device, so training continues in fp32. Call {advice}.']
+        f'fp16 is unsupported or no faster than fp32 on this {device.upper()} device, so training continues in fp32. To avoid this warning, call {advice}.']
 
 
 class Scaler(Callback):

@@ -10,7 +10,7 @@ DEFAULT = (M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 32*2**20), (M_TRIM_THRESHOLD, 
 
 
 def keep_memory(
-    keep:bool=True, # False: restore the default and release free memory now
+    keep:bool=True, # False: restore glibc's thresholds and release free memory now
 ) -> bool: # True if the C library supports this: glibc does (Linux, except Alpine)
     """Let the process reuse the memory of freed tensors. Steps on a CPU get faster if tensors are large.
 

@@ -41,7 +41,7 @@ def less_random(
     It seeds everything, and restores all random states and flags on exit, also after an exception. Use it instead of
     fastai's `no_random`, which turns `cudnn.benchmark` off and `deterministic` on. With these flags
     (https://docs.pytorch.org/docs/stable/notes/randomness.html), convolutions in channels last are reported to fail.
-    Some kernels, mostly on CUDA, add in any order: losses then agree only to rounding, unless `deterministic=True`.
+    Some kernels, mostly on CUDA, add in any order: losses then agree only to rounding.
 
     >>> import torch
     >>> from channelslast import less_random

@@ -115,12 +115,13 @@ def format_find(self:Learner,
     0, on a few batches kept on the device. Candidates take turns, and the fastest step of each one counts, since other
     work on the machine only adds time. Candidates that can no longer win are dropped. Measuring stops when the choice
     is certain, or when the possible gain is not worth the time. The current setting is replaced only by one that is
-    clearly faster (contiguous fp32 takes its place if it is not measured). Steps that the gradient scaler skips are
+    clearly faster (contiguous fp32 counts as current if that is not measured). Steps that the gradient scaler skips are
     repeated. The loader is timed separately. On a CPU the optimizer is, too, and its time is added to each step.
 
     Each candidate's loss, results and gradients are compared with contiguous fp32, which is always measured, and is
     replayed with the candidate's activations. A candidate is eliminated if its numbers differ by more than rounding
-    explains or are not finite, or if a metric fails. With `layers`, each distinct convolution and linear layer is timed
+    explains or are not finite, or if a metric
+    fails that works in contiguous fp32. With `layers`, each distinct convolution and linear layer is timed
     alone in half precision and in fp32. One more candidate per half precision (`'bf16+fp32'`) keeps in fp32 those that
     are clearly faster there.
 

@@ -47,7 +47,7 @@ class FormatTimings:
     """Result of `Learner.format_find`. Prints as a table, also in a notebook.
 
     - `rows`: one `Timing` per candidate; `best`: the one to use
-    - `rival`: the one that may still be faster; `margin`: how much faster it may be; 0.02, a tie, if the choice is sure
+    - `rival`: the one that may be faster than `best`; `margin`: by up to this fraction, at least 0.02, a tie
     - `loader_ms`: milliseconds to load a batch; `input_bound`: True if that is longer than the fastest step
     - `optimizer_ms`: the optimizer's part of the best step
     - `advice`: argument of `Learner` for a faster optimizer step with the same weights, if one is known
@@ -99,6 +99,7 @@ class FormatTimings:
             return f'Undecided: {use.lower()} {pick}, but {_name(self.rival)} may be {gain}.'
         if speed: return f'{use} {name}: {speed} (differences below {TIE:.0%} count as a tie).'
         others = [r.valid for r in self.rows if r is not b and r.ms]
+        if len(self.rows) == 1: return f'{use} {name}: nothing else was measured.'
         subject = 'nothing else' if all(others) else 'no other valid setting'
         return f'{use} {name}: {subject} was ' + (f'more than {TIE:.0%} faster.' if others else 'usable.')
 

@@ -23,8 +23,9 @@ __all__ = ['ChannelsLast']
 class ChannelsLast(_FastaiChannelsLast):
     """Train and predict in PyTorch's channels-last memory format.
 
-    Before each fit, validation and prediction, 4-D (`torch.channels_last`) and 5-D (`torch.channels_last_3d`)
-    parameters, buffers and gradients are converted, and the optimizer's state gets the strides of its parameters.
+    Before each fit, validation and prediction, parameters and buffers with as many dimensions as the convolutions'
+    weights are converted (4-D: `torch.channels_last`, 5-D: `torch.channels_last_3d`). Gradients and the optimizer's
+    state get the strides of their parameters.
     Before each batch, inputs are converted if they have as many dimensions as the kernels of the model's convolutions:
     not 5-D video clips, if the network is 2-D and runs per frame. Tensors that already have the format are not copied.
 

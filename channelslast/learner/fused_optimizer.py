@@ -88,7 +88,8 @@ class FusedOptimizer(Optimizer):
 
 class fused(partial):
     """Optimizer function for a Learner: fastai's `Adam` or `SGD`, or a `partial` of one, with PyTorch's fused step.
-    Weights, schedules, groups and checkpoints are as without it. It pickles as a `partial` of `opt_func`.
+    Weights, schedules, groups and checkpoints are as without it. An exported Learner holds a plain `partial` of
+    `opt_func`.
 
     >>> from fastai.vision.all import *; from channelslast import *
     >>> learn = Learner(DataLoaders(), nn.Linear(2, 2), MSELossFlat(), opt_func=fused(SGD, mom=0.9))

@@ -119,7 +119,8 @@ class DeviceMixedPrecision(MixedPrecision):
             advice = f"`learn.to_channelslast(amp_mode='{other.value}')` (fast here) or {advice}"
         elif kind == 'CPU': advice += ' (bf16 is fast on x86 CPUs with AVX512-BF16 or AMX)'
         problem = 'slow on this CPU' if kind == 'CPU' else f'unsupported or no faster than fp32 on this {kind} device'
-        warnings.warn(f'{mode} is {problem}, so training continues in fp32. Call {advice}.', stacklevel=2)
+        warnings.warn(f'{mode} is {problem}, so training continues in fp32. To avoid this warning, call {advice}.',
+                      stacklevel=2)
 
     def before_batch(self):
         self.leave()  # a callback may have canceled the previous batch before its loss

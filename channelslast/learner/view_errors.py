@@ -49,8 +49,9 @@ def _add_note(learn, e):
     parts, functions = (_learner_part(learn, f) for f in frames), map(_user_function, frames)
     where = next(filter(None, chain(parts, functions)), 'the Learner')
     e.channels_last = True
-    add_note(e, f"Raised in {where}. This Learner is in channels last, where `view` can't merge dimensions that are "
-             "adjacent in contiguous memory. Use `reshape` instead of `view`, or call `learn.to_contiguous()`.")
+    add_note(e, f"Raised in {where}. This Learner is in channels last, where `view` can't flatten channels with "
+             "height and width: they are not adjacent in memory. Use `reshape` instead of `view`, "
+             "or call `learn.to_contiguous()`.")
 
 
 def explain_view_errors(f):

@@ -23,11 +23,12 @@ __all__ = ['FormatSummary']
 WIDTH = 160  # of printed lines, in characters
 # Remedies by class name. A test shows that each keeps channels last and computes the same. Speedups over the replaced
 # layer: convolutions plus this layer, forward and backward, in channels last (table in nbs/02_format_summary.ipynb)
-_remedy = '`{}` computes the same and keeps channels last. Speedup over it on {}.'
-_group_norm = _remedy.format('nn.GroupNorm(C, C, affine=False)', 'CPUs: {}; contiguous is at least as fast')
+_remedy = '`{}` computes the same{} and keeps channels last (CPU speedup {}).'
+_group_norm = _remedy.format('nn.GroupNorm(C, C, affine=False)', ' without parameters', '{}; contiguous is no slower')
 HINTS = dict(InstanceNorm2d=_group_norm.format('0.9–1.2×'), InstanceNorm3d=_group_norm.format('0.9–1.1×'),
-             Softmax2d=_remedy.format('x.movedim(1, -1).softmax(-1).movedim(-1, 1)', 'a CPU: 1.0–1.5×'),
-             GLU=_remedy.format('a, b = x.chunk(2, 1); a * b.sigmoid()', 'a CPU: 1.0–1.4×; contiguous is as fast'))
+             Softmax2d=_remedy.format('x.movedim(1, -1).softmax(-1).movedim(-1, 1)', '', '1.0–1.5×'),
+             GLU=_remedy.format('a, b = x.chunk(2, 1); a * b.sigmoid()', ' as `nn.GLU(1)`',
+                                '1.0–1.4×; contiguous is as fast'))
 CPU_HINTS = 'InstanceNorm2d', 'InstanceNorm3d'  # on other devices PyTorch's group norm gives contiguous results
 
 
