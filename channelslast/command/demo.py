@@ -97,7 +97,7 @@ def check_save(path):
     "Raise a `UsageError` if no chart can be saved at `path`, before anything is measured."
     from matplotlib.figure import Figure
     if not os.access(Path(path).parent, os.W_OK) or Path(path).is_dir():
-        raise UsageError(f'--save {path}: a folder, or its folder is not writable; try --save {Path(path).stem}.png')
+        raise UsageError(f'--save {path}: no such folder, or not writable as a file; try --save {Path(path).stem}.png')
     if Path(path).suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
         raise UsageError(f'--save {path}: not a supported image type; try --save {Path(path).stem}.png')
 
