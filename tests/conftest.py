@@ -7,6 +7,7 @@ from fastai.vision.all import CrossEntropyLossFlat, DataLoader, DataLoaders, Lea
 
 from channelslast import less_random
 from channelslast.core import devices
+from channelslast.find import train_benchmark
 
 collect_ignore = ['two_processes.py', 'conv_fuzz.py', 'notebooks.py']  # scripts, which doctest would import
 
@@ -79,6 +80,21 @@ def machine(pytestconfig, has):
     asked = pytestconfig.getoption('accelerates')
     if asked != 'native': has(*asked.replace('none', '').split(','))
     return asked
+
+
+def fake_steps(monkeypatch, key_of, *modules):
+    """`fake(times)`: steps run, but take `times[key_of(learn)]` milliseconds, otherwise 100; or `times(key, number of
+    steps)`. `fake.steps` lists the keys. The modules are those that call `step_ms`."""
+    def _fake(times):
+        real = train_benchmark.step_ms
+        def _ms(learn, batch):
+            real(learn, batch)
+            key = key_of(learn)
+            steps.append(key)
+            return times.get(key, 100.) if isinstance(times, dict) else times(key, len(steps))
+        for m in modules: monkeypatch.setattr(m, 'step_ms', _ms)
+    steps = _fake.steps = []
+    return _fake
 
 
 def convnet(c=3, n=4):

@@ -16,7 +16,7 @@ from channelslast import ChannelsLast
 from channelslast.find import layer_timing, train_benchmark
 from channelslast.find.candidates import FORMATS, PRECISIONS
 from channelslast.find.results import FormatTimings, Timing
-from tests.conftest import convnet, learner, loaders, strides
+from tests.conftest import convnet, fake_steps, learner, loaders, strides
 from tests.test_channels_last import image_folder
 from tests.test_format_summary import Net, same, state
 
@@ -27,17 +27,10 @@ ALL = [(f, p) for f in FORMATS for p in PRECISIONS]
 @pytest.fixture
 def fake(monkeypatch):
     "`fake(times)` replaces the measured milliseconds of each candidate's step; the step still runs."
-    def _fake(times):
-        real = train_benchmark.step_ms
-        def _ms(learn, batch):
-            real(learn, batch)
-            mp = learn._grab_cbs(MixedPrecision)
-            key = FORMATS[bool(learn._grab_cbs(ChannelsLast))], mp[0].amp_mode.value if mp else 'fp32'
-            steps.append(key)
-            return times.get(key, 100.) if isinstance(times, dict) else times(key, len(steps))
-        monkeypatch.setattr(train_benchmark, 'step_ms', _ms)
-    steps = _fake.steps = []
-    return _fake
+    def _key(learn):
+        mp = learn._grab_cbs(MixedPrecision)
+        return FORMATS[bool(learn._grab_cbs(ChannelsLast))], mp[0].amp_mode.value if mp else 'fp32'
+    return fake_steps(monkeypatch, _key, train_benchmark)
 
 
 def find(learn=None, **kw): return (learn or learner()).format_find(**{**dict(num_it=4, show_plot=False, layers=False), **kw})

@@ -12,7 +12,7 @@ from channelslast import ChannelsLast, FoldBatchNorm
 from channelslast.find import predict_benchmark, train_benchmark
 from channelslast.find.results import label
 from channelslast.find.train_benchmark import load_batches
-from tests.conftest import convnet, learner, loaders
+from tests.conftest import convnet, fake_steps, learner, loaders
 from tests.test_channels_last import image_folder
 from tests.test_format_find import Fails, WrongInChannelsLast, find
 from tests.test_format_summary import same, state
@@ -21,21 +21,14 @@ from tests.test_format_summary import same, state
 @pytest.fixture
 def fake(monkeypatch):
     "`fake(times)` replaces the measured milliseconds of each candidate's predictions, which are still made."
-    def _fake(times):
-        real = train_benchmark.step_ms
-        def _ms(learn, batch):
-            real(learn, batch)
-            assert not learn.training and not learn.model.training and not torch.is_grad_enabled()
-            mp = learn._grab_cbs(MixedPrecision)
-            precision = mp[0].amp_mode.value if mp else 'fp32'
-            if mp and mp[0].fp32_layers: precision += '+fp32'
-            name = f"{'channels last' if learn._grab_cbs(ChannelsLast) else 'contiguous'}, {precision}"
-            steps.append(f'{name}, folded' if learn._grab_cbs(FoldBatchNorm) else name)
-            return times.get(steps[-1], 100.)
-        monkeypatch.setattr(train_benchmark, 'step_ms', _ms)
-        monkeypatch.setattr(predict_benchmark, 'step_ms', _ms)
-    steps = _fake.steps = []
-    return _fake
+    def _name(learn):
+        assert not learn.training and not learn.model.training and not torch.is_grad_enabled()
+        mp = learn._grab_cbs(MixedPrecision)
+        precision = mp[0].amp_mode.value if mp else 'fp32'
+        if mp and mp[0].fp32_layers: precision += '+fp32'
+        name = f"{'channels last' if learn._grab_cbs(ChannelsLast) else 'contiguous'}, {precision}"
+        return f'{name}, folded' if learn._grab_cbs(FoldBatchNorm) else name
+    return fake_steps(monkeypatch, _name, train_benchmark, predict_benchmark)
 
 
 @pytest.fixture

@@ -28,7 +28,9 @@ def fp32_forward(forward, device_type: str, half: torch.dtype):
     return _forward
 
 
-def _open_contexts() -> int: torch.autocast_increment_nesting(); return torch.autocast_decrement_nesting()
+def _open_contexts() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()  # the depth, which PyTorch gives no other way
 
 
 @contextmanager

@@ -14,10 +14,11 @@ def keep_memory(
 ) -> bool: # True if the C library supports this: glibc does (Linux, except Alpine)
     """Let the process reuse the memory of freed tensors. Steps on a CPU get faster if tensors are large.
 
-    By default, glibc returns freed blocks above 32 MiB, and the free end of its heap, to the system. The next such
-    tensor costs a page fault per 4 KiB (https://man7.org/linux/man-pages/man3/mallopt.3.html). The setting holds for
-    the whole process, which then keeps the most memory that it ever needed. Environment variables do the same from its
-    start: `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`. Without glibc, nothing changes.
+    By default, glibc returns large freed blocks and the free end of its heap to the system. A block is large from
+    128 KiB, a limit that grows up to 32 MiB (https://man7.org/linux/man-pages/man3/mallopt.3.html). The next large
+    tensor costs a page fault per 4 KiB. The setting holds for the whole process, which then keeps the most memory that
+    it ever needed. Environment variables do the same from its start: `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`.
+    Without glibc, nothing changes.
 
     >>> from channelslast import keep_memory
     >>> supported = keep_memory()

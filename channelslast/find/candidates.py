@@ -102,8 +102,8 @@ def current_setting(learn) -> tuple: # Memory format, precision, True with `Fold
 
 def apply_timing(learn, row:Timing, layers=(), **scaler):
     """Switch the Learner to the memory format and precision of a `Timing`; for fp16 with these arguments of
-    `GradScaler`. A `Timing` of predictions also adds or removes
-    `FoldBatchNorm`; one of training removes it if `to_fastest` added it."""
+    `GradScaler`. A `Timing` of predictions also adds or removes `FoldBatchNorm`. One of training removes it if
+    `to_fastest` added it."""
     half, _, mixed = row.precision.partition('+')
     names = tuple(fp32_names(layers, half)) if mixed else ()
     current_names = tuple(getattr(getattr(learn, 'mixed_precision', None), 'fp32_layers', ()))

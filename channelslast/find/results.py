@@ -8,10 +8,10 @@ from .selection import TIE
 
 __all__ = ['BEST', 'OTHER', 'LABELS', 'Timing', 'FormatTimings', 'label', 'bars']
 
-NOISY = 0.1  # margin above which the verdict suggests to measure again
+NOISY = 0.1  # margin above which the verdict suggests measuring again
 LARGE_SHARE = 0.1  # the optimizer's share of a step above which the verdict mentions it
 NOTE_WIDTH = 80  # characters of a printed note: with the other columns, lines have at most 160
-BEST, OTHER, WRONG = '#0072B2', '#B0B7BF', '#E6E6E6'  # colors of bars
+BEST, OTHER, FAILED = '#0072B2', '#B0B7BF', '#E6E6E6'  # colors of bars
 LABELS = dict(contiguous='contiguous', channels_last='channels last')
 
 
@@ -29,7 +29,7 @@ class Timing:
     loss_diff: float = None # Relative difference of the loss from contiguous fp32; eval mode (detectors: training mode)
     grad_diff: float = None # The same for all gradients: norm of the difference divided by their norm
     memory: float = None    # Peak MiB on the device; None where the device can't tell
-    note: str = ''          # How many layers stay in fp32; why it was eliminated or measured less
+    note: str = ''          # How many layers stay in fp32; why it was eliminated or measured in fewer steps
     valid: bool = True      # True if it ran and computes the same, so that it may be chosen
     doubt: float = None     # Uncertainty: the true step may be up to this fraction faster than `ms`
     folded: bool = False    # With `FoldBatchNorm`; predictions only
@@ -138,7 +138,7 @@ class FormatTimings:
         ax.axvline(1, color='#444444', lw=1, ls='--')
         def _text(r):
             return f"{r.speedup:.2f}×  ({r.ms:.{0 if r.ms >= 100 else 1}f} ms){'' if r.valid else '  failed'}"
-        colors = [BEST if r is self.best else OTHER if r.valid else WRONG for r in rows]
+        colors = [BEST if r is self.best else OTHER if r.valid else FAILED for r in rows]
         bars(ax, [label(r) for r in rows], [r.speedup for r in rows], [_text(r) for r in rows], colors)
         ax.set(xlabel=f'speedup of {what} over contiguous fp32 (dashed)', title=f'Suggested: {label(self.best)}')
         return ax

@@ -19,7 +19,8 @@ HOPELESS_FACTOR = 5  # after two steps, candidates that take more than this time
 MIN_TOTAL_MS = 500  # milliseconds that a slow phase of the machine may last
 FAR_FACTOR = 1.5  # candidates that take more than this times the fastest are far behind
 SIGN_TEST_ALPHA = 0.025  # significance level of the sign test
-INCUMBENT_BONUS = 1/5  # share of its uncertainty taken off the incumbent's time: wrongly keeping it costs no more
+# Share of its uncertainty taken off the incumbent's time: wrongly keeping it costs as much as wrongly replacing it
+INCUMBENT_BONUS = 1/5
 
 
 def fastest(ms: list) -> float:
@@ -30,9 +31,9 @@ def fastest(ms: list) -> float:
 def uncertainty(ms: list) -> float: # A fraction of the fastest
     """How much faster than the fastest measured step a step without noise may be.
 
-    Based on the gap between the fastest and the third fastest step. Noise rarely agrees, so three steps that agree
-    had none. With few steps the gap is uncertain, so it is multiplied, as with Student's t: by 6 with two steps, by 3
-    with three, by 2 with four. One step says nothing."""
+    Based on the gap between the fastest and the third fastest step. Noisy steps rarely agree, so three steps that agree
+    have no noise. With few steps the gap is uncertain, so it is multiplied, as with Student's t: by 6 with two steps,
+    by 3 with three, by 2 with four. One step says nothing."""
     n, ms = len(ms), sorted(ms)
     if n == 1: return 0.9
     factor = 1 + 2/(n - 2) if n > 2 else 6

@@ -121,8 +121,8 @@ class FoldBatchNorm(Callback):
     outputs. If they differ by more than 1e-5 (in fp32), it runs again with a rounding error added to its input, to see
     if the model amplifies that as much. A model that gives other outputs when folded, or that later runs its layers in
     another order, stays unfolded, with a warning. Compiled models, TorchScript, and models in `DataParallel` or
-    `DistributedDataParallel` stay unfolded. `.found` is the number of batch norms that follow a
-    convolution, and `.folded` of these are folded. The model is changed only during its forward pass.
+    `DistributedDataParallel` stay unfolded. `.found` is the number of batch norms that follow a convolution, and
+    `.folded` of these are folded. The model is changed only during its forward pass.
 
     Changed weights and running statistics are detected, except changes that PyTorch does not count: after
     `p.data.mul_(2)` or the like outside a fit, call `learn.fold_batch_norm.forget()`.

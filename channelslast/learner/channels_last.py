@@ -25,9 +25,8 @@ class ChannelsLast(_FastaiChannelsLast):
 
     Before each fit, validation and prediction, parameters and buffers with as many dimensions as the convolutions'
     weights are converted (4-D: `torch.channels_last`, 5-D: `torch.channels_last_3d`). Gradients and the optimizer's
-    state get the strides of their parameters.
-    Before each batch, inputs are converted if they have as many dimensions as the kernels of the model's convolutions:
-    not 5-D video clips, if the network is 2-D and runs per frame. Tensors that already have the format are not copied.
+    state get the strides of their parameters. Before each batch, inputs are converted if they have as many dimensions,
+    so 5-D video clips stay as they are in a 2-D network. Tensors that already have the format are not copied.
 
     >>> from fastai.vision.all import *; from channelslast import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)

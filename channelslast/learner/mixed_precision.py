@@ -82,7 +82,7 @@ def resolve_layers(model, layers, caller='to_channelslast') -> list:
 @pickle_as(MixedPrecision)
 class DeviceMixedPrecision(MixedPrecision):
     """fastai's `MixedPrecision`, but on the model's device (fastai's uses `'cuda'` on every device) and with every
-    `GradScaler` argument respected. If the type is slow on the device, it trains in fp32 and warns once."""
+    `GradScaler` argument respected. If the dtype is slow on the device, it trains in fp32 and warns once."""
     name, fp32_layers = 'mixed_precision', ()
     _warned, _entered, _patch = False, ExitStack(), ForwardPatch()
 
