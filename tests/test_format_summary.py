@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision.models as tv
 from fastai.vision.all import (CrossEntropyLossFlat, DataLoader, DataLoaders, Hook, Learner, OptimWrapper,
-                               unet_learner, xresnet18)
+                               TrainEvalCallback, unet_learner, xresnet18)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -596,3 +596,19 @@ def test_nothing_to_tell_of_one_pixel():
     "In a contiguous Learner, a shuffled view of spatial size 1×1 looks channels last."
     s = Learner(loaders((3, 32, 32), n=8), tv.shufflenet_v2_x1_0(num_classes=4), CrossEntropyLossFlat()).format_summary()
     assert 'nothing to lose' in s.verdict and s.rows == []
+
+
+def test_a_model_that_moves_before_the_fit(monkeypatch):
+    "✗ On a GPU the first summary found nothing: its input was on the CPU, with the model, and the step's was a copy."
+    learn = learner(nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)))
+    lost, moved, real = learn.to_channelslast(to_fp16=False).format_summary().lost, [], Learner._set_device
+    class Move(TrainEvalCallback):
+        def before_fit(self): moved.append(0); super().before_fit()
+    learn.remove_cb(TrainEvalCallback).add_cb(Move())
+    def _there(b, device):
+        for t in b: t.there = True  # as on the GPU
+        return b
+    def _set_device(self, b): return [t if hasattr(t, 'there') else t.clone() for t in b] if moved else real(self, b)
+    monkeypatch.setattr(Learner, '_set_device', _set_device)
+    monkeypatch.setattr(module, 'to_device', _there, raising=False)
+    assert lost and learn.format_summary().lost == lost

@@ -10,6 +10,7 @@ from textwrap import fill
 import pandas as pd
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.learner import Learner
+from fastai.torch_core import to_device
 from fastcore.basics import patch, uniqueify
 from fastcore.foundation import L
 
@@ -194,7 +195,7 @@ def format_summary(self:Learner,
     check_model(self)
     model = self.model
     with preserve_learner(self), ExitStack() as stack:
-        batch = self._set_device(_batch_of(self, batch))
+        batch = to_device(_batch_of(self, batch), fit_device(self))  # the model moves there in `before_fit`
         self._split(batch)
         self.opt = None  # it takes no step
         xb = self.xb
