@@ -4,13 +4,16 @@ from fastai.learner import Learner as _Learner
 from .core.glibc_malloc import keep_memory
 from .core.random_state import less_random
 from .find.format_find import FormatTimings
+from .compile.compile_predictions import CompilePredictions
+from .compile.compile_training import CompileTraining
 from .fold.fold_batch_norm import FoldBatchNorm
 from .learner import fastai_patches  # fastai's own methods, for every Learner
 from .learner.channels_last import ChannelsLast
 from .learner.fused_optimizer import fused
 from .summary.format_summary import FormatSummary
 
-__all__ = ['ChannelsLast', 'FoldBatchNorm', 'fused', 'keep_memory', 'less_random']
+__all__ = ['ChannelsLast', 'CompilePredictions', 'CompileTraining', 'FoldBatchNorm', 'fused', 'keep_memory',
+           'less_random']
 
 # doctest does not find patched methods itself
 __test__ = {o: getattr(_Learner, o) for o in ('to_channelslast', 'to_contiguous', 'to_fp16', 'to_bf16', 'load',

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-__all__ = ['hits_onednn_6035', 'slice_first', 'pads_in_kernel', 'misreads_padding', 'pad_first', 'crop_last',
-           'safe_forward']
+__all__ = ['hits_onednn_6035', 'slice_first', 'pads_in_kernel', 'misreads_padding', 'is_misread', 'pad_first',
+           'crop_last', 'safe_forward']
 
 BLOCK = 16  # channels per block in oneDNN's kernel: 16 with AVX-512, 8 with AVX2
 
@@ -67,7 +67,9 @@ def misreads_padding(
     return n == 3 and 1 < s[0] < p[0] and i[0] < k[0] + s[0]
 
 
-def _is_misread(m, x, size) -> bool:
+def is_misread(m, x, size=None) -> bool:
+    "True if oneDNN may compute this call of a layer that `pads_in_kernel` wrongly. `size`: see `misreads_padding`."
+    if size is None: size = x.shape[-len(m.kernel_size):]
     half = torch.is_autocast_enabled('cpu') or x.dtype in (torch.bfloat16, torch.float16)
     return x.device.type == 'cpu' and misreads_padding(m.kernel_size, m.stride, _zeros_per_side(m)[::-2], size, half)
 
@@ -81,7 +83,7 @@ def _run_unpadded(m, forward, /, *args, **kwargs):
 def pad_first(m, forward):
     "`forward` of a convolution that pads with `torch.nn.functional.pad` if the kernel `misreads_padding`."
     def _forward(x, *args, **kwargs):
-        if not _is_misread(m, x, x.shape[-len(m.kernel_size):]): return forward(x, *args, **kwargs)
+        if not is_misread(m, x): return forward(x, *args, **kwargs)
         return _run_unpadded(m, forward, pad(x, _zeros_per_side(m)), *args, **kwargs)
     return _forward
 
@@ -93,7 +95,7 @@ def crop_last(m, forward):
         n = len(m.kernel_size)
         dims = zip(x.shape[-n:], m.stride, m.padding, m.dilation, m.kernel_size, m.output_padding)
         size = output_size[-n:] if output_size else [(i - 1)*s - 2*p + d*(k - 1) + o + 1 for i, s, p, d, k, o in dims]
-        if not _is_misread(m, x, size): return forward(x, output_size)
+        if not is_misread(m, x, size): return forward(x, output_size)
         crop = [-p for p in _zeros_per_side(m)]
         if output_size: output_size = [o + 2*p for o, p in zip(size, m.padding)]
         return pad(_run_unpadded(m, forward, x, output_size), crop)

@@ -9,7 +9,8 @@ def pickle_as(base):
     """Class decorator: instances pickle as `base`, fastai's own class, so an exported Learner also loads where this
     library is not installed. Copies keep their class."""
     def _decorate(cls):
-        fit_state = {k for k in vars(cls) if k.startswith('_') and not k.startswith('__')}  # includes functions
+        own = [k for c in cls.__mro__[:cls.__mro__.index(base)] for k in vars(c)]
+        fit_state = {k for k in own if k.startswith('_') and not k.startswith('__')}  # includes functions
         def __reduce_ex__(self, protocol):
             if type(self) is not cls: return object.__reduce_ex__(self, protocol) # a user's own subclass
             state = {k: v for k, v in self.__getstate__().items() if k not in fit_state}

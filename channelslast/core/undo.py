@@ -1,5 +1,6 @@
 "Temporary changes to modules and dictionaries, and their undo."
 from copy import copy
+from types import FunctionType
 
 __all__ = ['ForwardPatch', 'restore_dict']
 
@@ -19,7 +20,9 @@ class ForwardPatch:
         self.replaced = [(m, vars(m).get('forward')) for m in self.modules]
         for m in self.modules:
             key = m, m.forward
-            if key not in self.cache: self.cache[key] = self.wrap(m, m.forward)
+            if key not in self.cache:
+                self.cache[key] = self.wrap(m, m.forward)
+                if isinstance(self.cache[key], FunctionType): self.cache[key].replaced = vars(m).get('forward')
             vars(m)['forward'] = self.cache[key]
 
     def undo(self):

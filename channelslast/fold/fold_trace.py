@@ -38,9 +38,9 @@ def _plain(t) -> bool: return type(t) in (Tensor, nn.Parameter) and t.layout is 
 
 def foreign_forward(m):
     "The forward that code outside this library has set on this module instance, or None."
-    own = vars(m).get('forward')
-    ours = (getattr(own, '__module__', None) or '').partition('.')[0] == __name__.partition('.')[0]
-    return None if ours else own
+    own, library = vars(m).get('forward'), __name__.partition('.')[0]
+    while (getattr(own, '__module__', None) or '').partition('.')[0] == library: own = getattr(own, 'replaced', None)
+    return own
 
 
 def layer_tensors(m) -> dict:

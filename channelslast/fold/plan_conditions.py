@@ -18,8 +18,9 @@ def structure_key(model) -> tuple: # Modules; their modes; hooks; forwards; swit
     modules = unique_modules(model)
     own = [vars(m) for m in modules]
     modes, attached = [d.get('training') for d in own], [(*d[k],) for d in own for k in HOOKS if d.get(k)]
-    forwards = [(m, d.get('_compiled_call_impl'), foreign_forward(m)) for m, d in zip(modules, own)
+    replaced = [(m, d.get('_compiled_call_impl'), foreign_forward(m)) for m, d in zip(modules, own)
                 if 'forward' in d or '_compiled_call_impl' in d]
+    forwards = [o for o in replaced if any(o[1:])]
     # attributes of classes outside PyTorch, since their forward may read them: `self.return_features = True`
     custom = [d for m, d in zip(modules, own) if type(m).__module__[:8] != 'torch.nn']
     return modules, modes, attached, forwards, [v for d in custom for v in d.values() if type(v) in SWITCHES]

@@ -19,6 +19,7 @@ from ..core.devices import fit_device
 from ..core.memory_format import align_optimizer, unique_modules
 from ..core.onednn_workarounds import pads_in_kernel, safe_forward
 from ..core.undo import ForwardPatch
+from ..compile.compiled_forward import CompileCallback, running_fits
 from ..fold.fold_batch_norm import FoldBatchNorm
 from .channels_last import ChannelsLast
 from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler
@@ -28,7 +29,7 @@ __all__ = []
 
 # together these run every model, loss function, metric, callback and optimizer; fastai's other methods call them
 EXPLAINED_METHODS = 'fit', 'validate', 'get_preds', 'predict', 'tta', 'show_results', 'one_batch', 'create_opt'
-_one_batch, _load = Learner.one_batch, Learner.load
+_one_batch, _do_fit, _load = Learner.one_batch, Learner._do_fit, Learner.load
 _forward_caches = WeakKeyDictionary()  # per Learner
 
 
@@ -37,7 +38,8 @@ def one_batch(self:Learner, i, b):
     "Train or evaluate `self.model` on batch `(xb,yb)`"
     # If the model or the loss raises, no event turns autocast off. Patched forwards stay for the backward pass, where
     # checkpointing calls them again. They are undone in the reverse order.
-    cbs = [cb for kind in (FoldBatchNorm, DeviceMixedPrecision, ChannelsLast) for cb in self._grab_cbs(kind)]
+    kinds = CompileCallback, FoldBatchNorm, DeviceMixedPrecision, ChannelsLast  # the last one that patched is first
+    cbs = [cb for kind in kinds for cb in reversed([*self._grab_cbs(kind)])]
     device, patched = fit_device(self).type, any(isinstance(cb, (DeviceMixedPrecision, ChannelsLast)) for cb in cbs)
     # PyTorch's CPU kernels compute some 3-D convolutions wrongly, even in contiguous fp32
     modules = unique_modules(self.model) if device == 'cpu' and not patched else ()
@@ -47,6 +49,13 @@ def one_batch(self:Learner, i, b):
         try: _one_batch(self, i, b)
         finally:
             for cb in cbs: cb.leave()
+
+
+@patch
+def _do_fit(self:Learner, _do_fit=_do_fit):
+    running_fits[self] = running_fits.get(self, 0) + 1
+    try: _do_fit(self)
+    finally: running_fits[self] -= 1
 
 
 @patch

@@ -1,0 +1,1 @@
+"Callbacks that run a Learner's model compiled by `torch.compile`."
