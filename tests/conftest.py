@@ -22,14 +22,14 @@ def pytest_configure(config):
     if asked not in ('native', 'none') and not {*asked.split(',')} <= {'fp16', 'bf16'}:
         raise pytest.UsageError(f"--accelerates {asked}: use native, none, fp16, bf16 or fp16,bf16")
     config.addinivalue_line('markers', 'cuda: needs a CUDA GPU')
-    config.addinivalue_line('markers', 'zoo: one test per architecture; without `-m zoo`, every tenth runs')
+    config.addinivalue_line('markers', 'zoo: one test per architecture; without `-m zoo`, every tenth runs, and those marked `zoo(\'always\')`')
     config.option.nbmake, config.option.nbmake_timeout = True, 300  # each notebook in nbs/ runs as a test
     config.option.doctestmodules = True  # the examples in docstrings
 
 
 def pytest_collection_modifyitems(config, items):
     if 'zoo' not in config.option.markexpr: # all would take a quarter of an hour, so run a fixed tenth
-        zoo = [o for o in items if o.get_closest_marker('zoo')]
+        zoo = [o for o in items if o.get_closest_marker('zoo') == pytest.mark.zoo.mark]  # not those marked `zoo('always')`
         left = {*zoo} - {*zoo[::10]} if len(zoo) > 10 else set()
         items[:] = [o for o in items if o not in left]
         config.hook.pytest_deselected(items=[*left])
@@ -75,6 +75,12 @@ def has(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def usual_memory(monkeypatch):
+    "`keep_memory()` is not measured, which takes more steps and changes the process."
+    monkeypatch.setattr(train_benchmark, 'memory_is_default', lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def machine(pytestconfig, has):
     "Apply `--accelerates`. A test that calls `has` itself overrides it."
     asked = pytestconfig.getoption('accelerates')
@@ -84,8 +90,9 @@ def machine(pytestconfig, has):
 
 def fake_steps(monkeypatch, key_of, *modules):
     """`fake(times)`: steps run, but take `times[key_of(learn)]` milliseconds, otherwise 100; or `times(key, number of
-    steps)`. `fake.steps` lists the keys. The modules are those that call `step_ms`."""
+    steps)`. `fake.steps` lists the keys. The modules are those that call `step_ms`. Fused steps are not tried."""
     def _fake(times):
+        monkeypatch.setattr(train_benchmark.TrainBenchmark, 'time_optimizer', lambda self, try_fused: time_optimizer(self))
         real = train_benchmark.step_ms
         def _ms(learn, batch):
             real(learn, batch)
@@ -93,7 +100,8 @@ def fake_steps(monkeypatch, key_of, *modules):
             steps.append(key)
             return times.get(key, 100.) if isinstance(times, dict) else times(key, len(steps))
         for m in modules: monkeypatch.setattr(m, 'step_ms', _ms)
-    steps = _fake.steps = []
+    time_optimizer, steps = train_benchmark.TrainBenchmark.time_optimizer, []
+    _fake.steps = steps
     return _fake
 
 

@@ -15,7 +15,7 @@ from fastai.distributed import ParallelTrainer
 from fastai.vision.all import Adam, Callback, DataLoader, DataLoaders, GradientAccumulation, fastuple
 from torch import nn
 
-from channelslast import fused, less_random
+from channelslast import CompilePredictions, CompileTraining, fused, less_random
 from channelslast.command.demo import StepTimer
 from channelslast.command.reference_timing import plain_loop, timed_fit_step
 from channelslast.core import devices
@@ -25,7 +25,7 @@ from channelslast.find import candidates, layer_timing, number_check, predict_be
 from channelslast.find.results import Timing
 from channelslast.learner import channels_last as callback
 from channelslast.learner.preserve_learner import preserve_learner
-from .conftest import Steep, convnet, learner, loaders
+from .conftest import Steep, convnet, learner, loaders, shake
 from .test_format_find import fake, find
 from .test_format_summary import same, state
 
@@ -744,10 +744,13 @@ def test_cuda_fused_steps_wait_for_nothing():
 
 @pytest.mark.cuda
 def test_cuda_backward_conversions_have_their_modules():
-    "They belong to the same modules as on the CPU."
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    "They belong to the same modules as on the CPU. (cuDNN's norms keep the format, a CPU's instance norm doesn't.)"
+    class Flat(nn.Module):
+        def forward(self, x): return x.flatten(2).softmax(-1).view(x.shape)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), Flat(), nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     def _names(learn): return {(r.module, r.backward) for r in learn.to_channelslast(to_fp16=False).format_summary().lost}
-    assert _names(on_gpu(net)) == _names(learner(net.cpu(), loaders((3, 32, 32))))
+    expected = _names(learner(net, loaders((3, 32, 32))))
+    assert {b for _, b in expected} == {False, True} and _names(on_gpu(net)) == expected
 
 
 @pytest.mark.cuda
@@ -756,3 +759,36 @@ def test_cuda_random_states_come_back():
     before = torch.cuda.get_rng_state(GPU)
     with less_random(): torch.rand(9, device=GPU)
     assert torch.equal(before, torch.cuda.get_rng_state(GPU))
+
+
+@pytest.mark.cuda
+def test_cuda_compiled_predictions():
+    "The same numbers, memory of the frozen weights once, freed with the callback."
+    from torchvision.models import resnet18
+    learn = on_gpu(shake(resnet18(num_classes=4)), n=32)
+    with learn.no_bar(), learn.no_logging():
+        expected = learn.get_preds()[0]
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        learn.add_cb(CompilePredictions())
+        for _ in range(2): torch.testing.assert_close(learn.get_preds()[0], expected, rtol=1e-2, atol=1e-3)
+        assert learn.compile_predictions.compiled, learn.compile_predictions.reason
+        weights = sum(p.nbytes for p in learn.model.parameters())
+        assert torch.cuda.memory_allocated() - before < 1.5*weights
+        learn.remove_cb(CompilePredictions)
+        gc.collect()
+        assert torch.cuda.memory_allocated() - before < 0.2*weights
+        learn.to_fastest(train=False, compile=True)
+        assert all(r.valid for r in learn.format_timings.rows), learn.format_timings
+
+
+@pytest.mark.cuda
+def test_cuda_compiled_training():
+    "With the gradient scaler; the code that was measured trains the Learner."
+    from torchvision.models import resnet18
+    learn = on_gpu(resnet18(num_classes=4), cbs=CompileTraining()).to_channelslast()
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    assert learn.compile_training.compiled == 1 and not learn.compile_training.reason
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    t = on_gpu(resnet18(num_classes=4)).format_find(compile=True, show_plot=False)
+    assert all(r.valid for r in t.rows), t

@@ -50,7 +50,7 @@ def test_one_decision_for_all_predictions(two):
     "Also on which candidates to fold, since steps of each candidate communicate."
     _, (first, second), _ = two
     assert first['predictions'] == second['predictions'] == 'contiguous'
-    assert first['tried'] == second['tried'] and ['contiguous', 'fp32', True] in sum(first['tried'], [])
+    assert first['tried'] == second['tried'] and ['contiguous', 'fp32', True, False] in sum(first['tried'], [])
 
 
 def test_to_fastest_before_the_processes_know_each_other_is_refused(two):

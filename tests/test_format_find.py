@@ -399,6 +399,7 @@ def test_exports_after_to_fastest_need_no_library(fake, tmp_path):
 @pytest.mark.parametrize('kw, error, match', [
     (dict(num_it=0), ValueError, 'num_it=0'), (dict(num_it=2.5), ValueError, 'num_it=2.5'), (dict(num_it=True), ValueError, 'num_it=True'),
     (dict(precisions=['fp8']), ValueError, "precisions: 'fp8'"), (dict(precisions=['fp16']), ValueError, "'fp16' can't be measured here; choose from 'fp32'"),
+    (dict(optimizer='fused'), ValueError, "optimizer='fused': use True or False"), (dict(optimizer=None), ValueError, 'optimizer=None'),
     (dict(formats='nhwc'), ValueError, "formats: 'nhwc'.*'contiguous', 'channels_last'"), (dict(init_scale=-1), ValueError, 'init_scale'),
     (dict(nim_it=3), TypeError, "'nim_it'")])
 @pytest.mark.parametrize('call', ['format_find', 'to_fastest'])
@@ -448,7 +449,7 @@ BASE, LAST, FAILED = row(), row('channels_last', ms=50.), row('channels_last', '
     ([BASE, LAST], BASE, 0.05, BASE, 'Undecided: keep contiguous fp32, but channels last in fp32 may be up to 5% faster.'),
     ([BASE, LAST], BASE, 1.5, LAST, 'Undecided: use contiguous fp32, but channels last in fp32 may be more than twice as fast. Measure again when')])
 def test_what_to_do_is_said(rows, best, margin, current, choice):
-    t = FormatTimings(rows, best, margin, 1., rival=LAST, current=(current.memory_format, current.precision, current.folded))
+    t = FormatTimings(rows, best, margin, 1., rival=LAST, current=(current.memory_format, current.precision, current.folded, False))
     assert t.verdict.startswith(choice) and max(map(len, repr(t).splitlines())) <= 160 and list(t.to_frame().note) == [r.note for r in rows]
 
 

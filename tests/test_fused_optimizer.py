@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from channelslast import fused
-from channelslast.learner.fused_optimizer import FusedOptimizer, fused_argument
+from channelslast.find import train_benchmark
+from channelslast.learner.fused_optimizer import FusedOptimizer, fused_argument, restore_optimizer, use_fused
 from channelslast.learner.preserve_learner import preserve_learner
 from .conftest import convnet, learner, loaders
 from .test_channels_last import image_folder
@@ -214,10 +215,10 @@ def test_formats_change_on_the_way(name):
 def test_measuring_leaves_no_trace():
     learn = made(fused(Adam))
     learn.fit(1)
-    opt, before, had_grad = learn.opt, snapshot(learn), {*learn.opt.had_grad}
+    opt, before, had_grad = learn.opt, snapshot(learn), {*learn.opt._had_grad}
     with preserve_learner(learn): learn.fit(1)
     learn.format_find(num_it=1, show_plot=False)
-    assert learn.opt is opt and opt.had_grad == had_grad and len(had_grad) == len(opt.param_lists[0])
+    assert learn.opt is opt and opt._had_grad == had_grad and len(had_grad) == len(opt.param_lists[0])
     assert snapshot(learn) == before
 
 
@@ -229,7 +230,8 @@ def test_copies_and_pickles():
     learn = made(f)
     learn.fit(1)
     again = pickle.loads(pickle.dumps(learn.opt))
-    assert type(again) is type(deepcopy(learn.opt)) is FusedOptimizer and again.hypers == learn.opt.hypers
+    assert type(again) is Optimizer and type(deepcopy(learn.opt)) is FusedOptimizer and again.hypers == learn.opt.hypers
+    assert b'channelslast' not in pickle.dumps((f, learn.opt))
 
 
 def test_export_loads_where_this_library_is_not_installed(tmp_path):
@@ -255,3 +257,173 @@ def test_no_closures():
 @pytest.mark.cuda
 @pytest.mark.parametrize('name', GIVEN)
 def test_equal_weights_on_cuda(name): assert equal(*both(GIVEN[name][0], tuned, splitter=three_groups, model=convnet().double().cuda()))
+
+
+# what `to_fastest` puts in
+
+def branched(): return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), Sometimes(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)).double()
+def switched(learn, *switches):
+    "Fit with frozen groups in between, and call one of these functions after each part."
+    learn.fit(1); learn.fit(1, wd=0.2); switches[0](learn)
+    learn.freeze(); learn.fit_one_cycle(2, slice(1e-2)); switches[1](learn)
+    learn.fit(2); switches[2](learn)
+    learn.unfreeze(); learn.fit(2, slice(1e-4, 1e-2))
+
+
+@pytest.mark.parametrize('name', GIVEN)
+@pytest.mark.parametrize('order', [(use_fused, restore_optimizer, use_fused), (lambda o: o, use_fused, restore_optimizer), (use_fused, use_fused, restore_optimizer)])
+def test_switching_in_mid_training(name, order):
+    "There and back: groups, state and averages of branches without gradients go on as in fastai."
+    torch.manual_seed(0)
+    runs, model, dls = [], branched(), loaders(dtype=torch.float64)
+    for switches in order, [lambda o: o]*3:
+        learn = learner(deepcopy(model), dls, lr=1e-2, opt_func=GIVEN[name][0], splitter=lambda m: [list(m[:2].parameters()), list(m[2:].parameters())])
+        switched(learn, *switches)
+        runs.append([*weights(learn), *[v for s in learn.opt.state_dict()['state'] for v in s.values() if isinstance(v, torch.Tensor)]])
+    assert equal(*runs)
+
+
+@pytest.fixture
+def gains(has, monkeypatch):
+    """`gains(own, fused)` sets the milliseconds of the optimizer's steps. The rest of a step takes 60. `gains.ran` lists
+    the classes of optimizers that stepped."""
+    ran, ms = [], {}
+    for cls in Optimizer, FusedOptimizer:
+        def _step(self, *args, cls=cls, real=cls.step):
+            ran.append(cls)
+            if isinstance(ms[cls], Exception): raise ms[cls]
+            return real(self, *args)
+        monkeypatch.setattr(cls, 'step', _step)
+    def _elapsed(device, f):
+        before = len(ran)
+        f()
+        return sum(ms[c] for c in ran[before:]) + 60.*(getattr(f, '__name__', '') != '_step')
+    def _gains(own, fused): ms.update({Optimizer: own, FusedOptimizer: fused})
+    has(); monkeypatch.setattr(train_benchmark, 'elapsed_ms', _elapsed)
+    _gains.ran = ran
+    _gains(40., 10.)
+    return _gains
+
+
+def find(learn, **kw): return learn.format_find(num_it=3, show_plot=False, **kw)
+SAID = 'All times are with the fused step of the same optimizer, which takes 30.0 ms less. `to_fastest()` puts it in, as does `opt_func=fused(Adam)` in `Learner`.'
+
+
+@pytest.mark.parametrize('alone', [{'cpu'}, {}], ids=['cpu', 'elsewhere'])
+@pytest.mark.parametrize('fitted', [False, True])
+def test_the_whole_step_is_timed_as_it_will_be(gains, monkeypatch, alone, fitted):
+    "Speedups are over contiguous fp32 with the Learner's own optimizer. Nothing changes."
+    monkeypatch.setattr(train_benchmark, 'SYNCHRONOUS', alone)
+    learn = made(Adam)
+    if fitted: learn.fit(1)
+    opt, before = learn.opt, snapshot(learn) if fitted else None
+    gains.ran.clear()
+    t = find(learn)
+    assert t.fused is True and (t.optimizer_ms, t.fused_ms) == (40., 10.) and SAID in t.verdict
+    assert [(r.ms, round(r.speedup, 4)) for r in t.rows] == [(70., 1.4286)]*2
+    assert learn.opt is opt and learn.opt_func is Adam and (not fitted or snapshot(learn) == before)
+    assert 'with the plain optimizer' in t.plot().get_xlabel()
+    n = train_benchmark.OPTIMIZER_STEPS
+    assert gains.ran.count(FusedOptimizer) == n + (0 if alone else 2*3)  # three rounds of two candidates
+    assert gains.ran.count(Optimizer) == 2 + n + (0 if alone else 1 + 3)  # warm-up, timing, one own step in each round
+
+
+@pytest.mark.parametrize('own, quick, kw, fused_ms, said', [
+    (40., 38.5, {}, 38.5, 'The optimizer takes 40.0 ms of each step (40%).'), (40., 45., {}, 45., 'The optimizer takes 40.0 ms of each step (40%).'),
+    (40., 10., dict(optimizer=False), None, 'The optimizer takes 40.0 ms of each step (40%). Pass `opt_func=fused(Adam)` to `Learner`: the same weights in less time.')])
+def test_no_clear_gain_no_fused_step(gains, own, quick, kw, fused_ms, said):
+    gains(own, quick)
+    learn = made(Adam)
+    t = find(learn, **kw)
+    assert t.fused is False and t.fused_ms == fused_ms and t.verdict.endswith(said) and [(r.ms, r.speedup) for r in t.rows] == [(100., 1.)]*2
+    assert 'plain' not in t.plot().get_xlabel()
+    learn.to_fastest(num_it=3, **kw)
+    assert learn.opt_func is Adam and learn.opt is None
+
+
+@pytest.mark.parametrize('alone', [{'cpu'}, {}], ids=['cpu', 'elsewhere'])
+def test_a_fused_step_that_fails_is_not_taken(gains, monkeypatch, alone):
+    monkeypatch.setattr(train_benchmark, 'SYNCHRONOUS', alone)
+    gains(40., RuntimeError('no kernel'))
+    t = find(made(Adam))
+    assert t.fused is False and t.optimizer_ms is None and t.fused_ms is None and t.rows[0].ms == 100. and t.rows[0].speedup == 1.
+
+
+@pytest.mark.parametrize('name', ['sparse', 'fused', 'lookahead'])
+def test_nothing_unproven_is_put_in(gains, name):
+    learn = NONE[name]()
+    if name == 'sparse': learn = learner(opt_func=SGD); sparse(learn.model[0])
+    own = learn.opt_func
+    if name == 'fused': learn.fit(1)
+    opt = learn.opt
+    learn.to_fastest(num_it=1).to_contiguous(to_fp32=True)
+    assert learn.opt_func is own and learn.opt is opt and learn.format_timings.fused_ms is None
+
+
+@pytest.mark.parametrize('fitted', [False, True])
+def test_to_fastest_puts_it_in_and_takes_it_out(gains, capsys, fitted):
+    own = partial(Adam, eps=1e-6)
+    learn = made(own, splitter=three_groups)
+    if fitted: learn.fit(1); learn.freeze(); learn.opt.set_hyper('wd', [0.3, 0., 0.1])
+    hypers, state = (deepcopy(list(learn.opt.hypers)), snapshot(learn)) if fitted else (None, None)
+    capsys.readouterr()
+    learn.to_fastest(num_it=3)
+    assert capsys.readouterr().out == ('Training in contiguous, fp32, with fused(Adam, eps=1e-06): 1.43× as fast as contiguous fp32 with the plain optimizer.'
+                                       f'{" " + learn.format_timings.frozen_hint if fitted else ""}\n')
+    assert type(learn.opt_func) is fused and learn.opt_func.keywords == dict(eps=1e-6)
+    if fitted: assert type(learn.opt) is FusedOptimizer and list(learn.opt.hypers) == hypers and snapshot(learn) == state and learn.opt.frozen_idx == 2
+    learn.fit(1)
+    assert type(learn.opt) is FusedOptimizer
+    state = snapshot(learn)
+    copy, opt, had_grad = deepcopy(learn), learn.opt, {*learn.opt._had_grad}
+    assert find(learn).fused and learn.opt is opt and opt._had_grad == had_grad and snapshot(learn) == state  # measured from the plain one
+    for kw in dict(optimizer=False), dict(train=False):
+        learn.to_fastest(num_it=1, **kw)
+        assert learn.opt is opt and type(learn.opt_func) is fused and not learn.format_timings.fused
+    learn.to_fastest(num_it=3)
+    assert type(learn.opt) is FusedOptimizer and learn.opt_func.replaced is own
+    assert type(learn.to_contiguous().opt) is FusedOptimizer
+    for o in learn, copy:
+        o.to_contiguous(to_fp32=True)
+        assert o.opt_func is own and type(o.opt) is Optimizer and snapshot(o) == state and not {'_kernel', '_had_grad', '_measured'} & {*vars(o.opt)}
+        o.fit(1)
+
+
+def test_a_later_call_takes_it_out_where_it_no_longer_gains(gains):
+    learn = made(Adam).to_fastest(num_it=3)
+    learn.fit(1)
+    gains(40., 40.)
+    learn.to_fastest(num_it=3)
+    assert learn.opt_func is Adam and type(learn.opt) is Optimizer and learn.format_timings.fused_ms == 40.
+
+
+@pytest.mark.parametrize('opt', ['plain', 'fused', None])
+def test_what_users_put_in_since_then_stays(gains, opt):
+    learn = made(Adam).to_fastest(num_it=3)
+    learn.fit(1)
+    if opt is None: learn.opt_func = theirs = fused(SGD)
+    else: learn.opt = theirs = {'plain': Adam, 'fused': fused(Adam)}[opt](learn.model.parameters(), lr=1.)
+    learn.to_contiguous(to_fp32=True)
+    assert (learn.opt_func is theirs and type(learn.opt) is Optimizer) if opt is None else (learn.opt is theirs and learn.opt_func is Adam)
+
+
+def test_what_was_put_in_exports_and_saves_as_before(gains, tmp_path):
+    learn = Learner(image_folder(tmp_path), convnet(n=2), path=tmp_path, opt_func=partial(Adam, eps=1e-6)).to_fastest(num_it=3)
+    learn.fit(1)
+    learn.export('e.pkl'); learn.save('s')
+    assert type(learn.opt) is FusedOptimizer and b'channelslast' not in (tmp_path/'e.pkl').read_bytes() + (tmp_path/'models'/'s.pth').read_bytes()
+    learn.to_contiguous(to_fp32=True)  # the export has made another optimizer
+    assert type(learn.opt) is Optimizer and type(learn.opt_func) is partial
+    again = pickle.loads(pickle.dumps(learn.to_fastest(num_it=3).opt_func))
+    assert type(again) is partial and not vars(again)
+
+
+def test_steps_start_with_the_gradients_that_their_optimizer_leaves(gains, monkeypatch):
+    "Adding to zeros takes longer than a first gradient."
+    seen, real = [], train_benchmark.step_ms
+    def _ms(learn, batch):
+        seen.append((type(learn.opt), learn.model[0].weight.grad is None))
+        return real(learn, batch)
+    monkeypatch.setattr(train_benchmark, 'step_ms', _ms)
+    assert find(made(Adam)).fused
+    assert seen[2:].count((Optimizer, False)) == 3 and seen[2:].count((FusedOptimizer, True)) == 6 and len(seen) == 2 + 9

@@ -103,7 +103,8 @@ def test_the_bar_ends_with_the_last_step(has, all_rounds, monkeypatch, train):
     learn = learner(stirred(convnet()))
     learn.progress = None  # so that it has one
     find(learn, train=train)
-    assert bars[0].seen == [*range(bars[0].total + 1)]
+    # it stays there for steps with the Learner's own optimizer, if a fused one is raced
+    assert [*dict.fromkeys(bars[0].seen)] == [*range(bars[0].total + 1)] and bars[0].seen == sorted(bars[0].seen)
 
 
 def test_nothing_to_fold_is_no_candidate(has, fake):

@@ -13,7 +13,7 @@ from ..core import devices
 from ..core.autocast import DTYPES
 from ..core.devices import fit_device, free_memory
 from ..core.distributed import broadcast_from_rank0
-from ..learner.fused_optimizer import fused_argument
+from ..learner.fused_optimizer import fused_argument, restore_optimizer, use_fused
 from ..learner.mixed_precision import check_scaler
 from ..learner.preserve_learner import check_model, preserve_learner
 from .candidates import FORMATS, PRECISIONS, Candidate, apply_timing, current_setting
@@ -29,9 +29,11 @@ STEP_CALLBACKS = GradientAccumulation, GradientClip, MixHandler, BnFreeze  # par
 MULTI_DEVICE = 'ParallelTrainer', 'DistributedTrainer'  # by name: importing `fastai.distributed` needs accelerate
 
 
-def _checked_loader(learn, train, num_it, dl):
+def _checked_loader(learn, train, num_it, dl, compile, optimizer):
     "The loader to take batches from. Raises `ValueError` for arguments and Learners that can't be measured."
     if train not in (True, False): raise ValueError(f'train={train!r}: use True or False')
+    if compile not in (True, False): raise ValueError(f'compile={compile!r}: use True or False')
+    if optimizer not in (True, False): raise ValueError(f'optimizer={optimizer!r}: use True or False')
     if num_it is not None and (not isinstance(num_it, int) or isinstance(num_it, bool) or num_it < 1):
         raise ValueError(f'num_it={num_it!r}: use a whole number of at least 1')
     if learn._grab_cbs(NonNativeMixedPrecision):
@@ -96,6 +98,58 @@ def _notes(learn, bs, used) -> list:
     return notes
 
 
+def _measure(learn, precisions=None, formats=None, num_it=None, layers=True, train=True, dl=None, compile=False,
+             optimizer=True, **scaler) -> tuple: # `FormatTimings`; the best candidate's compiled callback, or None
+    "Measure, as documented in `format_find`."
+    loader = _checked_loader(learn, train, num_it, dl, compile, optimizer)
+    wrapped = [type(o).__name__ for o in learn.cbs if type(o).__name__ in MULTI_DEVICE]
+    rounds, extra_rounds = (MAX_ROUNDS, EXTRA_ROUNDS) if num_it is None else (num_it, 0)
+    pairs, current = broadcast_from_rank0(_pairs(fit_device(learn), formats, precisions)), current_setting(learn, train)
+    current = *current[:3], current[3] and compile  # otherwise it is not measured
+    candidates = [Candidate(f, p, scaler) for f, p in pairs]
+    n = len(pairs) + len([p for f, p in pairs if layers and f == 'channels_last' and p != 'fp32'])
+    steps = n*(1 + rounds) if train else n*(2*(1 + rounds) + ROUNDS_UNFOLDED)  # unfolded and folded
+    bar = progress_bar(range(steps), leave=False) if hasattr(learn, 'progress') else None  # `no_bar` removes `progress`
+    on_step = (lambda i: bar.update(min(i, steps))) if bar else noop
+    on_step(0)
+    bs = getattr(loader, 'bs', None) or getattr(loader, 'batch_size', None)
+    with preserve_learner(learn, STEP_CALLBACKS if train else (), eager=False, loader=loader) as originals:
+        def _make_benchmark():
+            batches, loader_ms = _batches(learn, loader, train)
+            if train and optimizer: restore_optimizer(learn)  # measure from the Learner's own
+            if train and learn.opt is None: learn.create_opt()
+            if train: learn.opt.set_hypers(lr=0.) # keeps the weights the same for every candidate
+            learn.n_iter = steps
+            benchmark = TrainBenchmark if train else PredictBenchmark
+            return benchmark(learn, candidates, batches, originals, on_step, bs), loader_ms
+        with torch.set_grad_enabled(train):
+            benchmark, loader_ms = candidates[0].run_or_eliminate(learn, _make_benchmark)
+            frozen, advice = (_frozen(learn.opt), fused_argument(learn)) if train else (None, None)
+            benchmark.warm_up(candidates)
+            layer_timings = benchmark.add_mixed_precisions(scaler) if layers else []
+            benchmark.check_numbers()
+            if train: benchmark.time_optimizer(optimizer and advice is not None)
+            else: benchmark.add_folded(scaler)
+            if compile and not wrapped: benchmark.add_compiled(scaler)
+            decision, note = benchmark.run(rounds, current, extra_rounds), ''
+            if train and decision.best.compiled: decision, note = benchmark.reject_unearned(decision, current, loader)
+            if compile and wrapped: note = f'The model stays uncompiled, because `{wrapped[0]}` wraps it.'
+            memory_gain = benchmark.time_kept_memory(decision.best)
+    rows = {c: c.timing(fastest(benchmark.own_ms or candidates[0].ms)) for c in candidates}
+    result = FormatTimings(rows.values(), rows[decision.best], max(TIE, decision.max_gain), loader_ms, layer_timings,
+                           rows.get(decision.rival), benchmark.optimizer_ms, advice, train, frozen,
+                           [*filter(None, [note]), *_notes(learn, bs, benchmark.bs)], benchmark.fused_ms,
+                           benchmark.fused is not None, memory_gain, current)
+    best = candidates[broadcast_from_rank0(candidates.index(decision.best))]
+    compiled = best.compile  # for the Learner: it is not compiled again
+    # free batches and folded weights
+    best = benchmark = candidates = rows = decision = originals = _make_benchmark = None
+    free_memory(fit_device(learn))
+    result.__dict__.update(broadcast_from_rank0(vars(result)))
+    if bar: bar.on_iter_end()
+    return result, compiled
+
+
 @patch
 @delegates(torch.amp.GradScaler, but=['device'])
 def format_find(self:Learner,
@@ -106,6 +160,8 @@ def format_find(self:Learner,
     layers:bool=True, # Also measure single layers, and try to keep in fp32 those that half precision slows down?
     train:bool=True, # Measure training steps? False: predictions, as `get_preds` makes them
     dl=None, # Data to predict on, in batches of the size you will use; None: the validation loader
+    compile:bool=False, # Also measure with the model compiled by `torch.compile`? Each compilation takes up to minutes
+    optimizer:bool=True, # Also measure the fused step of the same optimizer (`fused`)? Training only
     **kwargs
 ) -> FormatTimings:
     """Measure a training step, or predictions with `train=False`, in each memory format and precision. The Learner
@@ -118,16 +174,28 @@ def format_find(self:Learner,
     clearly faster (contiguous fp32 counts as current if that is not measured). Steps that the gradient scaler skips are
     repeated. The loader is timed separately. On a CPU the optimizer is, too, and its time is added to each step.
 
+    If the fused step of the same optimizer (`fused`) makes the step clearly faster, all candidates are measured with
+    it. Speedups are over contiguous fp32 with the Learner's own optimizer. On Linux, the steps of the fastest candidate
+    on a CPU are also measured with `keep_memory()`, unless it is in use.
+
     Each candidate's loss, results and gradients are compared with contiguous fp32, which is always measured, and is
     replayed with the candidate's activations. A candidate is eliminated if its numbers differ by more than rounding
-    explains or are not finite, or if a metric
-    fails that works in contiguous fp32. With `layers`, each distinct convolution and linear layer is timed
-    alone in half precision and in fp32. One more candidate per half precision (`'bf16+fp32'`) keeps in fp32 those that
-    are clearly faster there.
+    explains or are not finite, or if a metric fails that works in contiguous fp32. With `layers`, each distinct
+    convolution and linear layer is timed alone in half precision and in fp32. One more candidate per half precision
+    (`'bf16+fp32'`) keeps in fp32 those that are clearly faster there.
 
     Predictions are made in eval mode without gradients on batches of `dl`, whose size affects which candidate is
     fastest. Candidates that are not far behind after two rounds are also measured with folded batch norms
     (`FoldBatchNorm`). All outputs are compared with contiguous fp32.
+
+    `compile=True` also measures candidates with the model compiled by `torch.compile`. A compilation takes seconds to
+    minutes and needs a C++ compiler (on GPUs Triton). Candidates that keep layers in fp32 are not compiled, nor are
+    models that are wrapped for several devices. If a model can't be compiled, the candidate's `note` gives the reason.
+
+    - Predictions (`CompilePredictions`): the fastest candidate of each precision, so at most three compilations.
+    - Training (`CompileTraining`): the fastest candidate, compiled twice: once to compare its loss and gradients with
+      those of the same candidate uncompiled, once to train. It is chosen only if an epoch of the training loader earns
+      the second compilation back. If not, the result's `notes` say how many batches would.
 
     Callbacks that change the batch, predictions or loss take part; those that log, save, stop or draw are left out.
     Communication between GPUs is left out too: each process computes on one device. In a distributed run, rank 0's
@@ -149,42 +217,7 @@ def format_find(self:Learner,
     >>> [r.memory_format for r in t.rows]
     ['contiguous', 'channels_last']"""
     check_scaler(Learner.format_find, kwargs)
-    loader = _checked_loader(self, train, num_it, dl)
-    rounds, extra_rounds = (MAX_ROUNDS, EXTRA_ROUNDS) if num_it is None else (num_it, 0)
-    pairs, current = broadcast_from_rank0(_pairs(fit_device(self), formats, precisions)), current_setting(self)
-    if train: current = (*current[:2], False)  # folding is only for predictions
-    candidates, advice = [Candidate(f, p, kwargs) for f, p in pairs], fused_argument(self) if train else None
-    n = len(pairs) + len([p for f, p in pairs if layers and f == 'channels_last' and p != 'fp32'])
-    steps = n*(1 + rounds) if train else n*(2*(1 + rounds) + ROUNDS_UNFOLDED)  # unfolded and folded
-    bar = progress_bar(range(steps), leave=False) if hasattr(self, 'progress') else None  # `no_bar` removes `progress`
-    on_step = (lambda i: bar.update(min(i, steps))) if bar else noop
-    on_step(0)
-    bs = getattr(loader, 'bs', None) or getattr(loader, 'batch_size', None)
-    with preserve_learner(self, STEP_CALLBACKS if train else (), eager=False, loader=loader) as originals:
-        def _make_benchmark():
-            batches, loader_ms = _batches(self, loader, train)
-            if train and self.opt is None: self.create_opt()
-            if train: self.opt.set_hypers(lr=0.) # keeps the weights the same for every candidate
-            self.n_iter = steps
-            benchmark = TrainBenchmark if train else PredictBenchmark
-            return benchmark(self, candidates, batches, originals, on_step, bs), loader_ms
-        with torch.set_grad_enabled(train):
-            benchmark, loader_ms = candidates[0].run_or_eliminate(self, _make_benchmark)
-            frozen = _frozen(self.opt) if train else None
-            benchmark.warm_up(candidates)
-            layer_timings = benchmark.add_mixed_precisions(kwargs) if layers else []
-            benchmark.check_numbers()
-            if train: benchmark.time_optimizer()
-            else: benchmark.add_folded(kwargs)
-            decision = benchmark.run(rounds, current, extra_rounds)
-    rows = {c: c.timing(fastest(candidates[0].ms)) for c in candidates}
-    result = FormatTimings(rows.values(), rows[decision.best], max(TIE, decision.max_gain), loader_ms, layer_timings,
-                           rows.get(decision.rival), benchmark.optimizer_ms, advice, train, frozen,
-                           _notes(self, bs, benchmark.bs), current)
-    benchmark = candidates = rows = decision = originals = _make_benchmark = None  # free batches and folded weights
-    free_memory(fit_device(self))
-    result.__dict__.update(broadcast_from_rank0(vars(result)))
-    if bar: bar.on_iter_end()
+    result, _ = _measure(self, precisions, formats, num_it, layers, train, dl, compile, optimizer, **kwargs)
     if show_plot: result.plot()
     return result
 
@@ -202,6 +235,16 @@ def to_fastest(self:Learner, *,
     load_learner('export.pkl')`, then `learn.to_fastest(train=False, dl=learn.dls.test_dl(files, bs=1))`, then
     `predict`.
 
+    For training, the Learner gets the fused step of its own optimizer if that made the step clearly faster. State,
+    groups and hyperparameters are kept. `to_contiguous(to_fp32=True)` restores the optimizer, as does a later call for
+    training in which the fused step gains nothing. `optimizer=False` leaves the optimizer alone.
+
+    With `compile=True`, the Learner gets `CompilePredictions` or `CompileTraining` if that was chosen. The measured
+    code is used: nothing is compiled again until the format, the precision, frozen layers or, for predictions, weights
+    change. Only batches of the measured shape run compiled. A later call for training removes both callbacks if
+    `to_fastest` added them; a later call for predictions removes `CompilePredictions`. `to_contiguous(to_fp32=True)`
+    removes both.
+
     The measurements are kept in `learn.format_timings`. In a distributed run, call it inside `learn.distrib_ctx()`, so
     that all processes take rank 0's choice; outside, each would make its own, so it raises `ValueError`.
 
@@ -209,14 +252,20 @@ def to_fastest(self:Learner, *,
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
     >>> learn = Learner(DataLoaders(dl, dl), xresnet18(n_out=2), CrossEntropyLossFlat())
     >>> with learn.no_bar(): learn = learn.to_fastest(precisions='fp32', num_it=1) # doctest: +ELLIPSIS
-    Training in ... as fast as contiguous fp32."""
+    Training in ... as fast as contiguous fp32..."""
     check_scaler(Learner.to_fastest, kwargs)
     if num_distrib() > 1 and not torch.distributed.is_initialized():
         raise ValueError('to_fastest(): each process would choose on its own; call it in `with learn.distrib_ctx():`')
-    timings = self.format_find(show_plot=show_plot, **kwargs)
-    scaler = {k: v for k, v in kwargs.items() if k not in ('precisions', 'formats', 'num_it', 'layers', 'train', 'dl')}
-    apply_timing(self, timings.best, timings.layers, **scaler)
+    timings, compiled = _measure(self, **kwargs)
+    if show_plot: timings.plot()
+    own = 'precisions', 'formats', 'num_it', 'layers', 'train', 'dl', 'compile', 'optimizer'
+    scaler = {k: v for k, v in kwargs.items() if k not in own}
+    apply_timing(self, timings.best, timings.layers, compiled, kwargs.get('compile', False), **scaler)
+    if timings.train and kwargs.get('optimizer', True): (use_fused if timings.fused else restore_optimizer)(self)
     self.format_timings = timings
     task, best = 'Training' if timings.train else 'Predictions', timings.best
-    print(f'{task} in {label(best)}: {best.speedup:.2f}× as fast as contiguous fp32. {timings.frozen_hint}'.rstrip())
+    step = f", with {timings.advice.removeprefix('opt_func=')}" if timings.fused else ''
+    own = ' with the plain optimizer' if timings.fused else ''
+    speed = f'{task} in {label(best)}{step}: {best.speedup:.2f}× as fast as contiguous fp32{own}.'
+    print(' '.join(filter(None, [speed, timings.memory_hint, timings.frozen_hint])))
     return self

@@ -2,7 +2,7 @@
 import math
 import warnings
 from collections import namedtuple
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -20,7 +20,8 @@ from ..learner.step_callbacks import is_part_of_step
 from .candidates import Eliminated
 from .step_replay import Record, Replay
 
-__all__ = ['TOLERANCE', 'PREDICTION_TOLERANCE', 'StopBeforeStep', 'not_finite', 'check_numbers', 'check_predictions']
+__all__ = ['TOLERANCE', 'PREDICTION_TOLERANCE', 'StopBeforeStep', 'not_finite', 'check_numbers', 'check_compiled',
+           'check_predictions']
 
 # Relative differences from fp32 that rounding explains: of the loss, an operation's result, the gradient of a weight,
 # and the gradient of a vector (bias or norm), a sum over all positions: in bf16, one in Swin3D differed by 0.6.
@@ -193,10 +194,10 @@ def check_numbers(
     callbacks, # Of the Learner, without format and precision
     batch,
     restore_tensors, # Restores weights, buffers and optimizer state
-):
+) -> bool: # True if the model has a loss only in training mode
     """Set `loss_diff` and `grad_diff`. Eliminate candidates whose numbers differ from contiguous fp32's by more than
     rounding explains, or with which a metric fails."""
-    modes = [(m, m.training, m.dropout if isinstance(m, nn.RNNBase) else None) for m in learn.model.modules()]
+    restore_modes = _modes(learn.model)
     baseline, comparison = candidates[0], Comparison(learn, candidates[0], callbacks, batch)
     in_training_mode = baseline.run_or_eliminate(learn, comparison.run_baseline)
     baseline.loss_diff = baseline.grad_diff = 0.
@@ -209,9 +210,59 @@ def check_numbers(
         del args  # free its pass and gradients before the next ones are made
     learn.model.zero_grad(set_to_none=True)
     if in_training_mode: restore_tensors()
-    for m, training, dropout in modes:
-        m.training = training
-        if dropout is not None: m.dropout = dropout
+    restore_modes()
+    return in_training_mode
+
+
+def check_compiled(
+    learn, # Inside `preserve_learner`
+    compiled, eager, baseline, # `Candidate`s: one compiled, the same one uncompiled, contiguous fp32
+    callbacks, # Of the Learner, without format and precision
+    batch,
+    training:bool, # In training mode without dropout? Otherwise in eval mode, which amplifies rounding errors less
+):
+    """Set `loss_diff` and `grad_diff` of the compiled candidate. Eliminate it if its numbers differ from the uncompiled
+    one's by more than rounding explains: up to the tolerance, or three times as far as that one's move when its input
+    is rounded."""
+    restore_modes, comparison = _modes(learn.model), Comparison(learn, baseline, callbacks, batch)
+    _set_mode(learn.model, training)
+    precision = comparison.precision_of(compiled)
+    def _step(c, batch=batch):
+        comparison.batch = batch
+        return comparison.step(c, lambda model: nullcontext())[:2]
+    def _run():
+        for _ in range(3): loss, grads = _step(compiled)  # the first step runs uncompiled, the second one compiles
+        if compiled.compile.reason: raise Eliminated(f'not compiled: {compiled.compile.reason}')
+        if not compiled.compile.fits: raise Eliminated('not compiled: the code did not fit the same batch again')
+        return loss, grads
+    def _check():
+        (loss, grads), (eager_loss, eager_grads), (exact_loss, exact_grads) = found, _step(eager), _step(baseline)
+        norm = _norm(g for g in exact_grads if g is not None) or 1
+        compiled.loss_diff = abs(loss - exact_loss)/(abs(exact_loss) or 1)
+        compiled.grad_diff = _norm(a - b for a, b in _pairs(grads, exact_grads) if a is not None)/norm
+        limit = TOLERANCE[precision]
+        if not abs(loss - eager_loss) <= limit.loss*(abs(eager_loss) or 1):
+            raise Eliminated('numbers differ when compiled (loss)')
+        rounded = perturb(batch, ROUNDING[precision], torch.Generator(fit_device(learn)).manual_seed(0))
+        rounding = _errors(_step(eager, rounded)[1], eager_grads)
+        for (n, p), e, r in zip(comparison.params.items(), _errors(grads, eager_grads), rounding):
+            if not e <= max(limit.vector if p.dim() < 2 else limit.weight, ROUNDING_FACTOR*r):
+                raise Eliminated(f'numbers differ when compiled (gradient of {n})')
+    found = compiled.run_or_eliminate(learn, _run)
+    if found: compiled.run_or_eliminate(learn, _check)
+    compiled.compile.forget(keep_reason=True)  # this code was for these modes
+    learn.model.zero_grad(set_to_none=True)
+    restore_modes()
+
+
+def _modes(model):
+    "A function that restores the mode of each module and the dropout of recurrent layers."
+    modes = [(m, m.training, m.dropout if isinstance(m, nn.RNNBase) else None) for m in model.modules()]
+    def _restore():
+        for m, training, dropout in modes:
+            m.training = training
+            if dropout is not None: m.dropout = dropout
+    return _restore
 
 
 def metric_errors(learn) -> dict: # Errors by index

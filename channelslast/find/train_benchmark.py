@@ -1,4 +1,5 @@
 "Timed training steps of several candidates on one Learner, inside `preserve_learner`."
+import math
 import statistics
 import time
 from contextlib import contextmanager
@@ -12,14 +13,18 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.torch_core import to_device
 from fastcore.foundation import L
 
+from ..compile.compile_training import CompileTraining
 from ..core.autocast import DTYPES
 from ..core.devices import elapsed_ms, fit_device, free_memory, is_out_of_memory, synchronize, unwrap_model
 from ..core.distributed import broadcast_from_rank0, gather_from_ranks
+from ..core.glibc_malloc import memory_is_default, page_faults, set_memory
 from ..core.nested_tensors import first_half, leaves_of, tensors_of
+from ..learner.fused_optimizer import FusedOptimizer
 from . import selection
 from .candidates import Candidate, Eliminated
 from .layer_timing import fp32_names, record_inputs, time_layers
-from .number_check import StopBeforeStep, check_numbers, not_finite
+from .number_check import StopBeforeStep, check_compiled, check_numbers, not_finite
+from .results import MEMORY_GAIN
 
 __all__ = ['BATCHES', 'LOADER_BATCHES', 'MAX_SKIPS', 'step_ms', 'step_was_skipped', 'load_batches', 'TrainBenchmark']
 
@@ -28,6 +33,8 @@ LOADER_MS = 20_000  # stop timing a slow loader after this time
 MAX_SKIPS = 40  # steps in a row that the gradient scaler may skip: its default scale is down to 2**-24 then
 EMULATED_FACTOR = 20  # times contiguous fp32's first step; emulated convolutions took 35 to 139 times, depthwise ones 8
 BASELINE_UNCERTAINTY = 0.05  # contiguous fp32 is timed until it is this certain, since speedups are relative to it
+MEMORY_ROUNDS = 3  # of steps with and without `keep_memory()`
+FAULT_MS = 0.1  # more than a page fault takes, even for a huge page
 SYNCHRONOUS = {'cpu'}  # device types on which a call returns when its work is done, so that times add up
 
 
@@ -117,7 +124,8 @@ class TrainBenchmark:
         self.copied_bytes = sum(copies.values())  # by `preserve_learner`
         state = list(getattr(getattr(learn.opt, 'opt', learn.opt), 'state', {}).values())
         self.steps, self.baseline_is_finite, self.optimizer_had_state = 0, True, bool(tensors_of(state))
-        self.optimizer_ms = self.baseline_first_ms = None
+        self.optimizer_ms = self.fused_ms = self.baseline_first_ms = self.fused = None
+        self.own_ms = []  # contiguous fp32's steps with the Learner's own optimizer, if the others have the fused one
         names = {id(t): n for n, t in (*learn.model.named_parameters(), *learn.model.named_buffers())}
         finite = [t for t, data in originals if not not_finite([('it', data)])]  # an attention mask may hold infinity
         self.finite_tensors = [(names.get(id(t), 'optimizer state'), t) for t in finite]
@@ -157,7 +165,9 @@ class TrainBenchmark:
         "Milliseconds of one step in a candidate's format and precision; None if it fails. Skipped steps are repeated."
         def _step():
             c.activate(self.learn, self.callbacks)
-            return self.step(c, i)
+            ms = self.step(c, i)
+            if c.compiled and c.compile.reason: raise Eliminated(f'not compiled: {c.compile.reason}')
+            return ms
         for _ in range(MAX_SKIPS):
             ms = c.run_or_eliminate(self.learn, _step)
             if ms is None or not step_was_skipped(self.learn): break
@@ -223,7 +233,8 @@ class TrainBenchmark:
     def check_numbers(self):
         "Eliminate candidates whose numbers are wrong."
         with torch.compiler.set_stance('force_eager'):  # each eval-mode variant would use up one of few recompilations
-            check_numbers(self.learn, self.candidates, self.callbacks, self.compared_batch, self.restore_tensors)
+            self.compared_in_training_mode = check_numbers(self.learn, self.candidates, self.callbacks,
+                                                           self.compared_batch, self.restore_tensors)
 
     @property
     def compared_batch(self):
@@ -231,26 +242,111 @@ class TrainBenchmark:
         if self.device.type == 'cpu' or (self.bs or 0) < 4: return self.batches[0]
         return first_half(self.batches[0], self.bs)
 
-    def time_optimizer(self):
+    def add_compiled(self, scaler):
+        "Add the fastest candidate with its model compiled."
+        self.run(selection.MIN_ROUNDS, None)
+        eager = min((c for c in self.candidates if c.ms and c.valid and not c.fp32_layers),
+                    key=lambda c: selection.fastest(c.ms))
+        eager = self.candidates[broadcast_from_rank0(self.candidates.index(eager))]
+        compiled = Candidate(eager.memory_format, eager.base_precision, scaler, compile=CompileTraining)
+        self.candidates.append(compiled)
+        check_compiled(self.learn, compiled, eager, self.candidates[0], self.callbacks, self.batches[0],
+                       self.compared_in_training_mode)
+        self.restore_tensors()
+        for _ in range(3):  # compiles the training mode's code
+            if compiled.running: self.timed_step(compiled)
+        for c in self.running: c.ms.clear()  # only steps of the same rounds are compared
+
+    def reject_unearned(self, decision, incumbent, loader) -> tuple: # The decision; why compiling was rejected, or ''
+        "Decide again without the compiled candidate if an epoch of the loader does not earn its compilation back."
+        c, eager = decision.best, [o for o in self.candidates if o.ms and o.valid and not o.compiled]
+        gain = min(selection.fastest(o.ms) for o in eager) - selection.fastest(c.ms)
+        if gain <= 0: return decision, ''  # the current setting, within a tie
+        needed = math.ceil(1e3*c.compile.seconds/gain)
+        try: batches = len(loader)
+        except TypeError: return decision, ''
+        if needed <= batches: return decision, ''
+        seconds, speedup = c.compile.seconds, 1 + gain/selection.fastest(c.ms)
+        c.eliminate(f'{needed:,} batches earn the compilation back', valid=True)
+        return self._decide(incumbent, eager), (
+            f'Compiled, a step would be {speedup:.2f}× as fast, but the compilation takes {seconds:.0f} s: '
+            f'{needed:,} batches earn it back, and an epoch has {batches:,}.')
+
+    def time_optimizer(self, try_fused=False):
         """Set `optimizer_ms` to the optimizer's part of a step, the fastest of a few; None if that fails. The optimizer
         does the same in each format and precision, but takes up to half of a step and causes much of its noise.
 
         On a CPU the steps that follow skip it, and this time is added. On other devices its launches overlap the
-        backward pass, so its part is the difference between steps with and without it."""
-        alone, skip = self.device.type in SYNCHRONOUS, SkipOptimizer(self.learn)
-        def _fastest(step): return selection.fastest([elapsed_ms(self.device, step) for _ in range(OPTIMIZER_STEPS)])
+        backward pass, so its part is the difference between steps with and without it.
+
+        With `try_fused`, the optimizer and its fused step alternate. The steps that follow take the fused one if that
+        makes a step in contiguous fp32 clearly faster."""
+        alone, self.skip, own = self.device.type in SYNCHRONOUS, SkipOptimizer(self.learn), self.learn.opt
+        step, gain = partial(self.learn.one_batch, 0, self.batches[0]), None
+        def _fastest(opts):
+            times = {o: [] for o in opts}
+            for o in [*opts]*OPTIMIZER_STEPS:
+                if not alone: self.use_optimizer(o)
+                times[o].append(elapsed_ms(self.device, o.step if alone else step))
+            return {o: selection.fastest(ms) for o, ms in times.items()}
+        self.optimizers = {own: 0.}  # milliseconds of each
         try:
+            if try_fused: self.optimizers[FusedOptimizer(own)] = 0.
             stop = [StopBeforeStep(self.learn)] if alone else []
             self.candidates[0].activate(self.learn, [*stop, *self.callbacks])
-            self.learn.one_batch(0, self.batches[0])
-            step = self.learn.opt.step if alone else partial(self.learn.one_batch, 0, self.batches[0])
-            ms = _fastest(step)
+            rest_ms = elapsed_ms(self.device, step)
+            times = _fastest(self.optimizers)
             if not alone:
-                self.learn.cbs = L(*self.learn.cbs, skip)
-                ms = max(ms - _fastest(step), 0.)
-        except Exception: return
-        self.optimizer_ms = skip.ms = ms
-        if alone: self.callbacks.append(skip)
+                self.learn.cbs = L(*self.learn.cbs, self.skip)
+                rest_ms = _fastest([own])[own]
+                times = {o: max(ms - rest_ms, 0.) for o, ms in times.items()}
+            gain = (times[own] - min(times.values()))/(rest_ms + times[own])
+        except Exception: self.learn.opt = own
+        gains = gather_from_ranks(gain)
+        if gain is None: return
+        self.optimizers, self.optimizer_ms = times, times[own]
+        *_, last = times
+        if try_fused: self.fused_ms = times[last]
+        if try_fused and None not in gains and gains[0] > selection.TIE: self.fused = last
+        self.use_optimizer(self.fused or own)
+        if alone: self.callbacks.append(self.skip)
+
+    def use_optimizer(self, opt):
+        "Switch to one of `optimizers`. Gradients become what it leaves after a step: none if fused, otherwise zeros."
+        if isinstance(opt, FusedOptimizer): self.learn.model.zero_grad(set_to_none=True)
+        elif isinstance(self.learn.opt, FusedOptimizer): self.learn.opt.fill_gradients()
+        self.learn.opt, self.skip.ms = opt, self.optimizers[opt]
+
+    def own_step(self, i) -> float:
+        "Milliseconds of a step in contiguous fp32 with the Learner's own optimizer: speedups are relative to it."
+        self.use_optimizer([*self.optimizers][0])
+        ms = self.timed_step(self.candidates[0], i)
+        self.use_optimizer(self.fused)
+        return ms
+
+    def time_kept_memory(self, c) -> float: # None where it can't be measured, or where there is nothing to gain
+        """How many times as fast a candidate's steps are with `keep_memory()`. Both settings alternate, and each has
+        one step to warm up. The process then has glibc's default again, as `set_memory` explains: a process whose steps
+        get no memory from the system is left alone."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()  # ranks may differ
+        if self.device.type != 'cpu' or distributed or not memory_is_default(): return None
+        self.callbacks = [o for o in self.callbacks if not isinstance(o, SkipOptimizer)]  # it takes memory, too
+        def _ms(n=2):
+            c.activate(self.learn, self.callbacks)
+            return [self.step(c, i) for i in range(n)][-1]
+        times = {False: [], True: []}
+        try:
+            _ms(1)
+            before = page_faults()
+            ms = _ms(1)
+            if (page_faults() - before)*FAULT_MS < MEMORY_GAIN*ms: return None
+            try:
+                for keep in [*times]*MEMORY_ROUNDS:
+                    set_memory(keep)
+                    times[keep].append(_ms())
+            finally: set_memory(False)
+        except Exception: return None
+        return selection.fastest(times[False])/selection.fastest(times[True])
 
     def run(self,
         rounds, # Maximum number of rounds
@@ -267,6 +363,7 @@ class TrainBenchmark:
                 if not c.running: continue
                 ms = self.timed_step(c, i)
                 if c.running: c.ms.append(ms)
+                if c.is_baseline and c.running and self.fused: self.own_ms.append(self.own_step(i))
             eliminated, done = broadcast_from_rank0(self._review(incumbent))
             for c in [self.candidates[k] for k in eliminated]:
                 far = selection.fastest(c.ms) > selection.FAR_FACTOR*min(selection.fastest(o.ms) for o in self.running)
@@ -278,12 +375,15 @@ class TrainBenchmark:
         "Indices of the candidates that can no longer win, and whether the choice among the others is clear."
         times = {c: c.ms for c in self.running}
         if selection.too_early(times): return [], False
-        def _uncertain(c): return c.is_baseline and selection.uncertainty(c.ms) > BASELINE_UNCERTAINTY
+        def _uncertain(c): return c.is_baseline and selection.uncertainty(self.own_ms or c.ms) > BASELINE_UNCERTAINTY
         eliminated = [self.candidates.index(c) for c in selection.eliminated(times) if not _uncertain(c)]
         return eliminated, selection.should_stop(self._decide(incumbent), times)
 
-    def _decide(self, incumbent) -> selection.Decision:
-        "Choose a running candidate. Simple ones first: current setting, fp32, one precision, unfolded, contiguous."
-        def _rank(c): return c.key != incumbent, c.precision != 'fp32', '+' in c.precision, c.folded, c.is_channels_last
+    def _decide(self, incumbent, candidates=None) -> selection.Decision:
+        """Choose one of these candidates, or of the running ones. Simple ones first: current setting, fp32, one
+        precision, uncompiled, unfolded, contiguous."""
+        def _rank(c):
+            is_fp32, is_mixed = c.precision == 'fp32', '+' in c.precision
+            return c.key != incumbent, not is_fp32, is_mixed, c.compiled, c.folded, c.is_channels_last
         current = next((c for c in self.candidates if c.key == incumbent), self.candidates[0])
-        return selection.decide({c: c.ms for c in sorted(self.running, key=_rank)}, current)
+        return selection.decide({c: c.ms for c in sorted(candidates or self.running, key=_rank)}, current)

@@ -8,12 +8,14 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
+from ..compile.compiled_forward import CompileCallback
 from ..core.devices import fit_device, known_problem, model_device
 from ..core.memory_format import align_optimizer, convert_module, convert_nested, kernel_dims, unique_modules
 from ..core.onednn_workarounds import hits_onednn_6035, pads_in_kernel, safe_forward
 from ..core.pickle_as import pickle_as
 from ..core.undo import ForwardPatch
 from ..fold.fold_batch_norm import FoldBatchNorm
+from .fused_optimizer import restore_optimizer
 from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler, resolve_layers
 
 __all__ = ['ChannelsLast']
@@ -121,7 +123,7 @@ def to_channelslast(self:Learner,
 
 @patch
 def to_contiguous(self:Learner,
-    to_fp32:bool=False, # Also remove mixed precision and `FoldBatchNorm`
+    to_fp32:bool=False, # Also remove mixed precision, `FoldBatchNorm`, compilations, `to_fastest`'s fused optimizer
 ):
     """Convert model, gradients and optimizer state to contiguous now and remove `ChannelsLast`. Returns the Learner.
 
@@ -130,7 +132,8 @@ def to_contiguous(self:Learner,
     >>> hasattr(learn.to_contiguous(to_fp32=True), 'channels_last')
     False"""
     if to_fp32 not in (True, False): raise ValueError(f"to_contiguous(to_fp32={to_fp32!r}): use True or False")
+    if to_fp32: restore_optimizer(self)
     convert_module(self.model, channels_last=False)
     align_optimizer(self.opt)
     self.remove_cb(_FastaiChannelsLast)
-    return self.remove_cbs([MixedPrecision, FoldBatchNorm]) if to_fp32 else self
+    return self.remove_cbs([MixedPrecision, FoldBatchNorm, CompileCallback]) if to_fp32 else self

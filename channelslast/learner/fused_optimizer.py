@@ -11,8 +11,9 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from ..core.memory_format import match_strides
+from ..core.pickle_as import pickle_as
 
-__all__ = ['fused', 'fused_argument']
+__all__ = ['fused', 'fused_argument', 'FusedOptimizer', 'use_fused', 'restore_optimizer']
 
 
 def _state_tensors(ps, states, name):
@@ -63,27 +64,45 @@ def _kernel(opt):
     return KERNELS.get(tuple((cb.func, str(cb.keywords)) if isinstance(cb, partial) else cb for cb in opt.cbs))
 
 
+@pickle_as(Optimizer)
 class FusedOptimizer(Optimizer):
     "A fastai optimizer with its groups, hyperparameters and state, but a fused step."
-    def __init__(self, opt, kernel): vars(self).update(vars(opt), kernel=kernel, had_grad=set())
+    _kernel, _had_grad, _measured = None, (), False
+    def __init__(self, opt,
+        measured=False, # True if `to_fastest` puts it in
+    ):
+        vars(self).update(vars(opt), _kernel=_kernel(opt), _had_grad=set(), _measured=measured)
+        if self._kernel is None:
+            raise ValueError("`fused` supports only fastai's `Adam` and `SGD`, with dense, unshared fp32 or fp64 "
+                             "parameters on one device (CPU or CUDA).")
+
+    def plain(self) -> Optimizer:
+        "fastai's optimizer with these groups, hyperparameters and state, and the gradients that it would have."
+        self.fill_gradients()
+        opt = Optimizer.__new__(Optimizer)
+        vars(opt).update({k: v for k, v in vars(self).items() if k not in vars(FusedOptimizer)})
+        return opt
+
+    def fill_gradients(self):
+        # fastai sets gradients to zero, not None: averages and decay continue, in frozen layers too
+        for p in self._had_grad:
+            if p.grad is None: p.grad = torch.zeros_like(p)
 
     def zero_grad(self):
         for p in (p for pg in self.param_lists for p in pg if p.grad is not None):
-            self.had_grad.add(p)
+            self._had_grad.add(p)
             p.grad = None
 
     @torch.no_grad()
     def step(self, closure=None):
         if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
-        # fastai sets gradients to zero, not None: averages and decay continue, in frozen layers too
-        for p in self.had_grad:
-            if p.grad is None: p.grad = torch.zeros_like(p)
+        self.fill_gradients()
         for pg, hyper in zip(self.param_lists, self.hypers):
             for do_wd in True, False:
                 ps = [p for p in pg if p.grad is not None and self.state[p].get('do_wd', True) == do_wd]
                 if not ps: continue
                 grads, states = [match_strides(p.grad, p) for p in ps], [self.state[p] for p in ps]
-                self.kernel(ps, grads, states, **{**hyper, 'wd': hyper['wd'] if do_wd else 0.})
+                self._kernel(ps, grads, states, **{**hyper, 'wd': hyper['wd'] if do_wd else 0.})
 
 
 class fused(partial):
@@ -96,6 +115,7 @@ class fused(partial):
     >>> learn.create_opt()
     >>> type(learn.opt).__name__
     'FusedOptimizer'"""
+    replaced = None  # the Learner's own `opt_func`, if `to_fastest` put this one in its place
     def __init__(self,
         opt_func, # fastai's `Adam` or `SGD`, or a `partial` of one
         **kwargs # Its arguments
@@ -103,11 +123,11 @@ class fused(partial):
 
     def __call__(self, *args, **kwargs):
         opt = super().__call__(*args, **kwargs)
-        if kernel := _kernel(opt): return FusedOptimizer(opt, kernel)
-        raise ValueError("`fused` supports only fastai's `Adam` and `SGD`, with dense, unshared fp32 or fp64 "
-                         "parameters on one device (CPU or CUDA).")
+        if self.replaced is not None and _kernel(opt) is None: return opt  # the model has changed since
+        return FusedOptimizer(opt, measured=self.replaced is not None)
 
-    def __reduce__(self): return (partial, *super().__reduce__()[1:])  # an exported Learner loads without this library
+    def __reduce__(self): # an exported Learner loads where this library is not installed
+        return partial, (self.func,), (self.func, self.args, self.keywords, None)
     def __copy__(self): return self
     def __deepcopy__(self, memo): return self
 
@@ -122,3 +142,18 @@ def fused_argument(learn) -> str|None:
     kernels = {_kernel(o) for o in opts if o is not None}
     if None in kernels or len(kernels) > 1: return None
     return f"opt_func=fused({', '.join([func.__name__, *[f'{k}={v!r}' for k, v in kwargs.items()]])})"
+
+
+def use_fused(learn):
+    """Replace the Learner's optimizer, for which `fused_argument` must know an equal one, by that one. An existing
+    optimizer's state, groups and hyperparameters are kept. `restore_optimizer` undoes it."""
+    restore_optimizer(learn)
+    own, learn.opt_func = learn.opt_func, fused(learn.opt_func)
+    learn.opt_func.replaced = own
+    if learn.opt is not None: learn.opt = FusedOptimizer(learn.opt, measured=True)
+
+
+def restore_optimizer(learn):
+    "Undo `use_fused`. The optimizer keeps its current state; one that the user has put in since then stays."
+    if getattr(learn.opt_func, 'replaced', None) is not None: learn.opt_func = learn.opt_func.replaced
+    if getattr(learn.opt, '_measured', False): learn.opt = learn.opt.plain()
