@@ -2,10 +2,12 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from fastai.vision.all import Callback
 from PIL import Image
 
 from channelslast import __main__ as command, keep_memory
@@ -13,6 +15,7 @@ from channelslast.command import demo, reference_timing
 from channelslast.find.candidates import current_setting
 from channelslast.find.layer_timing import LayerTiming
 from channelslast.find.results import FormatTimings, Timing
+from channelslast.compile import compiled_forward
 from .conftest import convnet, learner
 
 
@@ -119,6 +122,38 @@ def test_bench_of_predictions(monkeypatch, capsys, has):
     assert re.search(r'\d of 6 picks within 5% of the best; speedup over contiguous fp32 at least [\d.]+×; format_find took \d+ s', out)
 
 
+def test_bench_of_compiled_predictions(monkeypatch, capsys, has):
+    "The best eager and compiled candidates, or why none was compiled. The compiler is replaced by the model's own forward."
+    def _compile(model, args, kwargs, freeze):
+        if type(model).__name__ == 'SqueezeNet': raise compiled_forward.NotCompiled('for a test')
+        def _forward(*args, **kwargs): return type(model).forward(model, *args, **kwargs)
+        return _forward, _forward(*args, **kwargs)
+    monkeypatch.setattr(compiled_forward, '_compile', _compile)
+    has()
+    code, out, err = run(monkeypatch, capsys, 'bench', '--predict', '--compile', '--models', 'mobilenet_v3_large,squeezenet1_1', '--size', '32',
+                         '--bs', '2', '--num-it', '1', '--device', 'cpu')
+    assert code == 0 and 'CompilePredictions' not in out, err  # its line for each compilation would stand in the table
+    compiled, refused = out.split('\n\n')[-1].splitlines()[1:3]
+    ratios = re.search(r'([\d.]+)× \([^()]+fp32(?:, folded)?\) +([\d.]+)× \([^()]+, compiled\) +([\d.]+)× +\d+ s ', compiled).groups()
+    eager, best, ratio = map(float, ratios)
+    assert ratio == pytest.approx(best/eager, abs=0.02) and 'compile time' in out
+    assert re.search(r' 2 +[\d.]+ .*fp32\) +not compiled: for a test +– +– ', refused)
+
+
+def test_time_in_the_model(monkeypatch):
+    "One number per batch: converting the batch and the model's forward, without what comes before and after."
+    clock = SimpleNamespace(now=0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(reference_timing, 'time', clock)
+    class Model(torch.nn.Linear):
+        def forward(self, x): clock.now += 5; return super().forward(x.mean((2, 3)))
+    class Other(Callback):
+        def before_batch(self): clock.now += 1
+        def after_pred(self): clock.now += 100
+    ms = []
+    learner(Model(3, 4), cbs=[Other(), reference_timing.ModelTime(ms, torch.device('cpu'))]).get_preds()
+    assert ms == [6000]*4
+
+
 @pytest.mark.parametrize('n, sets, steps', [(1, 1, 1), (3, 3, 3), (12, 6, 12), (20, 6, 24)])
 def test_several_sets_of_copies(monkeypatch, n, sets, steps):
     "Each set is warmed up in new memory, which it keeps. There are at least as many steps as requested."
@@ -189,6 +224,7 @@ def test_precisions_that_are_measured(has, fast, asked, measured):
     (['--epochs', '0'], '--epochs 0: must be above 0'),
     (['--bs', '5000'], '--bs 5000: larger than the 1438 training images; try --bs 179'),
     (['--device', 'cuda:99'], '--device cuda:99: not available on this machine; try --device '),
+    (['bench', '--compile'], '--compile: pass it only with --predict'),
     (['bench', '--models', 'resnt18'], 'did you mean resnet18'), (['bench', '--num-it', '0'], '--num-it 0: must be above 0'),
     (['--save', '/no/such/chart.png'], '--save /no/such/chart.png: no such folder'),
     (['--save', 'chart.xyz'], '--save chart.xyz: not a supported image type; try --save chart.png'), (['--save', 'chart'], 'try --save chart.png'),

@@ -39,6 +39,7 @@ def measured(monkeypatch, tmp_path):
     for module in bench, report:
         monkeypatch.setattr(module, 'judge', _fake('training', row))
         monkeypatch.setattr(module, 'judge_predictions', _fake('predictions', row))
+        monkeypatch.setattr(module, 'judge_compiled', _fake('compiled predictions', row))
     monkeypatch.setattr(report, 'judge_format', _fake('format_summary', verdict))
     monkeypatch.setattr(report, 'forward_pass_ms', lambda *args: 1.)
     monkeypatch.setattr(rows, 'free_memory', lambda device: None)  # a fifth of a second
@@ -253,6 +254,17 @@ def test_a_forward_pass_says_how_heavy_a_model_is(monkeypatch):
 
 def test_predictions_only(measured, run):
     assert run('--report', '--predict')[0] == 0 and measured == [r for r in ALL if r[0] == 'predictions']
+
+
+def test_compiled_predictions(measured, run):
+    "Their rows are kept apart from those without `--compile`, and are not measured again."
+    run('--report', '--predict')
+    for _ in range(2):
+        code, out, err = run('--report', '--predict', '--compile')
+        assert code == 0 and '2 of 2 rows' in out and 'also with the model compiled' in out
+        assert measured == [(kind, *r[1:]) for kind in ('predictions', 'compiled predictions') for r in ALL if r[0] == 'predictions']
+    run('--predict', '--compile', '--bs', '0')
+    assert [r[0::3] for r in measured[4:]] == [('compiled predictions', bs) for bs in (16, 1)]*2
 
 
 @pytest.mark.parametrize('device, bs', [('cpu', {16, 1}), ('mps', {16, 1}), ('cuda', {128, 1})])

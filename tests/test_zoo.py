@@ -1,7 +1,7 @@
 """Compare each torchvision architecture, and one per timm family, in channels last with itself in contiguous format.
 
-`pytest -m zoo` runs all, a plain `pytest` every tenth (see conftest.py). No weights are loaded. Dropout and stochastic
-depth are off, since PyTorch draws their masks in memory order."""
+`pytest -m zoo` runs all, a plain `pytest` every tenth (see conftest.py), and both compile a twentieth. No weights are loaded.
+Dropout and stochastic depth are off, since PyTorch draws their masks in memory order."""
 import gc
 import math
 import re
@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 import channelslast
 from channelslast import FoldBatchNorm
 from channelslast.core.compare import relative_error
+from channelslast.find.candidates import apply_timing
+from channelslast.find.results import Timing
 from .conftest import shake, strides
 from .test_number_check import checked
 
@@ -39,6 +41,11 @@ samvit_base_patch16_224 vitamin_small_224 volo_d1_224 ese_vovnet19b_slim_dw lega
 ZOO = ([f'torchvision/{n}' for n in torchvision.models.list_models(module=torchvision.models)]
        + [f'segmentation/{n}' for n in SEGMENTATION] + [f'video/{n}' for n in VIDEO] + [f'timm/{n}' for n in TIMM])
 
+# a twentieth of the zoo that compiles quickly, one of each kind: a whole slice of it, with DenseNets and Swins, took a quarter of an hour
+QUICK = [f'torchvision/{n}' for n in ('mobilenet_v3_small', 'resnet18', 'squeezenet1_1')] + [
+    'segmentation/fcn_resnet50', 'video/r3d_18', *(f'timm/{n}' for n in ('convnext_zepto_rms', 'deit_tiny_patch16_224', 'fasternet_t0', 'resnet10t', 'starnet_s050'))]
+assert {*QUICK} <= {*ZOO}
+
 LARGE = 60e6       # parameters; larger models run only in float32, to save memory
 EXACT = 1e-6       # float64: relative error of the loss and of each gradient (relative to the largest, for those near zero); some cast to float32
 ROUGH = 5e-2       # float32: relative error of the loss and of all gradients together
@@ -47,6 +54,7 @@ FOLDED = 1e-10, 1e-4  # float64 and float32: relative error of predictions
 AMPLIFIES = {'timm/halonet_h1': 1e-9}
 TRAINING = '| model | million parameters | input | float64 | worst gradient | float32 | lost | result |'
 NUMBERS = '| model | contiguous bf16 | channels last fp32 | channels last bf16 | refused |'  # relative errors of all gradients
+COMPILED = '| model | input | compiled | float32 | predictions |'
 PREDICTION_TOLERANCE = '| model | batch norms folded | float64 | float32 | predictions |'
 # smooth functions replace these in float32: at the kink of an activation, rounding decides its value
 KINKED = 'relu', 'relu_', 'relu6', 'hardswish', 'hardsigmoid', 'hardtanh', 'leaky_relu'
@@ -193,17 +201,19 @@ class Keep(Callback):
     def after_pred(self): self.found = self.learn.pred
 
 
+def predictions(learn):
+    learn.validate(cbs=(keep := Keep()))
+    return keep.found
+
+
 def folding(model, x) -> tuple:
     "Numbers of folded batch norms and of those after a convolution, and the relative error of predictions."
     learn = learner(model, x)
-    def _preds():
-        learn.validate(cbs=(keep := Keep()))
-        return keep.found
-    truth = _preds()
+    truth = predictions(learn)
     learn.add_cb(FoldBatchNorm())
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='FoldBatchNorm')
-        off = max(relative_error(_preds(), truth) for _ in range(2))  # the first one traces, the second one is folded
+        off = max(relative_error(predictions(learn), truth) for _ in range(2))  # the first one traces, the second one is folded
     return learn.fold_batch_norm.folded, learn.fold_batch_norm.found, off
 
 
@@ -225,6 +235,26 @@ def test_same_predictions(name, zoo_report):
     equal = (rough or 0) < FOLDED[1] and (exact or 0) < AMPLIFIES.get(name, FOLDED[0])
     zoo_report(PREDICTION_TOLERANCE, name, f'{folded} of {found}', brief(exact), brief(rough), 'equal' if equal else 'differs')
     assert equal and (folded or not found)
+    gc.collect()
+
+
+@pytest.mark.zoo('always')  # a twentieth, with and without `-m zoo`
+@pytest.mark.parametrize('name', QUICK)
+def test_same_compiled_predictions(name, zoo_report):
+    "As `to_fastest(train=False, compile=True)` sets it. A model that is not compiled warns. No weight changes."
+    if name.startswith('timm/') and not timm.is_model(name.split('/')[1]): pytest.skip(f'timm {timm.__version__} does not have it')
+    model, x = fitting(name)
+    learn = learner(shake(model.eval()), x)
+    truth, before = predictions(learn), {k: v.clone() for k, v in model.state_dict().items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        apply_timing(learn, Timing('channels_last', 'fp32', pred_diff=0., folded=True, compiled=True))
+        off = max(relative_error(predictions(learn), truth) for _ in range(2))  # the second one runs compiled
+    cb = learn.compile_predictions
+    zoo_report(COMPILED, name, '×'.join(map(str, x.shape)), f'{cb.seconds:.0f} s' if cb.compiled else cb.reason, brief(off),
+               'equal' if off < FOLDED[1] else 'differs')
+    assert cb.compiled or any(f'stays uncompiled: {cb.reason}' in str(w.message) for w in caught)
+    assert off < FOLDED[1] and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     gc.collect()
 
 

@@ -13,7 +13,7 @@ from ..core.memory_format import convert_nested
 from ..find.selection import fastest
 from .common import UsageError, build, pick_device
 from .models import PANEL, make_learner, versions
-from .reference_timing import interleaved, judge, judge_predictions
+from .reference_timing import interleaved, judge, judge_compiled, judge_predictions
 from .report import print_report
 from .rows import columns, measure_row, plan, summary
 
@@ -37,13 +37,16 @@ def main(
     size: int = 0, # Height and width; 0: 224 (video: 112), or the panel's own for training on a CPU or Apple GPU
     bs: int = 0, # Images per batch; 0: the panel's own (other GPUs: 128), for predictions 16 (other GPUs: 128) and 1
     device: str = None, # cpu, cuda, cuda:1, mps, …; default: the fastest one available
-    num_it: int = 20, # Minimum timed steps (predictions) per candidate in the reference timing, on up to six copies
+    num_it: int = 20, # Minimum timed steps (predictions) per candidate in the reference timing; 6 copies (compiled: 3)
     busy: store_true = False, # Run format_find while a second process computes in bursts; not the reference timing
     predict: store_true = False, # Measure predictions instead of training: 224 px, in batches and one by one
+    compile: store_true = False, # With --predict: also measure compiled predictions; compiling a model takes minutes
     report: store_true = False, # Print training, predictions and format_summary as Markdown to paste; can be resumed
 ):
     "Compare what format_find picks for a panel of models with an independent, longer measurement."
     if num_it < 1: raise UsageError(f'--num-it {num_it}: must be above 0')
+    if compile and not predict:
+        raise UsageError('--compile: pass it only with --predict; the bench measures compiled predictions only')
     device = pick_device(device)
     names = [o.strip() for o in models.split(',') if o.strip()] or list(PANEL)
     for n in names:
@@ -55,9 +58,10 @@ def main(
     memory_can_be_kept = keep_memory(False)
     if memory_can_be_kept: machine += ', `keep_memory()`'
     kinds = ['predictions'] if predict else ['training', 'predictions', 'format_summary']
+    if compile: kinds = ['compiled predictions']
     if report: return print_report(names, size, bs, device, num_it, busy, kinds, machine)
     print(machine, flush=True)
-    rows, measure = [], judge_predictions if predict else judge
+    rows, measure = [], judge_compiled if compile else judge_predictions if predict else judge
     for _, name, px, images in plan(kinds[:1], names, size, bs, device):
         rows.append(measure_row(measure, name, px, images, device, num_it, busy))
         rows[-1].pop('candidates', None)  # only the report shows them

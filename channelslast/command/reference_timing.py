@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
@@ -12,14 +13,16 @@ from pathlib import Path
 
 import torch
 from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
+from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 from torch import nn
 
 from .. import less_random
+from ..compile.compile_predictions import CompilePredictions
 from ..core.autocast import fp32_forward
-from ..core.devices import elapsed_ms
+from ..core.devices import elapsed_ms, synchronize
 from ..core.glibc_malloc import keep_memory
 from ..core.memory_format import CHANNELS_LAST_FORMATS
 from ..core.undo import ForwardPatch
@@ -28,9 +31,10 @@ from ..find.layer_timing import fp32_names
 from ..find.results import label
 from ..find.selection import fastest
 from ..find.train_benchmark import MAX_SKIPS, step_ms, step_was_skipped
+from ..learner.fused_optimizer import use_fused
 from .models import make_learner
 
-FRESH_COPIES = 6
+FRESH_COPIES, COMPILED_COPIES = 6, 3  # compiling each set of copies takes longer than measuring it
 NOISE_LIMIT = 1.25  # a measurement is noisy above this ratio of the median to the fastest step
 
 
@@ -87,12 +91,12 @@ def interleaved(steps, n) -> dict:
     return {k: v[1:] for k, v in ms.items()}
 
 
-def on_fresh_copies(make_steps, n) -> dict:
+def on_fresh_copies(make_steps, n, max_sets=FRESH_COPIES) -> dict:
     """Milliseconds of each step in at least `n` rounds, divided among several new sets of copies from `make_steps()`.
 
     A copy's place in memory makes steps of large models 5 to 15% longer, so each set gets new memory. The set keeps it:
     on a CPU, allocating memory again takes half of a large model's step and causes much of its noise."""
-    ms, n_sets = {}, min(n, FRESH_COPIES)
+    ms, n_sets = {}, min(n, max_sets)
     for _ in range(n_sets):
         gc.collect()  # Learners are reference cycles: frees the previous set before the next one is made
         keep_memory(False)
@@ -149,9 +153,15 @@ def judge(name, size, bs, device, num_it, busy=False) -> dict:
         timings, seconds = timed_search(learn, busy)
         ran = [r for r in timings.rows if r.ms]
         batch = to_device(learn.dls.one_batch(), device)  # the model is still on the CPU
+        base = 'unchanged' if timings.fused else 'contiguous, fp32'
+        def _copy():
+            new = deepcopy(learn)
+            if timings.fused: use_fused(new)
+            return new
         def _steps():
-            steps = {label(r): timed_fit_step(apply_timing(deepcopy(learn), r, timings.layers), batch) for r in ran}
-            steps['plain loop'] = plain_loop(deepcopy(learn), batch, timings.best, timings.layers)
+            steps = {label(r): timed_fit_step(apply_timing(_copy(), r, timings.layers), batch) for r in ran}
+            steps['plain loop'] = plain_loop(_copy(), batch, timings.best, timings.layers)
+            if timings.fused: steps[base] = timed_fit_step(deepcopy(learn), batch)
             try: steps['fastai'] = timed_fit_step(with_fastai_callbacks(learn), batch)
             except RuntimeError: pass  # fastai's callback can't convert a Conv3d
             return steps
@@ -161,7 +171,7 @@ def judge(name, size, bs, device, num_it, busy=False) -> dict:
     with_fp32_layers = [ms[label(r)] for r in ran if '+' in r.precision]
     others = [ms[label(r)] for r in ran if '+' not in r.precision]
     return {'model': name, 'px': size, 'batch': bs, 'ms/step': f'{pick_ms:.1f}',
-            **shared_columns(timings, ms, times, seconds, 'contiguous, fp32'),
+            **shared_columns(timings, ms, times, seconds, base),
             'speedup by fp32 layers': f'{min(others)/min(with_fp32_layers):.2f}×' if with_fp32_layers else '–',
             'step/plain loop': f"{pick_ms/ms['plain loop']:.2f}"}
 
@@ -173,24 +183,58 @@ def set_running_statistics(model, batch):
     with torch.no_grad(): model.to(batch.device).train()(batch)
 
 
-def judge_predictions(name, size, bs, device, num_it, busy=False) -> dict:
+class ModelTime(Callback):
+    "Append the milliseconds of each batch in the model, including conversions of the batch, to `ms`."
+    order = -10**6  # before the batch is converted, and before other callbacks read the predictions
+    def __init__(self, ms, device): self.ms, self.device = ms, device
+    def before_batch(self):
+        synchronize(self.device)
+        self.start = time.perf_counter()
+    def after_pred(self):
+        synchronize(self.device)
+        self.ms.append((time.perf_counter() - self.start)*1e3)
+
+
+def compiled_columns(timings, times) -> dict:
+    "The fastest valid eager and compiled candidates, and their ratio, by their `times` in the model alone."
+    ms = {k: fastest(v) for k, v in times.items()}
+    def _best(compiled):
+        rows = [r for r in timings.rows if r.valid and r.compiled == compiled]
+        return min(rows, key=lambda r: ms[label(r)], default=None)
+    def _speedup(r): return f"{ms['contiguous, fp32']/ms[label(r)]:.2f}× ({label(r)})"
+    eager, compiled = _best(False), _best(True)
+    columns = {'model ms/batch': f"{ms['contiguous, fp32']:.1f}", 'best eager': _speedup(eager)}
+    if not compiled: return columns | {'best compiled': '; '.join(r.note for r in timings.rows if r.compiled)}
+    return columns | {'best compiled': _speedup(compiled), 'compiled': f'{ms[label(eager)]/ms[label(compiled)]:.2f}×',
+                      'compile time': f'{compiled.compile_s:.0f} s'}
+
+
+def judge_predictions(name, size, bs, device, num_it, busy=False, compile=False) -> dict:
     """One row of the table of predictions: the speedup of each candidate over the unchanged Learner in `get_preds` of
-    two batches, including loading and all of fastai."""
+    two batches, including loading and all of fastai. With `compile`, also the columns of `compiled_columns`."""
+    model_times = defaultdict(list)
     with less_random():
         learn = make_learner(name, size, bs, device)
         x = learn.dls.one_batch()[0]
         set_running_statistics(learn.model, torch.randn(max(bs, 4), *x.shape[1:], device=device))
-        timings, seconds = timed_search(learn, busy, train=False)
+        timings, seconds = timed_search(learn, busy, train=False, compile=compile)
         ran = [r for r in timings.rows if r.ms]
         def _steps():
             learners = {label(r): apply_timing(deepcopy(learn), r, timings.layers) for r in ran}
             learners.update(unchanged=deepcopy(learn), fastai=with_fastai_callbacks(learn))
+            for k, o in learners.items() if compile else ():
+                o.add_cb(ModelTime(model_times[k], device))
+                for cb in o._grab_cbs(CompilePredictions): cb.quiet = True
             steps = {k: partial(elapsed_ms, device, o.get_preds) for k, o in learners.items()}
             try: steps['fastai']()
             except RuntimeError: del steps['fastai']  # fastai's callback can't convert a Conv3d
             return steps
-        times = on_fresh_copies(_steps, num_it)
+        times = on_fresh_copies(_steps, num_it, COMPILED_COPIES if compile else FRESH_COPIES)
         ms = {k: fastest(v) for k, v in times.items()}
     return {'model': name, 'px': size, 'batch': bs, 'fastai ms/batch': f"{ms['unchanged']/2:.1f}",
             **{label(r): f"{ms['unchanged']/ms[label(r)]:.2f}×" for r in ran},
+            **(compiled_columns(timings, model_times) if compile else {}),
             **shared_columns(timings, ms, times, seconds, 'unchanged')}
+
+
+judge_compiled = partial(judge_predictions, compile=True)

@@ -19,14 +19,15 @@ from ..core import devices
 from ..core.devices import elapsed_ms, free_memory
 from .common import UsageError
 from .models import make_learner
-from .reference_timing import judge, judge_predictions
+from .reference_timing import judge, judge_compiled, judge_predictions
 from .rows import columns, measure_row, plan, summary
 
 # Per row and millisecond of its model's forward pass, at the default `num_it`, from three models on a CPU in fp32
-SECONDS = dict(training=0.78, predictions=0.65, format_summary=0.02)
+SECONDS = {'training': 0.78, 'predictions': 0.65, 'compiled predictions': 1.3, 'format_summary': 0.02}
 FILE = Path('channelslast-report.jsonl')  # in the current folder
-TITLES = dict(training='Training steps', predictions='Predictions',
-              format_summary='`format_summary` of a training step in channels last')
+TITLES = {'training': 'Training steps', 'predictions': 'Predictions',
+          'compiled predictions': 'Predictions, also with the model compiled',
+          'format_summary': '`format_summary` of a training step in channels last'}
 
 
 def log(message):
@@ -132,7 +133,8 @@ def measure_rows(
     n_half = sum(devices.autocast_is_fast(device, o) for o in AMPMode)
     def _left(rows): return f'about {duration(seconds_left(rows, records, forward, n_half))}'
     if todo: log(f'{len(todo)} rows: {_left(todo)} on an idle machine (a first estimate, corrected after each row)')
-    measures = dict(training=judge, predictions=judge_predictions, format_summary=judge_format)
+    measures = {'training': judge, 'predictions': judge_predictions, 'compiled predictions': judge_compiled,
+                'format_summary': judge_format}
     for i, row in enumerate(todo, 1):
         start = time.perf_counter()
         result = measure_row(measures[row[0]], *row[1:], device, num_it, busy)

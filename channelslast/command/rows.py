@@ -7,14 +7,14 @@ from .models import model_sizes
 
 
 def plan(
-    kinds, # `'training'`, `'predictions'`, `'format_summary'`
+    kinds, # `'training'`, `'predictions'`, `'compiled predictions'`, `'format_summary'`
     names: list, # Models
     size: int, bs: int, # Height and width of images, images per batch; 0: the panel's own
     device: torch.device,
 ) -> list: # `(kind, name, px, bs)` per row
     "The rows to measure, model by model."
     rows = [(kind, name, size or px, bs or images) for kind in kinds
-            for name, px, images in model_sizes(names, device, kind == 'predictions')]
+            for name, px, images in model_sizes(names, device, 'predictions' in kind)]
     return sorted(uniqueify(rows), key=lambda row: names.index(row[1]))
 
 
