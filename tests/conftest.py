@@ -6,6 +6,7 @@ from torch import nn
 from fastai.vision.all import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
 
 from channelslast import less_random
+from channelslast.compile import compiled_forward
 from channelslast.core import devices
 from channelslast.find import train_benchmark
 
@@ -108,6 +109,33 @@ def fake_steps(monkeypatch, key_of, *modules):
 def convnet(c=3, n=4):
     return nn.Sequential(nn.Conv2d(c, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.ReLU(),
                          nn.Conv2d(16, 16, 3, groups=16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, n))
+
+
+class Breaks(nn.Module):
+    "A model that looks at its data, so that it can't be compiled as a whole."
+    def __init__(self): super().__init__(); self.net = convnet()
+    def forward(self, x): return self.net(x*2 if x.mean() > 0 else x)
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    "The models compiled so far."
+    models, real = [], compiled_forward._compile
+    monkeypatch.setattr(compiled_forward, '_compile', lambda model, *args: (models.append(model), real(model, *args))[1])
+    return models
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    "Instead of compiled code, the model's own forward: for tests of everything but the compiler. Lists the models."
+    models = []
+    def _compile(model, args, kwargs, freeze):
+        assert freeze != torch.is_grad_enabled()  # weights are constants in predictions, and only there
+        models.append(model)
+        def _forward(*args, **kwargs): return type(model).forward(model, *args, **kwargs)
+        return _forward, _forward(*args, **kwargs)
+    monkeypatch.setattr(compiled_forward, '_compile', _compile)
+    return models
 
 
 class Steep(torch.autograd.Function):

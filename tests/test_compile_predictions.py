@@ -13,33 +13,13 @@ from fastai.vision.all import (Callback, ConvLayer, CrossEntropyLossFlat, DataLo
 from torch import nn
 
 from channelslast import CompilePredictions, FoldBatchNorm
-from channelslast.find import predict_benchmark, train_benchmark
 from channelslast.compile import compile_predictions, compiled_forward
-from .conftest import convnet, learner, loaders, shake
+from channelslast.find import predict_benchmark, train_benchmark
+from .conftest import Breaks, convnet, learner, loaders, shake
 from .test_channels_last import image_folder
 from .test_format_summary import same, state
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
-
-
-@pytest.fixture
-def compilations(monkeypatch):
-    "The models compiled so far."
-    models, real = [], compiled_forward._compile
-    monkeypatch.setattr(compiled_forward, '_compile', lambda model, *args: (models.append(model), real(model, *args))[1])
-    return models
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    "Instead of compiled code, the model's own forward: for tests of everything but the compiler."
-    models = []
-    def _compile(model, args, kwargs, freeze):
-        models.append(model)
-        def _forward(*args, **kwargs): return type(model).forward(model, *args, **kwargs)
-        return _forward, _forward(*args, **kwargs)
-    monkeypatch.setattr(compiled_forward, '_compile', _compile)
-    return models
 
 
 def compiling(model=None, dls=None, **kwargs):
@@ -161,11 +141,6 @@ def test_models_on_several_devices_stay_uncompiled(uncompiled):
     learn.model = nn.DataParallel(learn.model)
     with pytest.warns(UserWarning, match='stays uncompiled: it is wrapped for several devices'): learn.get_preds()
     assert uncompiled == []
-
-
-class Breaks(nn.Module):
-    def __init__(self): super().__init__(); self.net = convnet()
-    def forward(self, x): return self.net(x*2 if x.mean() > 0 else x)
 
 
 class Counts(nn.Module):

@@ -10,32 +10,11 @@ from torch import nn
 from channelslast import CompileTraining
 from channelslast.compile import compile_training, compiled_forward
 from channelslast.find import train_benchmark
-from .conftest import convnet, learner, loaders, shake
+from .conftest import Breaks, convnet, learner, loaders, shake
 from .test_channels_last import image_folder
 from .test_format_summary import same, state
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
-
-
-@pytest.fixture
-def compilations(monkeypatch):
-    "The models compiled so far."
-    models, real = [], compiled_forward._compile
-    monkeypatch.setattr(compiled_forward, '_compile', lambda model, *args: (models.append(model), real(model, *args))[1])
-    return models
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    "Instead of compiled code, the model's own forward: for tests of everything but the compiler."
-    models = []
-    def _compile(model, args, kwargs, freeze):
-        assert not freeze
-        models.append(model)
-        def _forward(*args, **kwargs): return type(model).forward(model, *args, **kwargs)
-        return _forward, _forward(*args, **kwargs)
-    monkeypatch.setattr(compiled_forward, '_compile', _compile)
-    return models
 
 
 def trained(cbs=(), model=None, n=20, change=lambda learn: learn.fit(2), **kwargs):
@@ -112,11 +91,6 @@ def test_layers_in_fp32_stay_uncompiled(has, uncompiled):
     with pytest.warns(UserWarning, match='kept in fp32') as w:
         trained([CompileTraining()], change=lambda learn: learn.to_channelslast(amp_mode='bf16', fp32_layers='0').fit(2))
     assert uncompiled == [] and len([o for o in w if 'CompileTraining' in str(o.message)]) == 1
-
-
-class Breaks(nn.Module):
-    def __init__(self): super().__init__(); self.net = convnet()
-    def forward(self, x): return self.net(x*2 if x.mean() > 0 else x)
 
 
 class Counts(nn.Module):

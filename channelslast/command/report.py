@@ -22,7 +22,8 @@ from .models import make_learner
 from .reference_timing import judge, judge_compiled, judge_predictions
 from .rows import columns, measure_row, plan, summary
 
-# Per row and millisecond of its model's forward pass, at the default `num_it`, from three models on a CPU in fp32
+# Per row and millisecond of its model's forward pass, at the default `num_it`, from three models on a CPU in fp32;
+# compiled predictions are guessed, since compiling takes most of their time
 SECONDS = {'training': 0.78, 'predictions': 0.65, 'compiled predictions': 1.3, 'format_summary': 0.02}
 FILE = Path('channelslast-report.jsonl')  # in the current folder
 TITLES = {'training': 'Training steps', 'predictions': 'Predictions',

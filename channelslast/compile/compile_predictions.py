@@ -12,9 +12,9 @@ from ..core.pickle_as import pickle_as
 from ..core.random_state import restore_random_states
 from ..core.undo import restore_dict
 from ..fold.fold_trace import memory_ref
-from ..fold.plan_conditions import has_global_hooks, structure_key
-from .compiled_forward import (DEPENDS, CompileCallback, CompiledForward, NotCompiled, check_compilable,
-                               is_eager_forced, kind_of, note_misread, reason_of, running_fits)
+from ..fold.plan_conditions import structure_key
+from .compiled_forward import (DEPENDS, MISREAD, CompileCallback, CompiledForward, NotCompiled, check_compilable,
+                               kind_of, note_misread, reason_of, running_fits)
 
 __all__ = ['CompilePredictions']
 
@@ -109,8 +109,7 @@ class CompilePredictions(CompileCallback):
 
     def run_model(self, forward, *args, **kwargs):
         model, compiled = self.model, self._compiled
-        if torch.is_grad_enabled() or model.training or has_global_hooks() or is_eager_forced():
-            return forward(*args, **kwargs)
+        if torch.is_grad_enabled() or model.training: return forward(*args, **kwargs)
         if compiled and compiled.model is model and compiled.is_current():
             (kind, shapes), (own_kind, own_shapes) = kind_of(args, kwargs), compiled.kind
             if shapes != own_shapes: return forward(*args, **kwargs)
@@ -153,7 +152,7 @@ class CompilePredictions(CompileCallback):
                     if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
                         raise NotCompiled('its weights are inference tensors, whose changes are not counted')
                     if versions != _versions(): raise NotCompiled('it changes its buffers or inputs')
-                    if any(misread): raise NotCompiled("oneDNN's kernels compute one of its convolutions wrongly")
+                    if any(misread): raise NotCompiled(MISREAD)
                     with torch.inference_mode(False), torch.no_grad():
                         # Tensors in plain attributes are constants of the compiled code, too. Those that the pass
                         # assigned are its results, such as the features that fastai's U-Net stores in hooks.

@@ -8,10 +8,10 @@ from ..core.devices import free_memory
 from ..core.nested_tensors import tensors_of
 from ..core.onednn_workarounds import hits_onednn_6035
 from ..core.pickle_as import pickle_as
-from ..core.undo import ForwardPatch, restore_dict
-from ..fold.plan_conditions import has_global_hooks, structure_key
-from .compiled_forward import (CompileCallback, CompiledForward, NotCompiled, check_compilable, functorch_config,
-                               is_eager_forced, kind_of, note_misread, reason_of)
+from ..core.undo import restore_dict
+from ..fold.plan_conditions import structure_key
+from .compiled_forward import (MISREAD, CompileCallback, CompiledForward, NotCompiled, check_compilable,
+                               functorch_config, kind_of, note_misread, reason_of)
 
 __all__ = ['CompileTraining']
 
@@ -74,7 +74,7 @@ class CompileTraining(CompileCallback):
 
     def run_model(self, forward, *args, **kwargs):
         model = self.model
-        if not torch.is_grad_enabled() or has_global_hooks() or is_eager_forced(): return forward(*args, **kwargs)
+        if not torch.is_grad_enabled(): return forward(*args, **kwargs)
         if model is not self._model: self.forget()
         kind, shapes = kind_of(args, kwargs)
         if self._shapes not in (None, shapes): return forward(*args, **kwargs)
@@ -100,7 +100,7 @@ class CompileTraining(CompileCallback):
         self.warn(reason_of(e))
 
     def _compile(self, code, forward, args, kwargs):
-        "The output of the first batch, uncompiled; of the second one, which is compiled."
+        "Run the first batch of a setting uncompiled, and compile for the second one. Returns the output."
         if code.types is None:
             with note_misread(self.model, code.misread): out = forward(*args, **kwargs)
             code.types = {type(t) for t in tensors_of(out)}
@@ -111,7 +111,7 @@ class CompileTraining(CompileCallback):
             try:
                 check_compilable(model, modules, self.fp32_layers)
                 if any(code.misread) or any(hits_onednn_6035(m) and m.weight.is_cpu for m in modules):
-                    raise NotCompiled("oneDNN's kernels compute one of its convolutions wrongly")
+                    raise NotCompiled(MISREAD)
                 run = CompiledForward(model, args, kwargs, code.types, freeze=False)
                 undo.pop_all()  # this was the batch's forward pass
             except Exception as e:

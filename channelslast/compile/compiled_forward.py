@@ -21,14 +21,15 @@ from ..core.nested_tensors import map_tensors, tensors_of
 from ..core.onednn_workarounds import is_misread, pads_in_kernel
 from ..core.undo import ForwardPatch
 from ..fold.fold_trace import foreign_forward
-from ..fold.plan_conditions import input_key, is_eager
+from ..fold.plan_conditions import has_global_hooks, input_key, is_eager
 
-__all__ = ['DEPENDS', 'NotCompiled', 'functorch_config', 'reason_of', 'check_compilable', 'is_eager_forced',
-           'note_misread', 'kind_of', 'running_fits', 'CompiledForward', 'CompileCallback']
+__all__ = ['DEPENDS', 'MISREAD', 'running_fits', 'NotCompiled', 'functorch_config', 'reason_of', 'check_compilable',
+           'note_misread', 'kind_of', 'CompiledForward', 'CompileCallback']
 
 COMPILERS = dict(linux='g++ (such as `apt install g++`)', darwin="Xcode's tools (`xcode-select --install`)",
                  win32="Visual Studio's Build Tools with C++")
 DEPENDS = 'its state changes, or it depends on more than its input'
+MISREAD = "oneDNN's kernels compute one of its convolutions wrongly"
 running_fits = weakref.WeakKeyDictionary()  # by Learner: `CompilePredictions` compiles only outside a fit
 LOCK = threading.RLock()  # compiling changes settings of the process: log level, warnings, PyTorch's configuration
 
@@ -57,16 +58,16 @@ def check_compilable(model, modules, fp32_layers):
     if fp32_layers: raise NotCompiled('some of its layers are kept in fp32')
 
 
-def is_eager_forced() -> bool:
+def _is_eager_forced() -> bool:
     "True within `torch.compiler.set_stance('force_eager')`."
     return torch._dynamo.eval_frame._stance.stance == 'force_eager'
 
 
 def note_misread(model, misread):
-    "Context manager that appends to `misread`, for each convolution, if oneDNN's kernel may compute it wrongly."
+    "Context manager that appends, for each padded convolution that runs, to `misread` whether it `is_misread`."
     def _note(m, forward):
         def _forward(x, *args, **kwargs):
-            misread.append(m.transposed and x.is_cpu or is_misread(m, x))  # a transposed one: by its output's size
+            misread.append(is_misread(m, x, *args, **kwargs))
             return forward(x, *args, **kwargs)
         return _forward
     return ForwardPatch([m for m in model.modules() if pads_in_kernel(m)], _note)
@@ -191,7 +192,7 @@ class CompileCallback(Callback):
     quiet = False  # True while `format_find` measures
     reason, seconds = '', None  # Why the model is not compiled; seconds that the last compilation took
 
-    def trust(self): "The model's weights were moved, but not changed."
+    def trust(self): "Called after the model's weights were moved, but not changed."
 
     @property
     def fp32_layers(self): return getattr(getattr(self.learn, 'mixed_precision', None), 'fp32_layers', ())
@@ -199,7 +200,11 @@ class CompileCallback(Callback):
     def before_batch(self):
         self.leave()
         if not self.takes_part() or not isinstance(self.model, nn.Module): return
-        def _wrap(m, forward): return lambda *args, **kwargs: self.run_model(forward, *args, **kwargs)
+        def _wrap(m, forward):
+            def _forward(*args, **kwargs):
+                if has_global_hooks() or _is_eager_forced(): return forward(*args, **kwargs)
+                return self.run_model(forward, *args, **kwargs)
+            return _forward
         self._patch = ForwardPatch([self.model], _wrap)
         self._patch.apply()
 

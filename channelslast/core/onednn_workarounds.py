@@ -67,9 +67,17 @@ def misreads_padding(
     return n == 3 and 1 < s[0] < p[0] and i[0] < k[0] + s[0]
 
 
-def is_misread(m, x, size=None) -> bool:
-    "True if oneDNN may compute this call of a layer that `pads_in_kernel` wrongly. `size`: see `misreads_padding`."
-    if size is None: size = x.shape[-len(m.kernel_size):]
+def _padded_size(m, x, output_size=None) -> list:
+    "Size of the tensor that a layer pads: its input; of a transposed convolution, which crops, its output."
+    n = len(m.kernel_size)
+    if not m.transposed: return x.shape[-n:]
+    dims = zip(x.shape[-n:], m.stride, m.padding, m.dilation, m.kernel_size, m.output_padding)
+    return output_size[-n:] if output_size else [(i - 1)*s - 2*p + d*(k - 1) + o + 1 for i, s, p, d, k, o in dims]
+
+
+def is_misread(m, x, output_size=None) -> bool:
+    "True if oneDNN may compute this call of a layer that `pads_in_kernel` wrongly."
+    size = _padded_size(m, x, output_size)
     half = torch.is_autocast_enabled('cpu') or x.dtype in (torch.bfloat16, torch.float16)
     return x.device.type == 'cpu' and misreads_padding(m.kernel_size, m.stride, _zeros_per_side(m)[::-2], size, half)
 
@@ -92,12 +100,9 @@ def crop_last(m, forward):
     """`forward` of a transposed convolution that crops its output by slicing if the kernel `misreads_padding`. Its
     weight gradient is that of a convolution from its output to its input."""
     def _forward(x, output_size=None):
-        n = len(m.kernel_size)
-        dims = zip(x.shape[-n:], m.stride, m.padding, m.dilation, m.kernel_size, m.output_padding)
-        size = output_size[-n:] if output_size else [(i - 1)*s - 2*p + d*(k - 1) + o + 1 for i, s, p, d, k, o in dims]
-        if not is_misread(m, x, size): return forward(x, output_size)
+        if not is_misread(m, x, output_size): return forward(x, output_size)
         crop = [-p for p in _zeros_per_side(m)]
-        if output_size: output_size = [o + 2*p for o, p in zip(size, m.padding)]
+        if output_size: output_size = [o + 2*p for o, p in zip(_padded_size(m, x, output_size), m.padding)]
         return pad(_run_unpadded(m, forward, x, output_size), crop)
     return _forward
 

@@ -86,12 +86,12 @@ def _frozen(opt) -> tuple:
     return sum(p.numel() for p in ps if not p.requires_grad), sum(p.numel() for p in ps)
 
 
-def _notes(learn, bs, used) -> list:
+def _notes(learn, bs, used, wrapped) -> list:
     "Sentences on how the measured step differs, or may differ, from steps of a later fit."
-    notes, left_out = [], [type(o).__name__ for o in learn.cbs if type(o).__name__ in MULTI_DEVICE]
+    notes = []
     if used != bs:
         notes.append(f'Measured on {used} of the {bs} items of each batch: contiguous fp32 has no memory for more.')
-    if left_out: notes.append(f'Measured in one process on one device, without `{left_out[0]}` and its communication.')
+    if wrapped: notes.append(f'Measured in one process on one device, without `{wrapped[0]}` and its communication.')
     if fit_device(learn).type == 'cuda' and not torch.backends.cudnn.benchmark:
         notes.append('Measured with `torch.backends.cudnn.benchmark = False`. Measure again if you set it to True: '
                      'cuDNN then chooses other kernels.')
@@ -102,7 +102,7 @@ def _measure(learn, precisions=None, formats=None, num_it=None, layers=True, tra
              optimizer=True, **scaler) -> tuple: # `FormatTimings`; the best candidate's compiled callback, or None
     "Measure, as documented in `format_find`."
     loader = _checked_loader(learn, train, num_it, dl, compile, optimizer)
-    wrapped = [type(o).__name__ for o in learn.cbs if type(o).__name__ in MULTI_DEVICE]
+    wrapped = [type(o).__name__ for o in learn.cbs if type(o).__name__ in MULTI_DEVICE]  # callbacks that wrap the model
     rounds, extra_rounds = (MAX_ROUNDS, EXTRA_ROUNDS) if num_it is None else (num_it, 0)
     pairs, current = broadcast_from_rank0(_pairs(fit_device(learn), formats, precisions)), current_setting(learn, train)
     current = *current[:3], current[3] and compile  # otherwise it is not measured
@@ -138,7 +138,7 @@ def _measure(learn, precisions=None, formats=None, num_it=None, layers=True, tra
     rows = {c: c.timing(fastest(benchmark.own_ms or candidates[0].ms)) for c in candidates}
     result = FormatTimings(rows.values(), rows[decision.best], max(TIE, decision.max_gain), loader_ms, layer_timings,
                            rows.get(decision.rival), benchmark.optimizer_ms, advice, train, frozen,
-                           [*filter(None, [note]), *_notes(learn, bs, benchmark.bs)], benchmark.fused_ms,
+                           [*filter(None, [note]), *_notes(learn, bs, benchmark.bs, wrapped)], benchmark.fused_ms,
                            benchmark.fused is not None, memory_gain, current)
     best = candidates[broadcast_from_rank0(candidates.index(decision.best))]
     compiled = best.compile  # for the Learner: it is not compiled again

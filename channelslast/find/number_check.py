@@ -150,9 +150,7 @@ class Comparison:
         or a product that differs from contiguous fp32's by more than rounding explains. The baseline's step is replayed
         with the candidate's values, since rounding alone drives gradients of deep networks far apart."""
         loss, grads, record = self.step(c, Record)
-        c.loss_diff = abs(loss - self.baseline_loss)/(abs(self.baseline_loss) or 1)
-        pairs = ((a, b) for a, b in _pairs(grads, self.baseline_grads) if a is not None)
-        c.grad_diff = _norm(a - b.to(a.device) for a, b in pairs)/(self.grad_norm or 1)
+        self.set_differences(c, loss, grads)
         if not math.isfinite(loss): raise Eliminated('loss is not finite')
         name = not_finite(zip(self.params, grads))
         if name: raise Eliminated(f'gradient of {name} is not finite')
@@ -162,6 +160,11 @@ class Comparison:
             raise Eliminated('numbers differ from contiguous fp32 (loss)')
         if wrong: raise Eliminated(f'numbers differ from contiguous fp32 (result of {wrong[0]})')
         return record, replayed, _errors(grads, replayed)
+
+    def set_differences(self, c, loss, grads):
+        c.loss_diff = abs(loss - self.baseline_loss)/(abs(self.baseline_loss) or 1)
+        pairs = ((a, b) for a, b in _pairs(grads, self.baseline_grads) if a is not None)
+        c.grad_diff = _norm(a - b.to(a.device) for a, b in pairs)/(self.grad_norm or 1)
 
     def large_errors(self, c, errors) -> list:
         "Pairs `(parameter name, error)` of gradients that differ by more than the tolerance."
@@ -194,7 +197,7 @@ def check_numbers(
     callbacks, # Of the Learner, without format and precision
     batch,
     restore_tensors, # Restores weights, buffers and optimizer state
-) -> bool: # True if the model has a loss only in training mode
+):
     """Set `loss_diff` and `grad_diff`. Eliminate candidates whose numbers differ from contiguous fp32's by more than
     rounding explains, or with which a metric fails."""
     restore_modes = _modes(learn.model)
@@ -211,7 +214,6 @@ def check_numbers(
     learn.model.zero_grad(set_to_none=True)
     if in_training_mode: restore_tensors()
     restore_modes()
-    return in_training_mode
 
 
 def check_compiled(
@@ -219,37 +221,29 @@ def check_compiled(
     compiled, eager, baseline, # `Candidate`s: one compiled, the same one uncompiled, contiguous fp32
     callbacks, # Of the Learner, without format and precision
     batch,
-    training:bool, # In training mode without dropout? Otherwise in eval mode, which amplifies rounding errors less
 ):
     """Set `loss_diff` and `grad_diff` of the compiled candidate. Eliminate it if its numbers differ from the uncompiled
-    one's by more than rounding explains: up to the tolerance, or three times as far as that one's move when its input
-    is rounded."""
+    one's by more than rounding explains: the tolerance, or three times the change that rounding the input makes. In
+    training mode, running statistics change."""
     restore_modes, comparison = _modes(learn.model), Comparison(learn, baseline, callbacks, batch)
-    _set_mode(learn.model, training)
+    # sets eval mode, which amplifies rounding less than training mode, where the model has a loss there
+    baseline.run_or_eliminate(learn, comparison.run_baseline)
     precision = comparison.precision_of(compiled)
-    def _step(c, batch=batch):
-        comparison.batch = batch
-        return comparison.step(c, lambda model: nullcontext())[:2]
-    def _run():
+    def _step(c): return comparison.step(c, lambda model: nullcontext())[:2]
+    def _check():
         for _ in range(3): loss, grads = _step(compiled)  # the first step runs uncompiled, the second one compiles
         if compiled.compile.reason: raise Eliminated(f'not compiled: {compiled.compile.reason}')
         if not compiled.compile.fits: raise Eliminated('not compiled: the code did not fit the same batch again')
-        return loss, grads
-    def _check():
-        (loss, grads), (eager_loss, eager_grads), (exact_loss, exact_grads) = found, _step(eager), _step(baseline)
-        norm = _norm(g for g in exact_grads if g is not None) or 1
-        compiled.loss_diff = abs(loss - exact_loss)/(abs(exact_loss) or 1)
-        compiled.grad_diff = _norm(a - b for a, b in _pairs(grads, exact_grads) if a is not None)/norm
-        limit = TOLERANCE[precision]
-        if not abs(loss - eager_loss) <= limit.loss*(abs(eager_loss) or 1):
+        comparison.set_differences(compiled, loss, grads)
+        eager_loss, eager_grads = _step(eager)
+        if not abs(loss - eager_loss) <= TOLERANCE[precision].loss*(abs(eager_loss) or 1):
             raise Eliminated('numbers differ when compiled (loss)')
-        rounded = perturb(batch, ROUNDING[precision], torch.Generator(fit_device(learn)).manual_seed(0))
-        rounding = _errors(_step(eager, rounded)[1], eager_grads)
-        for (n, p), e, r in zip(comparison.params.items(), _errors(grads, eager_grads), rounding):
-            if not e <= max(limit.vector if p.dim() < 2 else limit.weight, ROUNDING_FACTOR*r):
+        comparison.batch = perturb(batch, ROUNDING[precision], torch.Generator(fit_device(learn)).manual_seed(0))
+        rounding = dict(zip(comparison.params, _errors(_step(eager)[1], eager_grads)))
+        for n, e in comparison.large_errors(compiled, _errors(grads, eager_grads)):
+            if not e <= ROUNDING_FACTOR*rounding[n]:
                 raise Eliminated(f'numbers differ when compiled (gradient of {n})')
-    found = compiled.run_or_eliminate(learn, _run)
-    if found: compiled.run_or_eliminate(learn, _check)
+    compiled.run_or_eliminate(learn, _check)
     compiled.compile.forget(keep_reason=True)  # this code was for these modes
     learn.model.zero_grad(set_to_none=True)
     restore_modes()

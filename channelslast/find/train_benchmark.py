@@ -16,7 +16,7 @@ from fastcore.foundation import L
 from ..compile.compile_training import CompileTraining
 from ..core.autocast import DTYPES
 from ..core.devices import elapsed_ms, fit_device, free_memory, is_out_of_memory, synchronize, unwrap_model
-from ..core.distributed import broadcast_from_rank0, gather_from_ranks
+from ..core.distributed import broadcast_from_rank0, gather_from_ranks, is_single_process
 from ..core.glibc_malloc import memory_is_default, page_faults, set_memory
 from ..core.nested_tensors import first_half, leaves_of, tensors_of
 from ..learner.fused_optimizer import FusedOptimizer
@@ -233,8 +233,7 @@ class TrainBenchmark:
     def check_numbers(self):
         "Eliminate candidates whose numbers are wrong."
         with torch.compiler.set_stance('force_eager'):  # each eval-mode variant would use up one of few recompilations
-            self.compared_in_training_mode = check_numbers(self.learn, self.candidates, self.callbacks,
-                                                           self.compared_batch, self.restore_tensors)
+            check_numbers(self.learn, self.candidates, self.callbacks, self.compared_batch, self.restore_tensors)
 
     @property
     def compared_batch(self):
@@ -250,8 +249,7 @@ class TrainBenchmark:
         eager = self.candidates[broadcast_from_rank0(self.candidates.index(eager))]
         compiled = Candidate(eager.memory_format, eager.base_precision, scaler, compile=CompileTraining)
         self.candidates.append(compiled)
-        check_compiled(self.learn, compiled, eager, self.candidates[0], self.callbacks, self.batches[0],
-                       self.compared_in_training_mode)
+        check_compiled(self.learn, compiled, eager, self.candidates[0], self.callbacks, self.batches[0])
         self.restore_tensors()
         for _ in range(3):  # compiles the training mode's code
             if compiled.running: self.timed_step(compiled)
@@ -312,7 +310,7 @@ class TrainBenchmark:
         if alone: self.callbacks.append(self.skip)
 
     def use_optimizer(self, opt):
-        "Switch to one of `optimizers`. Gradients become what it leaves after a step: none if fused, otherwise zeros."
+        "Switch to one of `optimizers`, and its gradients between steps: None if it is fused, otherwise zeros."
         if isinstance(opt, FusedOptimizer): self.learn.model.zero_grad(set_to_none=True)
         elif isinstance(self.learn.opt, FusedOptimizer): self.learn.opt.fill_gradients()
         self.learn.opt, self.skip.ms = opt, self.optimizers[opt]
@@ -326,10 +324,9 @@ class TrainBenchmark:
 
     def time_kept_memory(self, c) -> float: # None where it can't be measured, or where there is nothing to gain
         """How many times as fast a candidate's steps are with `keep_memory()`. Both settings alternate, and each has
-        one step to warm up. The process then has glibc's default again, as `set_memory` explains: a process whose steps
-        get no memory from the system is left alone."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()  # ranks may differ
-        if self.device.type != 'cpu' or distributed or not memory_is_default(): return None
+        one step to warm up. Afterwards the process has the thresholds of `set_memory(False)`. A process whose steps get
+        no memory from the system is left alone. Not in distributed runs, where page faults differ between ranks."""
+        if self.device.type != 'cpu' or not is_single_process() or not memory_is_default(): return None
         self.callbacks = [o for o in self.callbacks if not isinstance(o, SkipOptimizer)]  # it takes memory, too
         def _ms(n=2):
             c.activate(self.learn, self.callbacks)
