@@ -482,7 +482,7 @@ def test_cudnns_flag_is_said(fake, monkeypatch):
     monkeypatch.setattr(sys.modules['channelslast.find.format_find'], 'free_memory', lambda d: None)
     for kind, benchmark in ('cuda', False), ('cuda', True), ('cpu', False):
         with less_random(benchmark=benchmark):
-            notes = sys.modules['channelslast.find.format_find']._notes(learner(), 8, 8)
+            notes = sys.modules['channelslast.find.format_find']._notes(learner(), 8, 8, wrapped=[])
         assert bool(notes) == (kind == 'cuda' and not benchmark)
 
 
