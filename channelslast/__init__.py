@@ -1,5 +1,9 @@
 "Train and predict faster with fastai in PyTorch's channels-last memory format, with the same numbers up to rounding."
-from fastai.learner import Learner as _Learner
+import warnings as _warnings
+
+with _warnings.catch_warnings():
+    _warnings.filterwarnings('ignore', r'`torch\.jit\.script', FutureWarning)  # fastai calls it when it is imported
+    from fastai.learner import Learner as _Learner
 
 from .core.glibc_malloc import keep_memory
 from .core.random_state import less_random

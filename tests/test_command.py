@@ -12,7 +12,6 @@ from PIL import Image
 
 from channelslast import __main__ as command, keep_memory
 from channelslast.command import demo, reference_timing
-from channelslast.find.candidates import current_setting
 from channelslast.find.layer_timing import LayerTiming
 from channelslast.find.results import FormatTimings, Timing
 from channelslast.compile import compiled_forward
@@ -28,7 +27,7 @@ def run(monkeypatch, capsys, *args):
     return code, *capsys.readouterr()
 
 
-def table(out): return re.findall(r'^ *(contiguous|channels last) +([\w+]+) +([\d.]+) +([\d.]+)× +([\d.]+)% +(\d+)$', out, re.M)
+def table(out): return re.findall(r'^ *(contiguous|channels last) +([\w+]+) +([\d.]+) +([\d.]+)× +(\d+)$', out, re.M)
 
 
 @pytest.fixture
@@ -42,8 +41,7 @@ def images(tmp_path):
 
 
 def test_main_job_as_typed(machine):
-    """All trainings learn, contiguous fp32 and channels last among them. The output is not a terminal. (With the default
-    size and epochs, accuracy reaches 95%: see the README.)"""
+    "All trainings learn, contiguous fp32 and channels last among them. The output is not a terminal."
     typed = ['-m', 'channelslast']
     if machine != 'native': typed = ['-c', "import runpy; from channelslast.core import devices; devices.autocast_is_fast = lambda d, o: "
                                      f"o.value in {machine.split(',')}; runpy.run_module('channelslast', run_name='__main__')"]
@@ -52,11 +50,12 @@ def test_main_job_as_typed(machine):
     assert out.returncode == 0, out.stderr
     rows = table(out.stdout)
     assert rows[0][:2] == ('contiguous', 'fp32') and rows[0][3] == '1.00' and rows[1][0] == 'channels last' and len({r[:2] for r in rows}) == len(rows) < 4
-    assert all((float(r[4]) > 60 or epochs == 1) and int(r[5]) > 0 for r in rows)
+    assert all(int(r[4]) > 0 for r in rows)
     assert re.search(r'^(Keep contiguous fp32: |Use .*: [\d.]+× as fast as contiguous fp32 |Undecided: (keep|use) )', out.stdout, re.M)
-    assert len(re.findall(r'^epoch [012], train_loss [\d.]+, valid_loss [\d.]+, accuracy [\d.]+, time \S+$', out.stdout, re.M)) == epochs*len(rows)
+    accuracies = [float(o) for o in re.findall(r'^epoch [012], train_loss [\d.]+, valid_loss [\d.]+, accuracy ([\d.]+), time \S+$', out.stdout, re.M)]
+    assert len(accuracies) == epochs*len(rows) and (epochs == 1 or min(accuracies[epochs - 1::epochs]) > 0.6)
     assert not re.search(r'[\x00-\x08\x0b-\x1f\x7f]', out.stdout + out.stderr)
-    assert out.stdout.splitlines()[-1].startswith(('Keep ', 'Train with '))
+    assert re.match(r'Keep contiguous fp32: |learn\.to_fastest\(', out.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize('arch', ['squeezenet1_1', 'test_resnet'], ids=['torchvision', 'timm'])
@@ -78,24 +77,20 @@ def test_what_is_trained(rows, best, trained):
     assert demo.to_train(FormatTimings(ROWS[:rows], ROWS[best], 0., 0.)) == [ROWS[i] for i in trained]
 
 
+THIS_LINE = 'In your code, this line measures your Learner and switches it to the fastest:\n'
+
+
 @pytest.mark.parametrize('best, gain, says', [
-    (0, 1.5, 'Keep contiguous fp32 for training: nothing else was more than 2% faster here. Predict with `learn.to_fastest(train=False)`: 1.50× as fast as contiguous fp32.'),
-    (0, 1.01, 'Keep contiguous fp32 for training: nothing else was more than 2% faster here.'),
-    (1, 1.01, 'Train with `learn.to_channelslast(to_fp16=False)`: 1.11× as fast as contiguous fp32 here, with 98.0% accuracy instead of 97.0%.'),
-    (2, 1.01, "`learn.to_channelslast(amp_mode='bf16')`: 1.67×"), (3, 1.01, "`learn.to_channelslast(amp_mode='bf16').to_contiguous()`: 2.00×"),
-    (5, 1.01, '`learn.to_fastest()`: 2.00×')])
-def test_the_closing_sentence(best, gain, says):
-    all_rows = [*ROWS, Timing('channels_last', 'bf16+fp32', 5., 2.)]
-    rows = [dict(timing=r, ms=r.ms, accuracy=0.98 if i else 0.97) for i, r in enumerate(all_rows) if i in (0, best)]
-    fold = Timing('channels_last', 'fp32', 1., gain)
-    assert says in demo.advice(rows, FormatTimings([fold], fold, 0., 0.))
-
-
-def test_the_lines_that_it_names_do_that(has):
-    has('fp16', 'bf16')
-    for kind, line in demo.LINES.items():
-        exec(line, dict(learn=(learn := learner())))
-        assert current_setting(learn)[:2] == kind
+    (0, 1.01, 'Keep contiguous fp32: nothing else was more than 2% faster here.'),
+    (0, 1.5, 'Keep contiguous fp32 for training: nothing else was more than 2% faster here.\nPredictions in channels last, fp32, folded: 1.50× as fast '
+             'as contiguous fp32.\n' + THIS_LINE + 'learn.to_fastest(train=False)'),
+    (2, 1.01, 'Training in channels last, bf16: 1.67× as fast as contiguous fp32.\n' + THIS_LINE + 'learn.to_fastest()'),
+    (1, 1.5, 'Training in channels last, fp32: 1.11× as fast as contiguous fp32.\nPredictions in channels last, fp32, folded: 1.50× as fast as contiguous '
+             'fp32.\n' + THIS_LINE + 'learn.to_fastest()  # before predicting: learn.to_fastest(train=False)')])
+def test_the_last_line_is_the_code_to_copy(best, gain, says):
+    rows = [dict(timing=r, ms=r.ms) for i, r in enumerate(ROWS) if i in (0, best)]
+    fold = Timing('channels_last', 'fp32', 1., gain, folded=True)
+    assert demo.advice(rows, FormatTimings([fold], fold, 0., 0.)) == says
 
 
 def test_bench(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """`channelslast bench`: compare the candidate that `format_find` picks with the fastest one according to an
 independent, longer measurement."""
 import sys
+import warnings
 from functools import partial
 
 import pandas as pd
@@ -54,6 +55,8 @@ def main(
         try: build(n, 10, size or 64)  # report a wrong name before anything is measured
         except UsageError: raise
         except Exception: pass  # other errors go into the model's row
+    # fastai's own `to_channelslast`, which is measured too, warns in each fit on a CPU
+    warnings.filterwarnings('ignore', module=r'fastai\.callback\.fp16')
     machine = versions(device)
     memory_can_be_kept = keep_memory(False)
     if memory_can_be_kept: machine += ', `keep_memory()`'
