@@ -1,4 +1,4 @@
-"""Run the notebooks and store their outputs: `python -m tests.notebooks [name …]`. It also writes the README's charts."""
+"""Run the notebooks and store their outputs: `python -m tests.notebooks [name …]`. It also writes the README's picture."""
 import base64
 import re
 import sys
@@ -8,7 +8,7 @@ import nbformat
 from nbclient import NotebookClient
 
 folder = Path(__file__).parent.parent/'nbs'
-charts = [folder/'candidates.png', folder/'panel.png']  # the first plots of 05_benchmarks, shown in the README
+picture = folder/'memory_format.png'  # the first plot of index, shown in the README
 
 # stored outputs must not contain paths of the machine that ran them, or progress bars
 PATH = re.compile(r'(?<![\w.:/])(/(?!/)(?:[\w.+-]+/)+[\w.+-]+|[A-Za-z]:\\\w+)')
@@ -56,8 +56,7 @@ def main(names):
         NotebookClient(nb, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(folder)}}).execute()
         tidy(nb)
         nbformat.write(nb, path)
-        if path.stem == '05_benchmarks':
-            for chart, plot in zip(charts, plots(nb)): chart.write_bytes(plot)
+        if path.stem == 'index': picture.write_bytes(plots(nb)[0])
         print(path.name, *problems(nb), sep='\n  ')
 
 

@@ -78,10 +78,15 @@ def test_requirements_are_the_three():
     assert [o.split('>=')[0] for o in cfg['DEFAULT']['requirements'].split()] == ['torch', 'fastai', 'fastcore']
 
 
+def test_the_command_greets_without_warnings():
+    out = subprocess.run([sys.executable, '-m', 'channelslast', '--help'], capture_output=True, text=True, check=True, cwd=root)
+    assert out.stdout.startswith('usage:') and 'Warning' not in out.stderr
+
+
 def test_top_level():
     "Only the entries of the design and those that packaging needs."
     allowed = {'channelslast', 'tests', 'nbs', 'settings.ini', 'setup.py', 'README.md', 'LICENSE', 'MANIFEST.in', 'CHANGELOG.md'}
-    built = 'build', 'dist', '__pycache__'
+    built = 'build', 'dist', 'site', '__pycache__'
     assert {o.name for o in root.iterdir() if not o.name.startswith('.') and o.suffix != '.egg-info' and o.name not in built} <= allowed
 
 

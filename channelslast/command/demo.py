@@ -67,7 +67,7 @@ def advice(rows, predictions) -> str:
     nothing = f'nothing else was more than {TIE:.0%} faster here.'
     if not faster: return f'Keep contiguous fp32: {nothing}'
     texts = [] if 'Training' in faster else [f'Keep contiguous fp32 for training: {nothing}']
-    texts += [f'{k} in {label(timing)}: {gain:.2f}× as fast as contiguous fp32.' for k, (gain, timing) in faster.items()]
+    texts += [f'{k} in {label(o)}: {gain:.2f}× as fast as contiguous fp32.' for k, (gain, o) in faster.items()]
     lines = {'Training': 'learn.to_fastest()', 'Predictions': 'learn.to_fastest(train=False)'}
     code = '  # before predicting: '.join(lines[k] for k in faster)
     return '\n'.join([*texts, 'In your code, this line measures your Learner and switches it to the fastest:', code])
