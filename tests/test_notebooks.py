@@ -1,5 +1,6 @@
 "The stored outputs of the notebooks, and the README's code. (pytest runs the notebooks themselves through nbmake.)"
 import re
+from configparser import ConfigParser
 from io import BytesIO
 
 import nbformat
@@ -9,7 +10,7 @@ from PIL import Image
 from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, Learner, Resize, noop, resnet50
 
 import channelslast
-from .notebooks import folder, picture, plots, problems, tidy
+from .notebooks import folder, picture, plots, problems, text, tidy
 
 PAGES = sorted(folder.glob('*.ipynb'))
 
@@ -84,6 +85,13 @@ def test_the_reference_is_complete():
     methods = {k for k, v in vars(Learner).items() if getattr(v, '__module__', '').startswith('channelslast')} - {'one_batch', '_do_fit'}
     assert methods == {'to_channelslast', 'to_contiguous', 'to_fp16', 'to_bf16', 'load', 'format_summary', 'format_find', 'to_fastest'}
     for name in [*channelslast.__all__, *(f'Learner.{m}' for m in methods)]: assert f'show({name}' in shown, name
+
+
+def test_the_reference_is_of_this_version():
+    cfg = ConfigParser(delimiters=['='])
+    cfg.read(folder.parent/'settings.ini', encoding='utf-8')
+    printed = {v for c in cells(page('06_reference'), 'code') for o in c.outputs for v in re.findall(r'channelslast (\d+\.\S+)', text(o))}
+    assert printed == {cfg['DEFAULT']['version']}, 'run `pip install -e .` and `python -m tests.notebooks 06_reference`'
 
 
 @pytest.fixture
