@@ -106,6 +106,11 @@ def fake_steps(monkeypatch, key_of, *modules):
     return _fake
 
 
+def names_library(pickled) -> bool:
+    "True if the bytes name one of this package's modules. A path may: the checkout or its environment."
+    return bool(re.search(rb'channelslast(?![/\\])', pickled))
+
+
 def convnet(c=3, n=4):
     return nn.Sequential(nn.Conv2d(c, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.ReLU(),
                          nn.Conv2d(16, 16, 3, groups=16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, n))
