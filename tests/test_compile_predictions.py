@@ -354,6 +354,7 @@ def test_threads(compilations):
     for t in threads: t.start()
     for t in threads: t.join()
     for a, b in zip(found, expected): torch.testing.assert_close(a, b)
+    assert not any(o.compile_predictions.reason for o in learns)  # no hooks of the other's trace were compiled
     assert logging.root.manager.disable == level and warnings.filters == filters
 
 

@@ -5,6 +5,7 @@ import pickle
 import random
 import subprocess
 import sys
+import threading
 import warnings
 import weakref
 from copy import copy, deepcopy
@@ -266,6 +267,29 @@ def test_random_states_and_passes():
 
 
 @pytest.mark.filterwarnings('ignore:.*stays unfolded')
+def test_a_module_of_another_thread_ends_while_the_pass_is_traced():
+    started, tracing = threading.Event(), threading.Event()
+    class Other(nn.Module):
+        def forward(self, x):
+            started.set()
+            assert tracing.wait(10)
+            return x
+    class First(nn.Module):
+        def forward(self, x):
+            tracing.set()
+            thread.join()
+            return x
+    other = Other()
+    other.register_forward_hook(lambda *args: None)  # PyTorch then looks for hooks on all modules when it ends
+    thread = threading.Thread(target=other, args=(torch.ones(1),))
+    thread.start()
+    assert started.wait(10)
+    learn = learner(shake(nn.Sequential(First(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))))
+    learn.add_cb(FoldBatchNorm())
+    learn.get_preds()
+    assert (learn.fold_batch_norm.folded, learn.fold_batch_norm.found) == (1, 1)
+
+
 def test_a_pass_that_fails(monkeypatch):
     "Only the folded pass fails."
     def _fail(*args):

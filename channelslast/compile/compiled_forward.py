@@ -2,7 +2,6 @@
 import gc
 import logging
 import sys
-import threading
 import time
 import warnings
 import weakref
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
 from ..core.devices import torch_version
+from ..core.module_hooks import LOCK
 from ..core.nested_tensors import map_tensors, tensors_of
 from ..core.onednn_workarounds import is_misread, pads_in_kernel
 from ..core.undo import ForwardPatch
@@ -31,7 +31,6 @@ COMPILERS = dict(linux='g++ (such as `apt install g++`)', darwin="Xcode's tools 
 DEPENDS = 'its state changes, or it depends on more than its input'
 MISREAD = "oneDNN's kernels compute one of its convolutions wrongly"
 running_fits = weakref.WeakKeyDictionary()  # by Learner: `CompilePredictions` compiles only outside a fit
-LOCK = threading.RLock()  # compiling changes settings of the process: log level, warnings, PyTorch's configuration
 
 
 class NotCompiled(Exception):

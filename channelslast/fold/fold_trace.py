@@ -7,9 +7,9 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..core.module_hooks import module_hooks
 from ..core.nested_tensors import tensors_of
 
 __all__ = ['WEIGHTS', 'STATISTICS', 'HOOKS', 'Pair', 'Cast', 'ForwardTrace', 'memory_ref', 'layer_tensors',
@@ -80,12 +80,12 @@ class ForwardTrace(TorchDispatchMode):
         self.shown, self.writes, self.found = set(), False, 0  # `shown`: memory of tensors that users' hooks got
 
     def __enter__(self):
-        self._handles = [hooks.register_module_forward_pre_hook(self._enter_module),
-                         hooks.register_module_forward_hook(self._leave_module, with_kwargs=True, always_call=True)]
+        self._hooks = module_hooks(self._enter_module, self._leave_module, with_kwargs=True)
+        self._hooks.__enter__()
         return super().__enter__()
 
     def __exit__(self, *exc):
-        for h in self._handles: h.remove()
+        self._hooks.__exit__(*exc)
         return super().__exit__(*exc)
 
     def _enter_module(self, m, args):

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.memory_format import can_be_channels_last
+from ..core.module_hooks import module_hooks
 from ..core.nested_tensors import tensors_of
 
 __all__ = ['Conversion', 'FormatTrace', 'layout_of']
@@ -124,15 +124,15 @@ class FormatTrace(TorchDispatchMode):
         self.past = {_ref(t): Past(o == 'channels_last', o == 'channels_last', False) for t, o in zip(tensors, layouts)}
 
     def __enter__(self):
-        self._handles = [hooks.register_module_forward_pre_hook(self._enter_module),
-                         hooks.register_module_forward_hook(self._leave_module, always_call=True)]
+        self._hooks = module_hooks(self._enter_module, self._leave_module)
+        self._hooks.__enter__()
         self._note_owner()
         # otherwise CUDA's backward pass runs in a thread of its own, with its own sequence numbers
         self._threads = torch.autograd.set_multithreading_enabled(False)
         return super().__enter__()
 
     def __exit__(self, *exc):
-        for h in self._handles: h.remove()
+        self._hooks.__exit__(*exc)
         self._threads.__exit__(*exc)
         return super().__exit__(*exc)
 
