@@ -266,7 +266,6 @@ def test_random_states_and_passes():
     assert learn.fold_batch_norm.folded == 3 and all(relative_error(a, b) < 1e-5 for a, b in zip(*got))
 
 
-@pytest.mark.filterwarnings('ignore:.*stays unfolded')
 def test_a_module_of_another_thread_ends_while_the_pass_is_traced():
     started, tracing = threading.Event(), threading.Event()
     class Other(nn.Module):
@@ -290,6 +289,7 @@ def test_a_module_of_another_thread_ends_while_the_pass_is_traced():
     assert (learn.fold_batch_norm.folded, learn.fold_batch_norm.found) == (1, 1)
 
 
+@pytest.mark.filterwarnings('ignore:.*stays unfolded')
 def test_a_pass_that_fails(monkeypatch):
     "Only the folded pass fails."
     def _fail(*args):

@@ -1,16 +1,16 @@
 "The stored outputs of the notebooks, and the README's code. (pytest runs the notebooks themselves through nbmake.)"
 import re
-from configparser import ConfigParser
 from io import BytesIO
 
 import nbformat
 import pytest
 import torch
 from PIL import Image
-from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, Learner, Resize, noop, resnet50
+from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, Learner, PILImage, Resize, noop, resnet50
 
 import channelslast
 from .notebooks import folder, picture, plots, problems, text, tidy
+from .test_package import settings
 
 PAGES = sorted(folder.glob('*.ipynb'))
 
@@ -88,10 +88,8 @@ def test_the_reference_is_complete():
 
 
 def test_the_reference_is_of_this_version():
-    cfg = ConfigParser(delimiters=['='])
-    cfg.read(folder.parent/'settings.ini', encoding='utf-8')
     printed = {v for c in cells(page('06_reference'), 'code') for o in c.outputs for v in re.findall(r'channelslast (\d+\.\S+)', text(o))}
-    assert printed == {cfg['DEFAULT']['version']}, 'run `pip install -e .` and `python -m tests.notebooks 06_reference`'
+    assert printed == {settings()['version']}, 'run `pip install -e .` and `python -m tests.notebooks 06_reference`'
 
 
 @pytest.fixture
@@ -106,15 +104,22 @@ def is_odd(i): return i % 2  # at the top level, since an export pickles it
 
 @pytest.mark.filterwarnings('ignore')
 def test_readme_runs(no_download, tmp_path, monkeypatch):
-    "Every fenced Python block runs, one after the other, as for a reader."
+    "Every fenced Python block runs, and then the calls in the sentences, one after the other, as for a reader."
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r'```python\n(.*?)```', (folder.parent/'README.md').read_text(encoding='utf-8'), re.S)
-    assert blocks
+    readme = (folder.parent/'README.md').read_text(encoding='utf-8')
+    blocks = re.findall(r'```python\n(.*?)```', readme, re.S)
+    calls = re.findall(r'`((?:assert )?(?:Learner\(|learn\.|dl=learn\.|from ).*?)`', readme.split('```python')[1].split('```', 1)[1])
+    assert len(blocks) + len(calls) >= 7, calls
     import numpy as np
     images = np.random.default_rng(0).integers(0, 255, (32, 40, 40, 3), np.uint8)
     dls = DataBlock((ImageBlock, CategoryBlock), get_items=noop, get_x=images.__getitem__, get_y=is_odd,
                     item_tfms=Resize(32)).dataloaders(range(32), bs=8, device=torch.device('cpu'), num_workers=0)
-    names = dict(dls=dls)
+    names = dict(dls=dls, files=[PILImage.create(o) for o in images[:4]], model=torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.LazyLinear(4)))
+    names['model'](torch.randn(1, 3, 32, 32))
     for block in blocks:
         exec(compile(block, 'README.md', 'exec'), names)
     assert not names['learn'].format_timings.train
+    for call in calls: exec(compile(call, 'README.md', 'exec'), names)
+    assert not names['learn'].format_timings.train
+    names['learn'].to_contiguous(to_fp32=True)
+    assert not hasattr(names['learn'], 'channels_last') and not hasattr(names['learn'], 'mixed_precision')

@@ -72,10 +72,14 @@ def test_ci_runs_the_readmes_command():
     assert line in (root/'.ci'/'run').read_text(encoding='utf-8')
 
 
-def test_requirements_are_the_three():
+def settings():
     cfg = ConfigParser(delimiters=['='])
     cfg.read(root/'settings.ini', encoding='utf-8')
-    assert [o.split('>=')[0] for o in cfg['DEFAULT']['requirements'].split()] == ['torch', 'fastai', 'fastcore']
+    return cfg['DEFAULT']
+
+
+def test_requirements_are_the_three():
+    assert [o.split('>=')[0] for o in settings()['requirements'].split()] == ['torch', 'fastai', 'fastcore']
 
 
 def test_the_command_greets_without_warnings():

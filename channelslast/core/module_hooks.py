@@ -6,7 +6,8 @@ from torch.nn.modules import module as hooks
 
 __all__ = ['LOCK', 'module_hooks']
 
-# for changes that all threads see: hooks on all modules, which the compiler would trace, and what it sets itself
+# Held while hooks on all modules exist, which a compilation in another thread would trace, and while a model compiles,
+# which changes settings of the process: log level, warnings, PyTorch's configuration.
 LOCK = threading.RLock()
 
 
