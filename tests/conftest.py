@@ -3,40 +3,57 @@ import re
 import pytest
 import torch
 from torch import nn
-from fastai.vision.all import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
+from fastai.vision.all import AMPMode, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
 
 from channelslast import less_random
 from channelslast.compile import compiled_forward
 from channelslast.core import devices
 from channelslast.find import train_benchmark
 
+UNAFFECTED = pytest.StashKey()  # the tests that did not ask which dtypes the machine accelerates
+
 collect_ignore = ['two_processes.py', 'conv_fuzz.py', 'notebooks.py']  # scripts, which doctest would import
 
 
 def pytest_addoption(parser):
     parser.addoption('--accelerates', default='native', help="pretend that the machine accelerates only these "
-                     "dtypes: 'bf16', 'fp16,bf16' or 'none'. 'native' (default) pretends nothing. Notebooks always run natively")
+                     "dtypes: 'bf16', 'fp16,bf16' or 'none'. 'native' (default) pretends nothing. 'other' is 'none' on a CPU "
+                     "that is fast in bf16, otherwise 'bf16', without the tests whose last native run did not ask for it. "
+                     "Notebooks always run natively")
 
 
 def pytest_configure(config):
     asked = config.getoption('accelerates')
-    if asked not in ('native', 'none') and not {*asked.split(',')} <= {'fp16', 'bf16'}:
-        raise pytest.UsageError(f"--accelerates {asked}: use native, none, fp16, bf16 or fp16,bf16")
+    if asked not in ('native', 'other', 'none') and not {*asked.split(',')} <= {'fp16', 'bf16'}:
+        raise pytest.UsageError(f"--accelerates {asked}: use native, other, none, fp16, bf16 or fp16,bf16")
+    if asked == 'other':
+        config.option.accelerates = 'none' if devices.autocast_is_fast('cpu', AMPMode.BF16) else 'bf16'
+        config.stash[UNAFFECTED] = {*config.cache.get('accelerates/unaffected', [])}
     config.addinivalue_line('markers', 'cuda: needs a CUDA GPU')
     config.addinivalue_line('markers', 'zoo: one test per architecture; without `-m zoo`, every tenth runs, and those marked `zoo(\'always\')`')
     config.option.nbmake, config.option.nbmake_timeout = True, 300  # each notebook in nbs/ runs as a test
     config.option.doctestmodules = True  # the examples in docstrings
 
 
+def deselect(config, items, left):
+    items[:] = [o for o in items if o not in left]
+    config.hook.pytest_deselected(items=[*left])
+
+
 def pytest_collection_modifyitems(config, items):
     if 'zoo' not in config.option.markexpr: # all would take a quarter of an hour, so run a fixed tenth
         zoo = [o for o in items if o.get_closest_marker('zoo') == pytest.mark.zoo.mark]  # not those marked `zoo('always')`
         left = {*zoo} - {*zoo[::10]} if len(zoo) > 10 else set()
-        items[:] = [o for o in items if o not in left]
-        config.hook.pytest_deselected(items=[*left])
+        deselect(config, items, left)
+    deselect(config, items, {o for o in items if o.nodeid in config.stash.get(UNAFFECTED, ())})
     if torch.cuda.is_available(): return
     for item in items:
         if item.get_closest_marker('cuda'): item.add_marker(pytest.mark.skip(reason='no CUDA GPU on this machine'))
+
+
+def pytest_sessionfinish(session):
+    if session.config.getoption('accelerates') == 'native':
+        session.config.cache.set('accelerates/unaffected', sorted(session.config.stash.get(UNAFFECTED, ())))
 
 
 ZOO = pytest.StashKey()
@@ -82,11 +99,21 @@ def usual_memory(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def machine(pytestconfig, has):
-    "Apply `--accelerates`. A test that calls `has` itself overrides it."
-    asked = pytestconfig.getoption('accelerates')
+def asks(pytestconfig, has, monkeypatch, request):
+    "Apply `--accelerates`, and list the test's calls of `autocast_is_fast`. A test that calls `has` itself overrides both."
+    asked, calls = pytestconfig.getoption('accelerates'), []
     if asked != 'native': has(*asked.replace('none', '').split(','))
-    return asked
+    real = devices.autocast_is_fast
+    monkeypatch.setattr(devices, 'autocast_is_fast', lambda *args: (calls.append(args), real(*args))[1])
+    yield calls
+    if not calls: pytestconfig.stash.setdefault(UNAFFECTED, set()).add(request.node.nodeid)
+
+
+@pytest.fixture
+def machine(pytestconfig, asks):
+    "The value of `--accelerates`, for a test that applies it in a process of its own."
+    asks.append('machine')
+    return pytestconfig.getoption('accelerates')
 
 
 def fake_steps(monkeypatch, key_of, *modules):
