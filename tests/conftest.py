@@ -28,7 +28,7 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--accelerates {asked}: use native, other, none, fp16, bf16 or fp16,bf16")
     if asked == 'other':
         config.option.accelerates = 'none' if devices.autocast_is_fast('cpu', AMPMode.BF16) else 'bf16'
-        config.stash[UNAFFECTED] = {*config.cache.get('accelerates/unaffected', [])}
+        if hasattr(config, 'cache'): config.stash[UNAFFECTED] = {*config.cache.get('accelerates/unaffected', [])}
     config.addinivalue_line('markers', 'cuda: needs a CUDA GPU')
     config.addinivalue_line('markers', 'zoo: one test per architecture; without `-m zoo`, every tenth runs, and those marked `zoo(\'always\')`')
     config.option.nbmake, config.option.nbmake_timeout = True, 300  # each notebook in nbs/ runs as a test
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_sessionfinish(session):
-    if session.config.getoption('accelerates') == 'native':
+    if session.config.getoption('accelerates') == 'native' and hasattr(session.config, 'cache'):  # not after -p no:cacheprovider
         session.config.cache.set('accelerates/unaffected', sorted(session.config.stash.get(UNAFFECTED, ())))
 
 
@@ -141,6 +141,9 @@ def names_library(pickled) -> bool:
 def convnet(c=3, n=4):
     return nn.Sequential(nn.Conv2d(c, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.ReLU(),
                          nn.Conv2d(16, 16, 3, groups=16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, n))
+
+
+REFUSED = '(Unsupported|UserError)'  # PyTorch's errors for it; the second one is that of 2.6
 
 
 class Breaks(nn.Module):

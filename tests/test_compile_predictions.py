@@ -2,6 +2,7 @@
 import gc
 import logging
 import pickle
+import re
 import threading
 import warnings
 from copy import deepcopy
@@ -14,8 +15,9 @@ from torch import nn
 
 from channelslast import CompilePredictions, FoldBatchNorm
 from channelslast.compile import compile_predictions, compiled_forward
+from channelslast.core.devices import torch_version
 from channelslast.find import predict_benchmark, train_benchmark
-from .conftest import Breaks, convnet, learner, loaders, names_library, shake
+from .conftest import REFUSED, Breaks, convnet, learner, loaders, names_library, shake
 from .test_channels_last import image_folder
 from .test_format_summary import same, state
 
@@ -158,7 +160,7 @@ class Writes(nn.Module):
         return self.net(x) + self.n
 
 
-@pytest.mark.parametrize('model, reason', [(Breaks, 'Unsupported'), (Counts, 'state'), (Writes, 'buffers')])
+@pytest.mark.parametrize('model, reason', [(Breaks, REFUSED), (Counts, 'state'), (Writes, 'buffers')])
 def test_models_that_cannot_be_compiled(model, reason):
     "They run as they are, with one warning."
     learn, twin = compiling(model()), None
@@ -289,7 +291,8 @@ def test_unet(compilations):
             preds = learn.get_preds()[0]
             torch.testing.assert_close(preds, expected)
             assert type(preds) is type(expected)
-    assert len(compilations) == 2 and learn.compile_predictions.compiled
+    if torch_version() >= (2, 7): assert len(compilations) == 2 and learn.compile_predictions.compiled
+    else: assert 'setattr' in learn.compile_predictions.reason  # PyTorch 2.6 can't compile it
     assert [h.removed for h in model.sfs] == hooks and vars(DynamicUnet)['__del__'].__module__.startswith('fastai')
 
 
@@ -342,6 +345,7 @@ def test_the_compiled_weights_are_freed():
     learn.get_preds()
     assert learn.compile_predictions.compiled and _alive() > before
     learn.remove_cb(CompilePredictions)
+    if torch_version() < (2, 7): pytest.xfail('PyTorch 2.6 keeps the constants')
     assert _alive() == before
 
 
@@ -437,7 +441,7 @@ def test_what_cannot_be_compiled_is_a_note(has, fake):
     learn = learner(Breaks(), loaders(n=16))
     t = find(learn)
     row, = [r for r in t.rows if r.compiled]
-    assert row.note.startswith('not compiled: Unsupported') and not row.valid and not t.best.compiled
+    assert re.match(f'not compiled: {REFUSED}', row.note) and not row.valid and not t.best.compiled
 
 
 def test_wrong_numbers_are_a_note(has, fake, monkeypatch):
