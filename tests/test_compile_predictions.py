@@ -2,7 +2,6 @@
 import gc
 import logging
 import pickle
-import re
 import threading
 import warnings
 from copy import deepcopy
@@ -441,7 +440,7 @@ def test_what_cannot_be_compiled_is_a_note(has, fake):
     learn = learner(Breaks(), loaders(n=16))
     t = find(learn)
     row, = [r for r in t.rows if r.compiled]
-    assert re.match(f'not compiled: {REFUSED}', row.note) and not row.valid and not t.best.compiled
+    assert row.note.startswith(f'not compiled: {REFUSED}') and not row.valid and not t.best.compiled
 
 
 def test_wrong_numbers_are_a_note(has, fake, monkeypatch):

@@ -1,6 +1,5 @@
 "`CompileTraining`: trains as without it, and compiles rarely."
 import pickle
-import re
 from copy import deepcopy
 
 import pytest
@@ -235,7 +234,7 @@ def test_what_cannot_be_compiled_is_a_note(has, fake):
     has()
     learn = to_fastest(learner(Breaks()))
     row, = [r for r in learn.format_timings.rows if r.compiled]
-    assert re.match(f'not compiled: {REFUSED}', row.note) and not row.valid and not learn._grab_cbs(CompileTraining)
+    assert row.note.startswith(f'not compiled: {REFUSED}') and not row.valid and not learn._grab_cbs(CompileTraining)
 
 
 def test_the_users_own_callback_stays(has, fake, uncompiled):
