@@ -7,10 +7,10 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.vision.all import Callback, CancelBatchException, Learner
 from torch import nn
 
-from channelslast.core.autocast import DTYPES
 from channelslast.core.devices import autocast_is_fast
-from channelslast.learner.mixed_precision import DeviceMixedPrecision
-from tests.conftest import convnet, learner
+from .helpers import PretendGPU, convnet, learner, loaders
+
+HALF = dict(bf16=torch.bfloat16, fp16=torch.float16)
 
 
 def dtypes(learn):
@@ -32,7 +32,7 @@ def messages(f):
 
 @pytest.mark.parametrize('features, fast', [((), True), (('avx512', 'avx512_bf16'), True), (('avx512', 'amx_tile'), True),
                                             (('avx512',), False)])
-def test_pytorch_knows_what_the_cpu_accelerates(monkeypatch, features, fast):
+def test_autocast_is_fast_on_a_cpu_only_with_instructions_for_bf16(monkeypatch, features, fast):
     """PyTorch reports two types as supported that oneDNN emulates: bf16 on CPUs with AVX512 but without AVX512-BF16 and
     AMX, and the gradients in fp16 on Xeons with AVX512-FP16."""
     class Ops: _is_mkldnn_fp16_supported = _is_mkldnn_bf16_supported = staticmethod(lambda: True)
@@ -44,12 +44,12 @@ def test_pytorch_knows_what_the_cpu_accelerates(monkeypatch, features, fast):
     assert not autocast_is_fast('cpu', AMPMode.BF16) and not autocast_is_fast('meta', AMPMode.FP16)
 
 
-@pytest.mark.parametrize('mode, dtype', [('bf16', torch.bfloat16), ('fp16', torch.float16)])
-def test_half_precision_really_runs_on_a_cpu(has, mode, dtype):
-    "✗ fastai's uses `'cuda'` on every device: on a CPU it trains in fp32 with two warnings."
+@pytest.mark.parametrize('mode', HALF)
+def test_layers_run_in_half_precision_on_a_cpu_without_warnings(has, mode):
+    "fastai's `MixedPrecision` uses `'cuda'` on every device: on a CPU it trains in fp32 with two warnings."
     has('fp16', 'bf16')
-    learn = learner().to_channelslast(amp_mode=mode)
-    assert messages(lambda: learn.fit(1)) == [] and dtypes(learn) == {dtype}
+    learn = learner(dls=loaders(n=8)).to_channelslast(amp_mode=mode)
+    assert messages(lambda: learn.fit(1)) == [] and dtypes(learn) == {HALF[mode]}
     assert learn.model[0].weight.dtype == torch.float32 and torch.isfinite(learn.recorder.losses[-1])
 
 
@@ -59,9 +59,9 @@ HINT = '`learn.to_fp32()` (bf16 is fast on x86 CPUs with AVX512-BF16 or AMX)'
 @pytest.mark.parametrize('fast, mode, advice', [
     ((), 'fp16', HINT), ((), 'bf16', HINT), (('bf16',), 'fp16', "`learn.to_channelslast(amp_mode='bf16')` (fast here) or `learn.to_fp32()`"),
     (('fp16',), 'bf16', "`learn.to_channelslast(amp_mode='fp16')` (fast here) or `learn.to_fp32()`")])
-def test_what_the_device_lacks_trains_in_fp32_and_is_said_once(has, fast, mode, advice):
+def test_a_dtype_that_is_slow_on_the_cpu_warns_once_and_trains_in_fp32(has, fast, mode, advice):
     has(*fast)
-    learn = learner().to_channelslast(amp_mode=mode)
+    learn = learner(dls=loaders(n=8)).to_channelslast(amp_mode=mode)
     warned = messages(lambda: (learn.fit(1), learn.fit(1), learn.validate()))
     assert warned == [f'{mode} is slow on this CPU, so training continues in fp32. To avoid this warning, call {advice}.']
     assert dtypes(learn) == {torch.float32}
@@ -69,49 +69,59 @@ def test_what_the_device_lacks_trains_in_fp32_and_is_said_once(has, fast, mode, 
 
 @pytest.mark.parametrize('device', ['cuda', 'mps', 'xpu'])
 @pytest.mark.parametrize('fast, advice', [((), '`learn.to_fp32()`'), (('bf16',), "`learn.to_channelslast(amp_mode='bf16')` (fast here) or `learn.to_fp32()`")])
-def test_the_warning_on_other_devices(has, device, fast, advice):
+def test_a_dtype_that_is_slow_on_another_device_warns_once_and_trains_in_fp32(has, monkeypatch, device, fast, advice):
     has(*fast)
-    assert messages(lambda: DeviceMixedPrecision()._warn_once(torch.device(device))) == [
+    with PretendGPU(monkeypatch, device) as gpu:
+        learn = gpu.learner(dls=loaders(n=8)).to_channelslast()
+        warned = messages(lambda: (learn.validate(), learn.validate()))
+    assert [o for o in warned if o.startswith('fp16')] == [
         f'fp16 is unsupported or no faster than fp32 on this {device.upper()} device, so training continues in fp32. To avoid this warning, call {advice}.']
 
 
 class Scaler(Callback):
+    "Keeps the gradient scaler that the batches see."
     order = 50
-    def before_batch(self): self.scaler_seen = self.learn.scaler
+    def before_batch(self): self.seen = self.learn.scaler
 
 
-def test_all_scaler_arguments_reach_it(has):
+def test_arguments_of_the_gradient_scaler_reach_it(has):
     has('fp16')
     args = dict(init_scale=128., growth_factor=3., backoff_factor=0.25, growth_interval=7)
-    learn = learner(cbs=(cb := Scaler())).to_channelslast(**args)
+    learn = learner(dls=loaders(n=8), cbs=(cb := Scaler())).to_channelslast(**args)
     learn.fit(1)
-    s = cb.scaler_seen
-    assert (s._init_scale, s._growth_factor, s._backoff_factor, s._growth_interval) == (128., 3., 0.25, 7) and s.is_enabled()
+    s = cb.seen
+    assert (s.get_scale(), s.get_growth_factor(), s.get_backoff_factor(), s.get_growth_interval()) == (128., 3., 0.25, 7) and s.is_enabled()
 
 
 @pytest.mark.parametrize('kwargs, on', [(dict(), True), (dict(enabled=False), False), (dict(amp_mode='bf16'), False)])
-def test_enabled_is_respected(has, kwargs, on):
-    "✗ fastai overwrites `enabled=False` with True."
+def test_the_scaler_is_on_in_fp16_unless_enabled_is_False_in_every_fit(has, kwargs, on):
+    "fastai overwrites `enabled=False` with True."
     has('fp16', 'bf16')
-    learn = learner(cbs=(cb := Scaler())).to_channelslast(**kwargs)
+    learn = learner(dls=loaders(n=8), cbs=(cb := Scaler())).to_channelslast(**kwargs)
     for _ in range(2):
         learn.fit(1)
-        assert cb.scaler_seen.is_enabled() == on
+        assert cb.seen.is_enabled() == on
 
 
-def test_scaled_gradients_give_the_same_step(has):
-    "Scaling cancels out: two scales give the same result."
+def test_the_scaler_is_off_where_training_stays_in_fp32(has):
+    has()
+    learn = learner(dls=loaders(n=8), cbs=(cb := Scaler())).to_channelslast()
+    messages(lambda: learn.fit(1))
+    assert not cb.seen.is_enabled()
+
+
+def test_two_scales_give_the_same_steps(has):
     has('fp16')
     runs = []
     for scale in 1., 1024.:
         torch.manual_seed(0)
-        learn = learner(model=nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 4)), lr=1e-3)
+        learn = learner(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 4)), loaders(n=16), lr=1e-3)
         learn.to_channelslast(init_scale=scale).fit(1)
         runs.append([p.detach() for p in learn.model.parameters()])
     for a, b in zip(*runs): torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
-def test_is_fastais(has):
+def test_the_mixed_precision_is_a_fastai_MixedPrecision_with_all_its_events(has):
     has('bf16')
     learn = learner().to_channelslast(amp_mode='bf16')
     assert isinstance(learn.mixed_precision, MixedPrecision) and learn.mixed_precision.name == 'mixed_precision'
@@ -124,8 +134,8 @@ def autocast_on(): return torch.is_autocast_enabled('cpu')
 
 
 @pytest.mark.parametrize('where', ['model', 'loss', 'callback', 'cancel', 'interrupt'])
-def test_autocast_ends_however_the_batch_ends(has, where):
-    "✗ fastai leaves it on when the model or the loss raises: the rest of the session runs in half precision."
+def test_autocast_ends_with_the_batch_even_if_it_raises_or_is_canceled(has, where):
+    "fastai leaves autocast on if the model or the loss raises: the rest of the session runs in half precision."
     has('bf16')
     class Boom(nn.Module):
         def forward(self, x):
@@ -138,14 +148,14 @@ def test_autocast_ends_however_the_batch_ends(has, where):
             if where == 'callback': raise RuntimeError('boom')
             if where == 'cancel': raise CancelBatchException
     def loss(p, y): raise RuntimeError('boom') if where == 'loss' else None
-    learn = Learner(learner().dls, nn.Sequential(convnet(), Boom()), loss, cbs=Cb()).to_channelslast(amp_mode='bf16')
+    learn = Learner(loaders(n=8), nn.Sequential(convnet(), Boom()), loss, cbs=Cb()).to_channelslast(amp_mode='bf16')
     try: learn.fit(1)
     except (RuntimeError, KeyboardInterrupt): assert where != 'cancel'
     assert not autocast_on()
 
 
 @pytest.mark.parametrize('how', ['second', 'removed', 'fastai'])
-def test_autocast_ends_whoever_turned_it_on(has, how):
+def test_autocast_ends_with_the_batch_if_the_callback_is_doubled_removed_or_fastais(has, how):
     has('bf16')
     class Cb(Callback):
         order = 50
@@ -167,8 +177,6 @@ def test_autocast_ends_whoever_turned_it_on(has, how):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize('mode', ['fp16', 'bf16'])
-def test_on_cuda(mode):
-    from tests.conftest import loaders
-    dls = loaders().to(torch.device('cuda'))
-    learn = learner(dls=dls).to_channelslast(amp_mode=mode)
-    assert dtypes(learn) == {DTYPES[AMPMode(mode)]}
+def test_layers_run_in_half_precision_on_cuda(mode):
+    learn = learner(dls=loaders().to(torch.device('cuda'))).to_channelslast(amp_mode=mode)
+    assert dtypes(learn) == {HALF[mode]}
