@@ -1,4 +1,4 @@
-"GPU conditions simulated on a CPU: skipped steps, worker processes, TF32, cuDNN's errors, too little memory, other devices."
+"GPUs simulated on a CPU: skipped steps, worker processes, TF32, cuDNN's errors, too little memory, which device is used."
 import gc
 import subprocess
 import sys
@@ -12,71 +12,83 @@ import pytest
 import torch
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.distributed import ParallelTrainer
-from fastai.vision.all import Adam, Callback, DataLoader, DataLoaders, GradientAccumulation, fastuple
+from fastai.vision.all import Adam, Callback, DataLoader, DataLoaders, GradientAccumulation, Learner, fastuple
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from channelslast import CompilePredictions, CompileTraining, fused, less_random
+from channelslast import CompilePredictions, CompileTraining, FoldBatchNorm, fused, less_random
 from channelslast.command.demo import StepTimer
 from channelslast.command.reference_timing import plain_loop, timed_fit_step
 from channelslast.core import devices
 from channelslast.core.devices import autocast_is_fast, fit_device, fp32_precision, is_out_of_memory, known_problem, synchronize
 from channelslast.core.nested_tensors import first_half
-from channelslast.find import candidates, layer_timing, number_check, predict_benchmark, train_benchmark
-from channelslast.find.results import Timing
-from channelslast.learner import channels_last as callback
-from channelslast.learner.preserve_learner import preserve_learner
-from .conftest import Steep, convnet, learner, loaders, shake
-from .test_format_find import fake, find
-from .test_format_summary import same, state
+from .helpers import (Fails, PretendGPU, Steep, convnet, difference, find, learner, learner_state, loaders, passes_in_new_process, rows_of, setting_of,
+                      shake)
 
 CUDA = torch.device('cuda:1')
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    "`gpu('cuda:1')`: from now on, all tensors of this test say that they are on this device. See `PretendGPU`."
+    entered = []
+    def _gpu(device='cuda:1', **kwargs):
+        entered.append(PretendGPU(monkeypatch, device, **kwargs).__enter__())
+        return entered[0]
+    yield _gpu
+    for o in entered: o.__exit__(None, None, None)
 
 
 # steps that the gradient scaler skips
 
 class Steeper(nn.Module):
-    "Gradients that overflow in fp16 while the scale is large, only in training mode: numbers are compared in eval mode."
-    def forward(self, x): return Steep.apply(x) if self.training else x
+    "Gradients that overflow in fp16, only in training mode: numbers are compared in eval mode."
+    def __init__(self, f): super().__init__(); self.f = f
+    def forward(self, x): return self.f(x) if self.training else x
 
 
-def steep(): return nn.Sequential(nn.Conv2d(3, 8, 3), Steeper(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+class Steepest(torch.autograd.Function):
+    "The identity, whose gradient overflows in fp16 with each scale."
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, g): return g + torch.inf if g.dtype is torch.half else g
 
 
-@pytest.fixture
-def skipping(has, monkeypatch):
-    "Steps of 20 ms, skipped ones of 2 ms; has one item per skipped step."
-    real, found = train_benchmark.step_ms, []
-    def _ms(learn, batch):
-        real(learn, batch)
-        if skipped := any(cb.skipped for cb in learn._grab_cbs(MixedPrecision)): found.append(1)
-        return 2. if skipped else 20.
-    monkeypatch.setattr(train_benchmark, 'step_ms', _ms)
+def steep(f=Steep.apply):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), Steeper(f), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize('scaler', [{}, dict(growth_interval=1)], ids=['default', 'growing'])
+def test_format_find_repeats_steps_that_the_scaler_skipped(has, clock, monkeypatch, scaler):
+    "The fastest step of a candidate was one without the optimizer."
     has('fp16')
-    return found
-
-
-@pytest.mark.parametrize('scaler', [{}, dict(growth_interval=1)])
-def test_a_skipped_step_is_no_step(skipping, scaler):
-    "✗ The fastest step of a candidate was one without the optimizer."
+    real, skipped = Learner.one_batch, []
+    def _one_batch(self, *args):
+        real(self, *args)
+        skipped.append(any(cb.skipped for cb in self._grab_cbs(MixedPrecision)))
+        clock.pass_ms(2 if skipped[-1] else 20)
+    monkeypatch.setattr(Learner, 'one_batch', _one_batch)
     t = find(learner(steep()), **scaler)
-    assert skipping and {r.precision for r in t.rows} == {'fp32', 'fp16'}
-    assert all(r.ms == 20. for r in t.rows if r.valid) and [r.valid for r in t.rows] == [True]*4
+    assert any(skipped) and [r.precision for r in t.rows] == ['fp32', 'fp16']*2
+    assert all(r.valid and r.ms == pytest.approx(20) for r in t.rows)
 
 
-def test_accumulated_batches_are_not_skipped(has):
+def test_format_find_does_not_take_accumulated_batches_for_skipped_steps(has):
     "They never reach the scaler, whose flag for the step before stayed set."
     has('fp16')
-    t = find(learner(steep(), cbs=GradientAccumulation(64)))
+    t = find(learner(steep(), cbs=GradientAccumulation(64)), num_it=2)
     assert [r.valid for r in t.rows] == [True]*4, t
 
 
-def test_who_skips_each_step_is_out(skipping, monkeypatch):
-    monkeypatch.setattr(train_benchmark, 'MAX_SKIPS', 3)
-    t = find(learner(steep()))
-    assert [r.note for r in t.rows] == ['', 'the gradient scaler skipped 3 steps in a row']*2 and not t.rows[1].valid
+def test_format_find_drops_a_candidate_whose_steps_are_all_skipped(has):
+    has('fp16')
+    t = find(learner(steep(Steepest.apply)), num_it=1)
+    assert [r.valid for r in t.rows] == [True, False]*2
+    assert all('the gradient scaler skipped' in r.note for r in t.rows if not r.valid), t
 
 
-def test_the_judge_counts_no_skipped_step(has, monkeypatch):
+def test_reference_timings_count_no_skipped_step(has):
     "Neither of a Learner, nor of the plain loop, nor of the demo."
     has('fp16')
     ran = []
@@ -93,7 +105,7 @@ def test_the_judge_counts_no_skipped_step(has, monkeypatch):
     timed_fit_step(learn, batch)()
     assert len(ran) == 1 and learn.scaler.get_scale() < 65536
     ran.clear()
-    plain_loop(learner(steep(), opt_func=_opt), batch, Timing('channels_last', 'fp16'))()
+    plain_loop(learner(steep(), opt_func=_opt), batch, SimpleNamespace(memory_format='channels_last', precision='fp16'))()
     assert len(ran) == 1
     ran.clear()
     learn = learner(steep(), opt_func=_opt, dls=loaders(n=256)).to_channelslast()
@@ -101,7 +113,7 @@ def test_the_judge_counts_no_skipped_step(has, monkeypatch):
     assert 0 < len(ran) == len(timer.ms) < 32
 
 
-# loaders with worker processes
+# the loader's time
 
 class Slow:
     def __init__(self, n, seconds): self.n, self.seconds = n, seconds
@@ -111,30 +123,55 @@ class Slow:
         return torch.zeros(3, 4, 4), torch.tensor(0)
 
 
+def loader_ms(train):
+    dls = DataLoaders(train, train, device=torch.device('cpu'))
+    return find(learner(dls=dls), num_it=1, formats='contiguous', precisions='fp32', optimizer=False).loader_ms
+
+
 @pytest.mark.parametrize('workers, n', [(0, 64), (2, 64), (3, 200), (3, 8)])
-def test_worker_processes_do_not_hide_a_slow_loader(workers, n):
-    "✗ Eight workers that load a batch every 20 ms were measured as 0.2 ms, since their first batches were already loaded."
-    dl = DataLoader(Slow(n, 0.03), bs=2, num_workers=workers)
-    _, ms = train_benchmark.load_batches(learner(dls=DataLoaders(dl, dl, device=torch.device('cpu'))), dl)
-    assert ms > 0.9*60/max(workers, 1)  # other load only makes it slower
+def test_loader_ms_of_a_loader_with_worker_processes(workers, n):
+    "Eight workers that load a batch every 20 ms were measured as 0.2 ms, since their first batches were already loaded."
+    assert loader_ms(DataLoader(Slow(n, 0.03), bs=2, num_workers=workers)) > 0.9*60/max(workers, 1)  # other load only makes it slower
 
 
-def waves(workers, n, ms): return [ms*(1 + i//workers) for i in range(n)]
+class Waves:
+    "A loader whose batches arrive in waves, one per worker, each `ms` after the last one. The first one also takes `setup` ms."
+    taken = 0
+    def __init__(self, clock, ms, workers, n, setup=0.):
+        self.clock, self.ms, self.num_workers, self.n, self.setup, self.bs = clock, ms, workers, n, setup, 8
+    def to(self, device): return self
+    def __len__(self): return self.n
+    def __iter__(self):
+        for i in range(self.n):
+            if i % max(self.num_workers, 1) == 0: self.clock.pass_ms(self.ms + (0 if i else self.setup))
+            Waves.taken = i + 1
+            yield torch.zeros(8, 3, 4, 4), torch.zeros(8, dtype=torch.long)
 
 
-@pytest.mark.parametrize('came, workers, complete, ms', [
-    ([], 0, False, 0.), ([50.], 0, False, 50.), ([50., 60., 70., 90.], 0, False, 10.),  # the first batch includes the setup
-    (waves(4, 16, 100.), 4, True, 25.), (waves(16, 64, 400.), 16, True, 25.), (waves(1, 10, 30.), 1, True, 30.),
-    (waves(4, 6, 100.), 4, False, 200/6),  # of a short epoch, all batches count
-    ([21000.], 16, False, 21000/16), (waves(2, 8, 7000.)[:5], 2, False, 21000/5)])  # the time limit was reached
-def test_milliseconds_of_a_batch(came, workers, complete, ms):
-    assert train_benchmark._ms_per_batch(came, workers, complete) == pytest.approx(ms)
+@pytest.mark.parametrize('ms, workers, n, setup, expected', [
+    (50, 0, 1, 0, 50), (10, 0, 50, 40, 10),  # the first batch includes the setup
+    (100, 4, 999, 0, 25), (400, 16, 999, 0, 25), (30, 1, 999, 0, 30),
+    (100, 4, 6, 0, 200/6)])  # of a short epoch, all batches count
+def test_loader_ms_is_the_time_per_batch(clock, fake_steps, ms, workers, n, setup, expected):
+    fake_steps({})
+    assert loader_ms(Waves(clock, ms, workers, n, setup)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('ms, workers, expected', [(300_000, 16, 300_000/16), (300_000, 2, 150_000), (300_000, 0, 300_000)])
+def test_loader_ms_of_a_very_slow_loader_takes_only_its_first_batch(clock, fake_steps, ms, workers, expected):
+    fake_steps({})
+    assert loader_ms(Waves(clock, ms, workers, 999)) == pytest.approx(expected) and Waves.taken == 1
+
+
+def test_loader_ms_counts_the_batches_that_came_before_the_time_was_over(clock, fake_steps):
+    fake_steps({})
+    assert 3000 < loader_ms(Waves(clock, 7000, 2, 99)) < 5000 and Waves.taken < 99
 
 
 # TF32
 
 def on(monkeypatch, capability=(8, 0), name='NVIDIA A100', bf16=True):
-    "Simulate a GPU; returns the list of devices that it is asked about."
+    "Simulate the properties of a GPU; returns the list of devices that it is asked about."
     monkeypatch.setattr(torch.cuda, 'device', lambda d: nullcontext(asked.append(d)))
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d=None: capability)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda d=None: name)
@@ -143,44 +180,47 @@ def on(monkeypatch, capability=(8, 0), name='NVIDIA A100', bf16=True):
     return asked
 
 
+@pytest.fixture
+def tf32(monkeypatch):
+    "`tf32()`: the user has allowed TF32 in convolutions, which makes no difference to a CPU without it."
+    return lambda: monkeypatch.setattr(torch.backends.mkldnn, 'conv', SimpleNamespace(fp32_precision='tf32'), raising=False)
+
+
 @pytest.mark.parametrize('capability, precision', [((7, 5), 'fp32'), ((8, 0), 'fp16'), ((12, 0), 'fp16')])
-def test_where_cuda_computes_in_tf32(monkeypatch, capability, precision):
+def test_fp32_precision_of_gpus_is_fp16_where_they_compute_in_tf32(monkeypatch, capability, precision):
     on(monkeypatch, capability)
     assert fp32_precision(CUDA) == precision
     for d in 'mps', 'xpu', 'cpu': assert fp32_precision(torch.device(d)) == 'fp32'
 
 
-def test_settings_of_the_new_api_are_read():
-    "✗ After `torch.backends.fp32_precision = 'ieee'`, reading `cudnn.allow_tf32` raises, and so did folding."
-    code = '''if True:
-        import torch, warnings
-        from unittest import mock
-        from channelslast import FoldBatchNorm
-        from channelslast.core.devices import fp32_precision
-        from tests.conftest import convnet, learner, shake
-        gpu, cpu = map(torch.device, ('cuda', 'cpu'))
-        warnings.filterwarnings('error', message='FoldBatchNorm')
-        with mock.patch('torch.cuda.get_device_capability', return_value=(9, 0)):
-            found = [fp32_precision(gpu)]
-            torch.backends.cudnn.allow_tf32 = False
+def set_fp32_precisions():
+    gpu, cpu = map(torch.device, ('cuda', 'cpu'))
+    warnings.filterwarnings('error', message='FoldBatchNorm')
+    torch.cuda.get_device_capability = lambda device: (9, 0)
+    found = [fp32_precision(gpu)]
+    torch.backends.cudnn.allow_tf32 = False
+    found.append(fp32_precision(gpu))
+    torch.set_float32_matmul_precision('high')
+    found.append(fp32_precision(gpu))
+    torch.set_float32_matmul_precision('highest')
+    if hasattr(torch.backends, 'fp32_precision'):
+        for p in 'ieee', 'tf32':
+            torch.backends.fp32_precision = p
             found.append(fp32_precision(gpu))
-            torch.set_float32_matmul_precision('high')
-            found.append(fp32_precision(gpu))
-            torch.set_float32_matmul_precision('highest')
-            if hasattr(torch.backends, 'fp32_precision'):
-                for p in 'ieee', 'tf32':
-                    torch.backends.fp32_precision = p
-                    found.append(fp32_precision(gpu))
-                torch.backends.mkldnn.conv.fp32_precision = 'bf16'
-                found.append(fp32_precision(cpu))
-                torch.backends.fp32_precision = 'ieee'
-                torch.backends.mkldnn.conv.fp32_precision = 'ieee'
-        assert found == ['fp16', 'fp32', 'fp16', 'fp32', 'fp16', 'bf16'][:len(found)], found
-        learn = learner(shake(convnet()), cbs=FoldBatchNorm())
-        with learn.no_bar(): learn.get_preds()
-        assert learn.fold_batch_norm.folded == 1
-    '''
-    subprocess.run([sys.executable, '-c', code], check=True, cwd=str(devices.__file__).rpartition('/channelslast/')[0])
+        torch.backends.mkldnn.conv.fp32_precision = 'bf16'
+        found.append(fp32_precision(cpu))
+        torch.backends.fp32_precision = 'ieee'
+        torch.backends.mkldnn.conv.fp32_precision = 'ieee'
+    assert found == ['fp16', 'fp32', 'fp16', 'fp32', 'fp16', 'bf16'][:len(found)], found
+    learn = learner(shake(convnet()), cbs=FoldBatchNorm())
+    with learn.no_bar(): learn.get_preds()
+    assert learn.fold_batch_norm.folded == 1
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='forks')
+def test_fp32_precision_reads_pytorchs_new_settings_and_its_old_ones():
+    "After `torch.backends.fp32_precision = 'ieee'`, reading `cudnn.allow_tf32` raises, and so did folding."
+    assert passes_in_new_process(set_fp32_precisions)
 
 
 class Rounded(nn.Module):
@@ -190,32 +230,27 @@ class Rounded(nn.Module):
 
 
 @pytest.mark.parametrize('train', [True, False])
-@pytest.mark.parametrize('computed', ['fp32', 'fp16'])
-def test_fp32_in_tf32_has_the_limits_of_fp16(has, monkeypatch, train, computed):
-    has()
-    monkeypatch.setattr(number_check, 'fp32_precision', lambda d: computed)
-    t = find(learner(Rounded()), train=train)
-    assert t.rows[1].valid == (computed == 'fp16')
+@pytest.mark.parametrize('computed', ['fp32', 'tf32'])
+def test_format_find_allows_fp32_the_differences_of_fp16_only_in_tf32(tf32, train, computed):
+    if computed == 'tf32': tf32()
+    assert find(learner(Rounded()), train=train, num_it=1).rows[1].valid == (computed == 'tf32')
 
 
-def tf32(t):
-    "Rounded to TF32's 10 bits."
-    return t + (((t.detach().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) - t.detach())
+def rounded_to_tf32(t): return t + (((t.detach().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) - t.detach())  # 10 bits
 
 
 class InTF32(nn.Conv2d):
     "TF32 only in channels last: cuDNN may choose it for one format alone."
     def reset_parameters(self): nn.init.kaiming_normal_(self.weight)
     def forward(self, x):
-        return self._conv_forward(tf32(x), tf32(self.weight), self.bias) if self.weight.stride(1) == 1 else super().forward(x)
+        return self._conv_forward(rounded_to_tf32(x), rounded_to_tf32(self.weight), self.bias) if self.weight.stride(1) == 1 else super().forward(x)
 
 
 @pytest.mark.parametrize('train', [True, False])
-def test_convolutions_in_tf32(has, monkeypatch, train):
-    has()
-    monkeypatch.setattr(number_check, 'fp32_precision', lambda d: 'fp16')
+def test_format_find_accepts_a_deep_network_with_one_format_in_tf32(tf32, train):
+    tf32()
     deep = [m for _ in range(8) for m in (InTF32(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())]
-    t = find(learner(nn.Sequential(InTF32(3, 8, 3, bias=False), *deep, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))), train=train)
+    t = find(learner(nn.Sequential(InTF32(3, 8, 3, bias=False), *deep, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))), train=train, num_it=1)
     off = t.rows[1].grad_diff if train else t.rows[1].pred_diff
     assert all(r.valid for r in t.rows) and off > 1e-5  # otherwise nothing was rounded
 
@@ -232,32 +267,26 @@ class Cudnn(nn.LSTM):
 
 
 class Recurrent(nn.Module):
-    def __init__(self):
+    def __init__(self, rnn=Cudnn):
         super().__init__()
-        self.body, self.rnn, self.head = convnet()[:6], Cudnn(16, 8, 2, batch_first=True, dropout=0.5), nn.Linear(8, 4)
+        self.body, self.rnn, self.head = convnet()[:6], rnn(16, 8, 2, batch_first=True, dropout=0.5), nn.Linear(8, 4)
     def forward(self, x):
-        modes.append((self.body[1].training, self.rnn.training, self.rnn.dropout))
+        modes.add((self.body[1].training, self.rnn.training, self.rnn.dropout))
         return self.head(self.rnn(self.body(x).flatten(2).transpose(1, 2))[0][:, -1])
 
 
-modes = []
+modes = set()
 
 
-def test_recurrent_layers_on_cuda(has, monkeypatch):
-    "✗ The comparison in eval mode raised. Batch norms in the same model are still compared in eval mode."
-    has()
-    learn, real = learner(Recurrent()), number_check.check_numbers
-    def _check(*args):
-        modes.clear()
-        real(*args)
-        assert {*modes} == {(False, True, 0.)}
-        modes.clear()
-    monkeypatch.setattr(train_benchmark, 'check_numbers', _check)
-    before = state(learn)
+def test_format_find_measures_recurrent_layers_that_have_no_backward_pass_in_eval_mode():
+    "Steps are timed in training mode. Numbers are compared in eval mode, except the recurrent layers, which only lose their dropout."
+    learn = learner(Recurrent())
+    modes.clear()
+    before = learner_state(learn)
     t = find(learn)
-    assert [r.valid for r in t.rows] == [True]*2 and {*modes} == {(True, True, 0.5)} and t.rows[1].grad_diff < 1e-3
-    same(state(learn), before)
-    assert learn.model.rnn.dropout == 0.5
+    assert all(r.valid for r in t.rows) and t.rows[1].grad_diff < 1e-3
+    assert modes == {(True, True, 0.5), (False, True, 0.)}
+    assert difference(before, learner_state(learn)) == '' and learn.model.rnn.dropout == 0.5
 
 
 # too little memory
@@ -273,46 +302,43 @@ class Large(nn.Module):
 
 
 @pytest.mark.parametrize('train', [True, False])
-def test_contiguous_fp32_without_memory_halves_the_batches(has, train):
-    "✗ A batch as large as fp16 allows could not be measured at all."
+def test_format_find_halves_the_batches_until_contiguous_fp32_has_memory(has, train):
+    "A batch as large as fp16 allows could not be measured at all."
     has('bf16')
-    learn = learner(nn.Sequential(Large(3), convnet()))
-    t = find(learn, train=train)
+    t = find(learner(nn.Sequential(Large(3), convnet())), train=train)
     assert all(r.valid for r in t.rows) and {*Large.seen[-8:]} == {2}
     assert 'Measured on 2 of the 8 items of each batch' in t.verdict
 
 
-def test_without_memory_for_one_item_it_is_the_users_error(has):
-    has()
+def test_format_find_without_memory_for_one_item_raises_the_error():
     with pytest.raises(torch.OutOfMemoryError): find(learner(nn.Sequential(Large(0), convnet())))
 
 
-def test_other_candidates_without_memory_are_out_alone(has):
+def test_format_find_drops_only_the_candidates_without_memory(has):
     has('bf16')
-    class Other(nn.Module):
-        def forward(self, x):
-            if torch.is_autocast_enabled('cpu'): raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-            return x
-    t = find(learner(nn.Sequential(Other(), convnet())))
+    error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    t = find(learner(nn.Sequential(Fails(error, lambda x: torch.is_autocast_enabled('cpu')), convnet())))
     assert [r.note for r in t.rows] == ['', 'out of memory']*2 and t.notes == []
 
 
 @pytest.mark.parametrize('make', [
     lambda x: (x, x[:, 0]), lambda x: ([x, x], {'a': x}), lambda x: (fastuple(x, x), x), lambda x: {'image': x},
-    lambda x: ([*x], [{'boxes': torch.ones(5, 4), 'label': o} for o in x])])  # of a detector
-def test_half_of_a_batch(make):
+    lambda x: ([*x], [{'boxes': torch.ones(5, 4), 'label': o} for o in x])],  # of a detector
+    ids=['tuple', 'nested', 'fastuple', 'dict', 'detector'])
+def test_first_half_of_a_batch_halves_all_that_is_as_long_as_the_batch(make):
     x = torch.arange(24.).view(4, 6)
     found, truth = first_half(make(x), 4), make(x[:2])
-    assert type(found) == type(truth)
+    assert type(found) is type(truth)
     torch.testing.assert_close(found, truth)
 
 
-@pytest.mark.parametrize('batch', [(torch.ones(3, 4),), (torch.tensor(1.), 'name'), torch.ones(3)])
-def test_what_has_no_half_stays(batch): assert first_half(batch, 4) is batch
+@pytest.mark.parametrize('batch', [(torch.ones(3, 4),), (torch.tensor(1.), 'name'), torch.ones(3)], ids=['shorter', 'scalar', 'tensor'])
+def test_first_half_of_what_has_no_half_is_the_same_object(batch): assert first_half(batch, 4) is batch
 
 
 class Fragile(nn.Module):
     "In channels last, fails at the start of the backward pass, when all activations are alive. `refs` watches one of them."
+    refs = []
     def __init__(self): super().__init__(); self.conv, self.net = nn.Conv2d(3, 3, 3, padding=1), convnet()
     def forward(self, x):
         x = self.conv(x)
@@ -321,70 +347,76 @@ class Fragile(nn.Module):
         def _raise(g): raise torch.OutOfMemoryError('out of memory')
         if out.requires_grad and self.conv.weight.stride(1) == 1: out.register_hook(_raise)
         return out
-    refs = []
 
 
-def test_a_step_that_failed_leaves_no_activations(has, monkeypatch):
-    "✗ `learn.loss_grad` and the error's traceback kept them while the next candidate ran."
-    has()
-    Fragile.refs.clear()
+def test_format_find_frees_the_activations_of_a_failed_step_before_the_next_one(monkeypatch):
+    "`learn.loss_grad` and the error's traceback kept them while the next candidate ran."
     left = []
-    def _free(device): left.append([r for r in Fragile.refs if r() is not None])
-    monkeypatch.setattr(candidates, 'free_memory', _free)
-    t = find(learner(Fragile()))
-    assert t.rows[1].note == 'out of memory' and left == [[]]
+    monkeypatch.setattr(torch.cpu, 'empty_cache', lambda: left.append([r for r in Fragile.refs if r() is not None]), raising=False)
+    t = find(learner(Fragile()), num_it=1)
+    assert t.rows[1].note == 'out of memory' and Fragile.refs and len(left) > 1 and left[0] == []
 
 
-def test_memory_goes_back_at_the_end(has, monkeypatch):
-    has()
-    freed = []
-    monkeypatch.setattr(torch.cpu, 'empty_cache', lambda: freed.append(1), raising=False)
-    find()
-    assert freed
+def test_format_find_releases_its_memory_at_the_end(monkeypatch):
+    "Then neither batches nor copies of weights are alive."
+    refs, alive = {}, []
+    class Seen(nn.Conv2d):
+        def forward(self, x):
+            for t in x, self.weight: refs.setdefault(t.untyped_storage().data_ptr(), StorageWeakRef(t.untyped_storage()))
+            return super().forward(x)
+    learn = learner(nn.Sequential(Seen(3, 3, 1), convnet()))
+    own = {p.untyped_storage().data_ptr() for p in learn.model.parameters()}
+    def _empty_cache(): alive.append([k for k, r in refs.items() if k not in own and not r.expired()])
+    monkeypatch.setattr(torch.cpu, 'empty_cache', _empty_cache, raising=False)
+    find(learn, num_it=1)
+    assert len(refs) > 1 and alive and alive[-1] == []
 
 
 @pytest.mark.parametrize('e, oom', [(torch.OutOfMemoryError('x'), True), (RuntimeError('MPS backend out of memory (MPS'), True),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), True), (RuntimeError('CUBLAS_STATUS_ALLOC_FAILED when calling'), True),
-    (RuntimeError('CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED'), True), (MemoryError(), True), (ValueError('out of memory'), False), (RuntimeError('shape'), False)])
-def test_what_is_out_of_memory(e, oom): assert is_out_of_memory(e) == oom
+    (RuntimeError('CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED'), True), (RuntimeError('unable to find an engine to execute'), True),
+    (MemoryError(), True), (ValueError('out of memory'), False), (RuntimeError('shape'), False), (KeyError('a'), False)], ids=repr)
+def test_is_out_of_memory_knows_the_errors_of_all_devices(e, oom): assert is_out_of_memory(e) == oom
 
 
-def test_peak_memory_is_of_the_step_alone(monkeypatch):
-    "Without the memory of the warm-up, which tries kernels, and without the copies of `preserve_learner`."
-    monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', lambda d: None)
-    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda d: 50*2**20)
-    c, me = SimpleNamespace(memory=40.), SimpleNamespace(device=CUDA, copied_bytes=20*2**20)
-    with train_benchmark.TrainBenchmark.peak_memory(me, c): pass
-    assert c.memory == 40.
-    c.memory = None
-    with train_benchmark.TrainBenchmark.peak_memory(me, c): pass
-    assert c.memory == 30.
+@pytest.mark.parametrize('device, train', [('cuda', True), ('xpu', True), ('cuda', False)])
+def test_memory_is_that_of_a_step_without_the_warm_up_and_without_the_copies_of_the_search(gpu, fake_steps, device, train):
+    "The first step of each candidate takes more, to try kernels."
+    mode, warm = gpu(device), set()
+    class Takes(nn.Module):
+        def __init__(self): super().__init__(); self.register_buffer('b', torch.zeros(2**20))  # 4 MiB
+        def forward(self, x):
+            mode.peak = (50 if (setting := setting_of(learn)) in warm else 1000)*2**20
+            warm.add(setting)
+            return x
+    fake_steps({})
+    learn = mode.learner(nn.Sequential(Takes(), convnet()))
+    t = find(learn, train=train)
+    assert len(t.rows) == (2 if train else 4) and all(45.9 < r.memory < 46 for r in t.rows), t
 
 
-def test_memory_of_the_warm_up_does_not_count(has, monkeypatch):
-    has()
-    real = train_benchmark.TrainBenchmark.run
-    def _run(self, *args):
-        for c in self.candidates: c.memory = 1e6
-        return real(self, *args)
-    monkeypatch.setattr(train_benchmark.TrainBenchmark, 'run', _run)
-    assert [r.memory for r in find().rows] == [None]*2
-
-
-def test_the_copies_of_the_search_are_counted(has, monkeypatch):
-    has()
-    real, found = train_benchmark.TrainBenchmark.run, []
-    monkeypatch.setattr(train_benchmark.TrainBenchmark, 'run', lambda self, *args: (found.append(self.copied_bytes), real(self, *args))[1])
-    learn = learner()
-    find(learn)
-    held = [*learn.model.parameters(), *learn.model.buffers()]
-    assert found[0] >= sum(t.numel()*t.element_size() for t in held)
+def test_folded_weights_of_only_one_candidate_are_alive_while_memory_is_measured(gpu, has, fake_steps):
+    "Otherwise each candidate's peak memory would include several copies of the model."
+    refs, held = {}, []
+    class Seen(nn.Conv2d):
+        def forward(self, x):
+            if not isinstance(self.weight, nn.Parameter): refs[setting_of(learn)] = StorageWeakRef(self.weight.untyped_storage())
+            return super().forward(x)
+    has('bf16'); fake_steps({})
+    mode = gpu()
+    mode.on_reset = lambda: held.append(sum(not r.expired() for r in refs.values()))
+    net = convnet()
+    learn = mode.learner(nn.Sequential(Seen(3, 8, 3, padding=1, bias=False), *net[1:]))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # autocast needs a real GPU
+        t = find(learn, train=False)
+    assert sum(r.folded for r in t.rows) == len(refs) == 4 and max(held) == 1
 
 
 # which device
 
-def test_each_device_is_waited_for(monkeypatch):
-    "✗ `torch.cuda.synchronize()` waits for the current device, so only the launches were timed on `cuda:1`."
+def test_synchronize_waits_for_the_given_device(monkeypatch):
+    "`torch.cuda.synchronize()` waits for the current device, so only the launches were timed on `cuda:1`."
     waited = []
     for m in torch.cuda, torch.xpu: monkeypatch.setattr(m, 'synchronize', lambda d: waited.append(d))
     monkeypatch.setattr(torch.mps, 'synchronize', lambda: waited.append('mps'))
@@ -392,70 +424,84 @@ def test_each_device_is_waited_for(monkeypatch):
     assert waited == [CUDA, torch.device('xpu:2'), 'mps']
 
 
-def test_peak_memory_of_xpu(monkeypatch):
-    monkeypatch.setattr(torch.xpu, 'reset_peak_memory_stats', lambda d: None)
-    monkeypatch.setattr(torch.xpu, 'max_memory_allocated', lambda d: 50*2**20)
-    c, me = SimpleNamespace(memory=None), SimpleNamespace(device=torch.device('xpu'), copied_bytes=20*2**20)
-    with train_benchmark.TrainBenchmark.peak_memory(me, c): pass
-    assert c.memory == 30.
-
-
 @pytest.mark.parametrize('name, capability, bf16, fast', [
     ('NVIDIA A100', (8, 0), True, {'fp16', 'bf16'}), ('Tesla T4', (7, 5), False, {'fp16'}), ('Tesla V100', (7, 0), False, {'fp16'}),
     ('NVIDIA GeForce GTX 1660 Ti', (7, 5), False, set()), ('Quadro T1000', (7, 5), False, set()), ('NVIDIA T400 4GB', (7, 5), False, set()),
     ('NVIDIA GeForce MX450', (7, 5), False, set()), ('Quadro RTX 4000', (7, 5), False, {'fp16'}), ('Tesla P100', (6, 0), False, set())])
-def test_what_cuda_accelerates(monkeypatch, name, capability, bf16, fast):
-    "fp16 needs tensor cores. The GPU in question is asked, not the current one."
+def test_autocast_is_fast_on_cuda_with_tensor_cores(accelerates_itself, monkeypatch, name, capability, bf16, fast):
+    "The GPU in question is asked, not the current one."
     asked = on(monkeypatch, capability, name, bf16)
-    monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda d: True)
     assert {m.value for m in AMPMode if autocast_is_fast(CUDA, m)} == fast and {*asked} == {CUDA}
 
 
-@pytest.mark.parametrize('chip, fast', [('Apple M1 Pro', {'fp16'}), ('Apple M2', {'fp16'}), ('Apple M3 Max', {'fp16', 'bf16'}), ('', {'fp16', 'bf16'})])
-def test_what_mps_accelerates(monkeypatch, chip, fast):
+@pytest.fixture
+def accelerates_itself(monkeypatch):
+    "Autocast is available on all devices, as far as PyTorch says."
     monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda d: True)
-    monkeypatch.setattr(devices, '_apple_chip', lambda: chip)
+
+
+@pytest.fixture
+def chip(monkeypatch):
+    "`chip('Apple M2')`: the name of this machine's processor; '' if the system does not tell."
+    def _forget():
+        for o in vars(devices).values(): getattr(o, 'cache_clear', lambda: None)()
+    def _chip(name):
+        _forget()
+        def _output(*args, **kwargs):
+            if not name: raise FileNotFoundError
+            return f'{name}\n'
+        monkeypatch.setattr(subprocess, 'check_output', _output)
+    yield _chip
+    _forget()
+
+
+@pytest.mark.parametrize('name, fast', [('Apple M1 Pro', {'fp16'}), ('Apple M2', {'fp16'}), ('Apple M3 Max', {'fp16', 'bf16'}), ('', {'fp16', 'bf16'})])
+def test_autocast_is_fast_on_mps_in_bf16_except_on_m1_and_m2(accelerates_itself, monkeypatch, chip, name, fast):
+    chip(name)
     monkeypatch.setattr(torch, '__version__', '2.8.0')
     assert {m.value for m in AMPMode if autocast_is_fast('mps', m)} == fast
 
 
+@pytest.mark.parametrize('version, fast', [('2.7.1', False), ('2.8.0', True), ('2.15.0', True)])
+def test_autocast_is_fast_on_mps_in_fp16_where_the_scaler_works(accelerates_itself, monkeypatch, version, fast):
+    monkeypatch.setattr(torch, '__version__', version)
+    assert autocast_is_fast('mps', AMPMode.FP16) == fast
+
+
 @pytest.mark.parametrize('fp64', [True, False])
-def test_fp16_on_xpu_needs_fp64(monkeypatch, fp64):
+def test_autocast_is_fast_on_xpu_in_fp16_only_with_fp64(accelerates_itself, monkeypatch, fp64):
     "The gradient scaler computes in fp64."
-    monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda d: True)
     monkeypatch.setattr(torch.xpu, 'get_device_properties', lambda d: SimpleNamespace(has_fp64=fp64))
     assert autocast_is_fast('xpu', AMPMode.FP16) == fp64 and autocast_is_fast('xpu', AMPMode.BF16)
 
 
-def test_pytorchs_own_loaders_have_no_device(monkeypatch):
-    "fastai then moves the model to its default device."
-    monkeypatch.setattr(devices, 'default_device', lambda: CUDA)
+def test_fit_device_with_pytorchs_own_loaders_is_fastais_default(monkeypatch):
+    "They have no device. fastai then moves the model to its default device."
+    plain = torch.utils.data.DataLoader([(torch.zeros(3, 8, 8), 0)])
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 1)
+    assert fit_device(learner(dls=DataLoaders(plain, plain))) == CUDA
+
+
+def test_fit_device_of_a_cpus_learner_does_not_start_cuda(monkeypatch):
+    "fastai's `default_device` asks CUDA for its current device, which starts it."
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: pytest.fail('CUDA was started'))
     learn = learner()
     assert fit_device(learn) == torch.device('cpu')
-    plain = torch.utils.data.DataLoader([(torch.zeros(3, 8, 8), 0)])
-    assert fit_device(learner(dls=DataLoaders(plain, plain))) == CUDA
     learn.dls._device = None
     assert fit_device(learn) == torch.device('cpu')  # the model stays where it is
 
 
-def test_a_cpus_learner_does_not_start_cuda(monkeypatch):
-    "fastai's `default_device` asks CUDA for its current device, which starts it."
-    monkeypatch.setattr(devices, 'default_device', lambda: pytest.fail('CUDA was started'))
-    assert fit_device(learner()) == torch.device('cpu')
-
-
-def test_batches_wait_on_the_device(monkeypatch):
-    "✗ Before a first fit, batches went to the CPU, where the model still was, so each step copied its batch again."
-    monkeypatch.setattr(train_benchmark, 'synchronize', lambda d: None)
-    dls = loaders()
-    dls.device = torch.device('meta')
-    batches, _ = train_benchmark.load_batches(learner(dls=dls), dls.train)
-    assert all(t.is_meta for b in batches for t in b)
-
-
-def test_a_chip_without_a_name():
-    if sys.platform == 'darwin': pytest.skip('this one has a name')
-    assert devices._apple_chip() == ''
+def test_format_find_keeps_its_batches_on_the_device(gpu, monkeypatch):
+    "Before a first fit, batches went to the CPU, where the model still was, so each step copied its batch again."
+    mode, real, moved = gpu(), Learner.one_batch, []
+    def _one_batch(self, i, b):
+        moved.extend(t.untyped_storage().data_ptr() in mode.moved for t in b)
+        real(self, i, b)
+    monkeypatch.setattr(Learner, 'one_batch', _one_batch)
+    find(mode.learner(), num_it=1)
+    assert moved and all(moved)
 
 
 class OnAnother(Callback):
@@ -463,63 +509,75 @@ class OnAnother(Callback):
     def __init__(self): self.accelerator = SimpleNamespace(device=torch.device('cpu:0'))
 
 
-def test_each_process_measures_on_its_own_device():
-    "✗ Loaders made before the process group is initialized are on the first GPU in all processes."
-    learn = learner(cbs=OnAnother())
+def test_format_find_measures_on_the_processs_own_device_and_restores_that_of_the_loaders():
+    "Loaders made before the process group is initialized are on the first GPU in all processes."
+    seen = set()
+    class Looks(nn.Module):
+        def forward(self, x):
+            seen.update([str(learn.dls.device), str(learn.dls.train.device)])
+            return x
+    learn = learner(nn.Sequential(Looks(), convnet()), cbs=OnAnother())
     assert fit_device(learn) == torch.device('cpu:0') != learn.dls.device
-    with preserve_learner(learn):
-        assert not learn._grab_cbs(OnAnother) and fit_device(learn) == learn.dls.device == learn.dls.train.device == torch.device('cpu:0')
-    assert learn.dls.device == learn.dls.train.device == torch.device('cpu')
+    find(learn, num_it=1)
+    assert seen == {'cpu:0'} and learn.dls.device == learn.dls.train.device == torch.device('cpu')
 
 
-def test_what_is_left_out_is_said(fake):
-    fake({})
-    assert 'without `ParallelTrainer` and its communication' in find(learner(cbs=ParallelTrainer([0]))).verdict
+def test_format_find_notes_that_communication_is_left_out():
+    assert 'without `ParallelTrainer` and its communication' in find(learner(cbs=ParallelTrainer([0])), num_it=1).verdict
 
 
-def test_cudnns_flag_is_said(fake, monkeypatch):
-    fake({})
-    monkeypatch.setattr(sys.modules['channelslast.find.format_find'], 'fit_device', lambda learn: SimpleNamespace(type=kind, device='cpu'))
-    monkeypatch.setattr(sys.modules['channelslast.find.format_find'], 'free_memory', lambda d: None)
-    for kind, benchmark in ('cuda', False), ('cuda', True), ('cpu', False):
-        with less_random(benchmark=benchmark):
-            notes = sys.modules['channelslast.find.format_find']._notes(learner(), 8, 8, wrapped=[])
-        assert bool(notes) == (kind == 'cuda' and not benchmark)
+@pytest.mark.parametrize('device, benchmark', [('cuda', False), ('cuda', True), ('cpu', False)])
+def test_format_find_notes_that_cudnns_benchmark_is_off(gpu, device, benchmark):
+    learn = gpu(device).learner() if device == 'cuda' else learner()
+    with less_random(benchmark=benchmark): notes = find(learn, num_it=1).notes
+    assert any('cudnn.benchmark = False' in o for o in notes) == (device == 'cuda' and not benchmark)
 
 
 # timing
 
-@pytest.mark.parametrize('ms, num_it, rounds', [(3., None, 60), (10., None, 25), (3., 4, 4)])
-def test_very_short_steps_take_more_rounds(has, fake, ms, num_it, rounds):
-    "✗ Fifteen rounds of 3 ms fit into one slow phase of the machine, so the choice was never certain."
-    has(); fake(lambda key, n: ms*(1 + 0.3/(1 + n)))  # no two steps take equally long
-    find(num_it=num_it)
-    assert len(fake.steps) == 2*(1 + rounds)
+def test_format_find_takes_more_steps_the_shorter_they_are_but_at_most_num_it(fake_steps):
+    "A few rounds of 3 ms fit into one slow phase of the machine, so the choice was never certain."
+    def _steps(ms, **kwargs):
+        times[:] = [ms]
+        fake_steps.settings.clear()
+        find(**dict(num_it=None) | kwargs)
+        return len(fake_steps.settings)
+    times = []
+    fake_steps(lambda setting, n: times[0]*(1 + 0.3/(1 + n)))  # no two steps take equally long
+    assert _steps(3.) > 1.5*_steps(10.) > 1.5*_steps(10., num_it=8) > 1.5*_steps(3., num_it=4)
 
 
-@pytest.mark.parametrize('kind, ms', [('cpu', 100.), ('cuda', 10.)])
-def test_layers_on_a_gpu_are_launched_one_behind_the_other(monkeypatch, kind, ms):
-    monkeypatch.setattr(layer_timing, 'elapsed_ms', lambda device, f: (f(), 100.)[1])
-    m, ran = nn.Conv2d(3, 3, 1), []
-    m.register_forward_hook(lambda *args: ran.append(1))
-    x = torch.randn(1, 3, 4, 4, requires_grad=True)
-    with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext())
-        m.forward = lambda x, f=m.forward: (ran.append(1), f(x))[1]
-        assert layer_timing.layer_ms(m, x, SimpleNamespace(type=kind), torch.bfloat16, False) == ms
-    assert len(ran) == 100/ms and x.grad is None and m.weight.grad is None
+@pytest.mark.filterwarnings('ignore')  # autocast needs a real GPU
+def test_layers_are_timed_in_several_passes_on_a_gpu_and_in_one_on_a_cpu(has, gpu, clock):
+    "A GPU computes one pass while the next one is launched. To wait for it takes 5 ms here, a pass 1 ms."
+    has('bf16')
+    class Conv(nn.Conv2d):
+        def forward(self, x):
+            clock.pass_ms(1)
+            return super().forward(x)
+    def _find(make):
+        learn = make(nn.Sequential(Conv(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)))
+        before = learner_state(learn)
+        layer = find(learn, layers=True, num_it=1).layers[0]
+        assert difference(before, learner_state(learn)) == '' and layer.cls == 'Conv'
+        return layer.half_ms
+    assert _find(learner) == pytest.approx(1)
+    assert 1 < _find(gpu(clock=clock, wait_ms=2.5).learner) < 3
 
 
-@pytest.mark.parametrize('firsts, apart, steps', [((2001.,)*3, {}, 3), ((2001.,)*2, {}, 2 + 1 + 3), ((2001.,)*2, {'cpu'}, 2)])
-def test_elsewhere_a_second_step_may_be_slow_too(has, fake, monkeypatch, firsts, apart, steps):
-    monkeypatch.setattr(train_benchmark, 'SYNCHRONOUS', apart)
-    half = 'contiguous', 'bf16'
-    has('bf16'); fake(lambda key, n: 100. if key != half else firsts[k - 1] if (k := fake.steps.count(half)) <= len(firsts) else 80.)
-    find(formats='contiguous')
-    assert fake.steps.count(half) == steps
+@pytest.mark.filterwarnings('ignore')  # autocast needs a real GPU
+@pytest.mark.parametrize('device, slow_steps, valid', [('cuda', 9, False), ('cuda', 2, True), ('cpu', 2, False), ('cpu', 1, True)])
+def test_a_candidate_is_dropped_as_emulated_if_its_first_steps_are_slow(has, gpu, fake_steps, device, slow_steps, valid):
+    "On a GPU, the second step may still choose kernels."
+    has('bf16')
+    fake_steps(lambda setting, n: 100. if 'bf16' not in setting else 1e5 if fake_steps.settings.count(setting) <= slow_steps else 80.)
+    t = find(gpu().learner() if device == 'cuda' else learner(), formats='contiguous')
+    r = rows_of(t)['contiguous, bf16']
+    assert r.valid == valid and (valid or 'times as long as in contiguous fp32' in r.note)
+    assert t.best is (r if valid else t.rows[0])
 
 
-def test_fused_steps_copy_no_list(monkeypatch):
+def test_a_fused_optimizer_copies_no_list_to_the_device(monkeypatch):
     "A GPU waits for such a copy, up to twice per group and step."
     learn = learner(opt_func=fused(Adam))
     with learn.no_logging(): learn.fit(1)
@@ -533,7 +591,7 @@ def test_fused_steps_copy_no_list(monkeypatch):
     learn.opt.step()
 
 
-def test_the_backward_pass_is_traced_in_one_thread():
+def test_format_summary_traces_the_backward_pass_in_one_thread():
     "CUDA's backward pass has its own thread, whose sequence numbers belong to other modules."
     seen = []
     class Look(nn.Module):
@@ -545,10 +603,10 @@ def test_the_backward_pass_is_traced_in_one_thread():
     assert seen == [False] and torch._C._is_multithreading_enabled()
 
 
-# random states
+# random states and numbers
 
-def test_no_device_is_started_for_its_random_states(monkeypatch):
-    "✗ Starting CUDA raised in a forked process, even for a model on the CPU."
+def test_less_random_starts_no_device(monkeypatch):
+    "Starting CUDA raised in a forked process, even for a model on the CPU."
     def _raise(): raise RuntimeError('Cannot re-initialize CUDA in forked subprocess')
     seeds, was = [], torch.initial_seed()
     for name, f in dict(is_available=lambda: True, is_initialized=lambda: False, get_rng_state_all=_raise, manual_seed_all=seeds.append).items():
@@ -557,13 +615,47 @@ def test_no_device_is_started_for_its_random_states(monkeypatch):
     assert seeds[-1] == torch.initial_seed() == was != 7
 
 
-def test_norms_without_float64(monkeypatch):
-    "Intel Arc and Apple GPUs have no float64."
-    asked = []
-    monkeypatch.setattr(torch.linalg, 'vector_norm', lambda t, dtype: (asked.append(dtype), 3.)[1])
-    for kind in 'xpu', 'mps', 'cuda', 'cpu':
-        number_check._norm([SimpleNamespace(is_cpu=kind == 'cpu', is_cuda=kind == 'cuda', dtype=torch.float32)])
-    assert asked == [None, None, torch.float64, torch.float64]
+@pytest.mark.parametrize('device, wide', [('xpu', False), ('mps', False), ('cuda', True), ('cpu', True)])
+def test_gradients_are_compared_in_fp64_where_the_device_has_it(gpu, monkeypatch, device, wide):
+    "Intel Arc and Apple GPUs have no float64. A CPU's float32 norm of 100 million numbers is 1% off."
+    asked, real = set(), torch.linalg.vector_norm
+    learn = learner() if device == 'cpu' else gpu(device).learner()
+    if device != 'cpu':
+        was = torch.Tensor.is_cpu, torch.Tensor.is_cuda
+        monkeypatch.setattr(torch.Tensor, 'is_cpu', False)
+        monkeypatch.setattr(torch.Tensor, 'is_cuda', device == 'cuda')
+        assert was != (torch.Tensor.is_cpu, torch.Tensor.is_cuda)
+    def _norm(*args, dtype=None, **kwargs):
+        asked.add(dtype)
+        return real(*args, dtype=dtype, **kwargs)
+    monkeypatch.setattr(torch.linalg, 'vector_norm', _norm)
+    find(learn, num_it=1)
+    assert asked and (torch.float64 in asked) == wide
+
+
+def test_gradients_of_contiguous_fp32_leave_the_device(monkeypatch):
+    "There, they would be one more copy of the model."
+    moved, real = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, 'cpu', lambda t: (moved.append(t.shape), real(t))[1])
+    learn = learner()
+    find(learn, num_it=1)
+    assert {p.shape for p in learn.model.parameters()} <= {*moved}
+
+
+def test_results_of_one_candidate_are_freed_before_the_next_one_is_compared(has):
+    "Otherwise its activations in main memory and its gradients on the device stay during the next comparison."
+    has('bf16')
+    last, alive = [''], []
+    class Looks(nn.Conv2d):
+        def forward(self, x):
+            if (setting := setting_of(learn)) not in (last[0], 'contiguous, fp32'):
+                alive.append(sum(isinstance(o, torch.Tensor) and o.shape == (8, 7, 6, 6) for o in gc.get_objects()))
+            last[0] = setting
+            return super().forward(x)
+    learn = learner(nn.Sequential(Looks(3, 7, 3), nn.ReLU(), convnet(7)))
+    gc.collect(); gc.freeze()  # objects that exist already are not listed
+    find(learn, num_it=1)
+    assert len(alive) > 6 and not any(alive)
 
 
 # devices where channels last is wrong or slow
@@ -574,7 +666,7 @@ def test_norms_without_float64(monkeypatch):
     ('cuda', '2.14.1+cu130', None, None, 0, ''), ('cuda', '2.14.1', '7.2', None, 3006000, 'MIOPEN'), ('cuda', '2.14.1', '7.2', '1', 3006000, ''),
     ('cuda', '2.10.0', '7.0', None, 3005000, ''), ('cuda', '2.10.0', '6.4', None, 3004000, 'MIOPEN'), ('cuda', '2.10.0', '7.0', '0', 3005000, 'MIOPEN'),
     ('cuda', '2.8.0', '7.0', 'yes', 3005000, 'MIOPEN')])
-def test_weakness(monkeypatch, kind, version, hip, told, miopen, said):
+def test_known_problem_of_a_device_and_pytorch(monkeypatch, kind, version, hip, told, miopen, said):
     monkeypatch.setattr(torch, '__version__', version)
     monkeypatch.setattr(torch.version, 'hip', hip)
     monkeypatch.setattr(torch.backends.cudnn, 'version', lambda: miopen)
@@ -583,89 +675,28 @@ def test_weakness(monkeypatch, kind, version, hip, told, miopen, said):
     assert bool(found) == bool(said) and said in found
 
 
-def test_a_weakness_is_said_once_and_not_of_what_was_measured(has, fake, monkeypatch):
-    has(); fake({('channels_last', 'fp32'): 50.})
-    monkeypatch.setattr(callback, 'known_problem', lambda d: 'channels last is slow here')
-    learn = learner().to_channelslast(to_fp16=False)
-    with learn.no_logging(), pytest.warns(UserWarning, match='is slow here') as said: learn.fit(1); learn.fit(1)
-    assert len([o for o in said if 'is slow here' in str(o.message)]) == 1
+def test_training_in_channels_last_warns_once_of_a_known_problem_unless_the_format_was_measured(gpu, fake_steps, monkeypatch):
+    monkeypatch.setattr(torch, '__version__', '2.14.1')
+    mode = gpu('mps')
+    learn = mode.learner().to_channelslast(to_fp16=False)
+    with learn.no_logging(), pytest.warns(UserWarning, match='30 times') as said: learn.fit(1); learn.fit(1)
+    assert len([o for o in said if '30 times' in str(o.message)]) == 1
+    fake_steps({'channels last, fp32': 50.})
     with warnings.catch_warnings():
-        warnings.filterwarnings('error', message='.*is slow here')
-        learn = learner().to_fastest(num_it=3)
+        warnings.filterwarnings('error', message='.*30 times')
+        learn = mode.learner().to_fastest(num_it=3)
         with learn.no_logging(): learn.fit(1)
     assert learn.format_timings.best.memory_format == 'channels_last'
 
 
-def test_measuring_warns_of_nothing(has, monkeypatch):
-    "Numbers and times are measured anyway, and a candidate is not chosen yet."
-    has()
-    monkeypatch.setattr(callback, 'model_device', lambda m: CUDA)
+def test_format_find_does_not_warn_of_deterministic_cudnn_but_training_does(gpu):
+    "While measuring, nothing is chosen yet: numbers and times are measured anyway."
+    mode = gpu()
     with less_random(deterministic=True, benchmark=False), warnings.catch_warnings():
-        warnings.filterwarnings('error', message='cuDNN is deterministic')
-        assert all(r.valid for r in find().rows)
-
-
-@pytest.mark.parametrize('version, fast', [('2.7.1', False), ('2.8.0', True), ('2.15.0', True)])
-def test_fp16_on_mps_needs_a_scaler_that_works(monkeypatch, version, fast):
-    monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda d: True)
-    monkeypatch.setattr(torch, '__version__', version)
-    assert autocast_is_fast('mps', AMPMode.FP16) == fast
-
-
-def test_the_reference_leaves_the_device(has, monkeypatch):
-    "On the device, its gradients would be one more copy of the model."
-    has()
-    moved, real = [], torch.Tensor.cpu
-    monkeypatch.setattr(torch.Tensor, 'cpu', lambda t: (moved.append(t.shape), real(t))[1])
-    learn = learner()
-    find(learn)
-    assert {p.shape for p in learn.model.parameters()} <= {*moved}
-
-
-def test_one_comparison_is_over_before_the_next(has, monkeypatch):
-    "Otherwise a recorded pass in main memory and its gradients on the device stay during the next comparison."
-    has('bf16')
-    refs, real = [], number_check.Comparison.run_candidate
-    def _run(self, c):
-        assert not [r for r in refs if r() is not None]
-        found = real(self, c)
-        refs.append(weakref.ref(found[0]))
-        return found
-    monkeypatch.setattr(number_check.Comparison, 'run_candidate', _run)
-    find()
-    assert len(refs) == 3
-
-
-def test_folded_weights_of_one_candidate_at_a_time(has, monkeypatch):
-    "Otherwise, on GPUs, each candidate's peak memory includes five copies of the model."
-    has('bf16')
-    monkeypatch.setattr(predict_benchmark, 'SYNCHRONOUS', {})
-    monkeypatch.setattr(predict_benchmark.selection, 'FAR_FACTOR', 1e9)  # all are folded too, however busy the machine
-    real, held = predict_benchmark.step_ms, []
-    def _ms(learn, batch):
-        held.append(sum(c.folded and c.fold.works for c in benchmarks[0].candidates))
-        return real(learn, batch)
-    benchmarks, init = [], predict_benchmark.PredictBenchmark.__init__
-    monkeypatch.setattr(predict_benchmark.PredictBenchmark, '__init__', lambda self, *args: (benchmarks.append(self), init(self, *args))[1])
-    monkeypatch.setattr(predict_benchmark, 'step_ms', _ms)
-    t = find(train=False)
-    assert sum(r.folded for r in t.rows) > 1 and max(held) == 1
-
-
-def test_nothing_of_a_search_is_alive_when_memory_goes_back(has, monkeypatch):
-    has()
-    refs, real = [], train_benchmark.TrainBenchmark.__init__
-    def _init(self, *args):
-        refs.append(weakref.ref(self))
-        real(self, *args)
-    monkeypatch.setattr(train_benchmark.TrainBenchmark, '__init__', _init)
-    def _free(device):
-        gc.collect()
-        assert refs and refs[0]() is None
-        refs.append(1)
-    monkeypatch.setattr(sys.modules['channelslast.find.format_find'], 'free_memory', _free)
-    find()
-    assert len(refs) == 2
+        warnings.filterwarnings('error', message='cuDNN is set to deterministic')
+        assert all(r.valid for r in find(mode.learner(), num_it=1).rows)
+        learn = mode.learner().to_channelslast(to_fp16=False)
+        with learn.no_logging(), pytest.raises(UserWarning, match='can fail'): learn.fit(1)
 
 
 # on a GPU itself
@@ -673,53 +704,48 @@ def test_nothing_of_a_search_is_alive_when_memory_goes_back(has, monkeypatch):
 GPU = torch.device('cuda', 0)
 
 
-def on_gpu(model, n=64, bs=16, **kwargs): return learner(model, loaders((3, 32, 32), n=n, bs=bs).to(GPU), **kwargs)
+def on_gpu(model=None, n=64, bs=16, **kwargs): return learner(model, loaders((3, 32, 32), n=n, bs=bs).to(GPU), **kwargs)
 
 
 @pytest.mark.cuda
-def test_cuda_measures_everything():
-    "Training with cuDNN's LSTM, and predictions: all candidates are valid and report their memory."
-    class Rows(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.rnn, self.head = convnet()[:6], nn.LSTM(16, 8, 2, batch_first=True, dropout=0.5), nn.Linear(8, 4)
-        def forward(self, x): return self.head(self.rnn(self.body(x).flatten(2).transpose(1, 2))[0][:, -1])
+def test_cuda_format_find_measures_cudnns_lstm_with_its_memory():
     for train in True, False:
-        t = on_gpu(Rows()).format_find(show_plot=False, train=train)
+        t = on_gpu(Recurrent(nn.LSTM)).format_find(show_plot=False, train=train)
         assert all(r.valid and r.memory > 0 for r in t.rows if r.ms) and len(t.rows) >= 4, t
-    learn = on_gpu(Rows()).to_fastest()
+    learn = on_gpu(Recurrent(nn.LSTM)).to_fastest()
     with learn.no_logging(): learn.fit(1)
 
 
 @pytest.mark.cuda
-def test_cuda_tf32_is_no_wrong_number():
-    "In a deep network with TF32 enabled."
+def test_cuda_format_find_accepts_a_deep_network_in_tf32(monkeypatch):
     from torchvision.models import resnet50
-    with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(torch.backends.cudnn, 'allow_tf32', True)
-        t = on_gpu(resnet50(num_classes=4)).format_find(show_plot=False, precisions='fp32')
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
+    t = on_gpu(resnet50(num_classes=4)).format_find(show_plot=False, precisions='fp32')
     assert all(r.valid for r in t.rows), t
 
 
 @pytest.mark.cuda
-def test_cuda_batches_wait_there():
+def test_cuda_format_find_keeps_its_batches_on_the_device(monkeypatch):
     "Before a first fit, when the model is still on the CPU, and with PyTorch's own loaders, which have no device."
-    from torch.utils.data import DataLoader as Plain
-    learn = on_gpu(convnet())
-    batches, _ = train_benchmark.load_batches(learn, learn.dls.train)
-    assert all(t.device == GPU for b in batches for t in b)
-    dl = Plain([(torch.randn(3, 32, 32), torch.tensor(1)) for _ in range(16)], batch_size=8)
-    assert find(learner(convnet(), DataLoaders(dl, dl)), num_it=2).rows[0].memory > 0
+    real, found = Learner.one_batch, set()
+    def _one_batch(self, i, b):
+        found.update(t.device for t in b)
+        real(self, i, b)
+    monkeypatch.setattr(Learner, 'one_batch', _one_batch)
+    find(on_gpu())
+    dl = torch.utils.data.DataLoader([(torch.randn(3, 32, 32), torch.tensor(1)) for _ in range(16)], batch_size=8)
+    assert find(learner(dls=DataLoaders(dl, dl)), num_it=2).rows[0].memory > 0
+    assert found == {GPU}
 
 
 @pytest.mark.cuda
-def test_cuda_skips_no_step():
+def test_cuda_format_find_repeats_skipped_steps():
     t = on_gpu(steep()).format_find(precisions='fp16', show_plot=False, growth_interval=1)
     assert all(r.valid for r in t.rows), t
 
 
 @pytest.mark.cuda
-def test_cuda_without_memory_halves_the_batches():
+def test_cuda_format_find_halves_the_batches_until_contiguous_fp32_has_memory():
     "With GPU memory for one image in fp32, but not for 64."
     class Wide(nn.Module):
         def __init__(self): super().__init__(); self.conv, self.head = nn.Conv2d(3, 256, 3, padding=1), nn.Linear(256, 4)
@@ -733,8 +759,8 @@ def test_cuda_without_memory_halves_the_batches():
 
 
 @pytest.mark.cuda
-def test_cuda_fused_steps_wait_for_nothing():
-    learn = on_gpu(convnet(), opt_func=fused(Adam))
+def test_cuda_a_fused_optimizer_waits_for_nothing():
+    learn = on_gpu(opt_func=fused(Adam))
     with learn.no_logging(): learn.fit(1)
     x, y = learn.dls.one_batch()
     learn.loss_func(learn.model(x), y).backward()
@@ -744,7 +770,7 @@ def test_cuda_fused_steps_wait_for_nothing():
 
 
 @pytest.mark.cuda
-def test_cuda_backward_conversions_have_their_modules():
+def test_cuda_format_summary_names_the_modules_of_backward_conversions():
     "They belong to the same modules as on the CPU. (cuDNN's norms keep the format, a CPU's instance norm doesn't.)"
     class Flat(nn.Module):
         def forward(self, x): return x.flatten(2).softmax(-1).view(x.shape)
@@ -755,7 +781,7 @@ def test_cuda_backward_conversions_have_their_modules():
 
 
 @pytest.mark.cuda
-def test_cuda_random_states_come_back():
+def test_cuda_less_random_restores_the_random_states():
     torch.rand(1, device=GPU)
     before = torch.cuda.get_rng_state(GPU)
     with less_random(): torch.rand(9, device=GPU)
@@ -763,8 +789,8 @@ def test_cuda_random_states_come_back():
 
 
 @pytest.mark.cuda
-def test_cuda_compiled_predictions():
-    "The same numbers, memory of the frozen weights once, freed with the callback."
+def test_cuda_compiled_predictions_are_the_same_and_hold_the_weights_once():
+    "Their memory is freed with the callback."
     from torchvision.models import resnet18
     learn = on_gpu(shake(resnet18(num_classes=4)), n=32)
     with learn.no_bar(), learn.no_logging():
@@ -784,8 +810,8 @@ def test_cuda_compiled_predictions():
 
 
 @pytest.mark.cuda
-def test_cuda_compiled_training():
-    "With the gradient scaler; the code that was measured trains the Learner."
+def test_cuda_compiled_training_learns_with_the_gradient_scaler():
+    "The code that was measured trains the Learner."
     from torchvision.models import resnet18
     learn = on_gpu(resnet18(num_classes=4), cbs=CompileTraining()).to_channelslast()
     with learn.no_bar(), learn.no_logging(): learn.fit(2)
