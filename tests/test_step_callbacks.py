@@ -12,7 +12,7 @@ from fastai.vision.gan import GANLearner, basic_critic, basic_generator
 from torch import nn
 
 from channelslast.learner.step_callbacks import changes_step
-from .conftest import convnet, learner, loaders
+from .helpers import convnet, difference, find, learner, learner_state
 
 
 class TwoOutputs(nn.Module):
@@ -34,7 +34,7 @@ class ByAnotherName(Callback):
 
 class InAMethod(Callback):
     def after_pred(self): self._pick(0)
-    def _pick(self, i): setattr(self.learn, 'pred', self.pred[i])
+    def _pick(self, i): setattr(self.learn, 'pred', self.pred[i])  # noqa: B010
 
 class Inherits(DropOutput): pass
 
@@ -61,33 +61,26 @@ class Logs(Callback):
     def after_epoch(self): self.calls.append('epoch')
 
 
-def state_of(cb):
-    "Everything that a `WithState` holds, by value."
-    return (cb.n, [*cb.seen], cb.mean.clone(), cb.rng.getstate(), str(cb.np_rng.bit_generator.state), cb.generator.get_state().tolist(),
-            cb.net.weight.detach().clone(), cb.net.weight.data_ptr())
-
-
-@pytest.mark.parametrize('make', CHANGE)
-def test_a_callback_that_picks_an_output_takes_part(has, make):
-    "✗ Without the callback, the loss gets two outputs and fails."
-    has('bf16')
-    learn = learner(TwoOutputs(), cbs=[make(), logs := Logs()]).to_channelslast(amp_mode='bf16')
+@pytest.mark.parametrize('make', [pytest.param(o, marks=pytest.mark.slow if o is Inherits else ()) for o in CHANGE])
+def test_a_callback_that_sets_the_prediction_takes_part_and_one_that_logs_does_not(make):
+    "Without the first one, the loss gets two outputs and fails."
+    learn = learner(TwoOutputs(), cbs=[make(), logs := Logs()]).to_channelslast(to_fp16=False)
     assert learn.format_summary().counts[False][1]
-    t = learn.format_find(num_it=1, show_plot=False)
-    assert all(r.valid for r in t.rows) and len(t.rows) >= 4
-    assert all(r.valid for r in learn.format_find(num_it=1, show_plot=False, train=False).rows)
+    assert all(r.valid for train in (True, False) for r in find(learn, num_it=1, train=train).rows)
     assert logs.calls == []
-    learn.to_fastest(num_it=1).fit(1)
+    learn.to_fastest(num_it=1, layers=False).fit(1)
     assert logs.calls
 
 
-def test_its_state_is_restored(has):
-    has('bf16')
+@pytest.mark.parametrize('call', [lambda o: o.format_summary(), lambda o: find(o, num_it=1), lambda o: find(o, num_it=1, train=False)],
+                         ids=['format_summary', 'training', 'predictions'])
+def test_the_state_of_a_callback_that_takes_part_is_restored(call):
     learn = learner(TwoOutputs(), cbs=(cb := WithState()))
     learn.fit(1)
-    before = state_of(cb)
-    learn.format_summary(), learn.format_find(num_it=1, show_plot=False), learn.format_find(num_it=1, show_plot=False, train=False)
-    for a, b in zip(before, state_of(cb)): assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    def _state(): return learner_state(learn), cb.net.weight.data_ptr(), cb.net.weight.detach().clone(), cb.generator.get_state()
+    before = _state()
+    call(learn)
+    assert difference(before, _state()) == ''
 
 
 @pytest.mark.parametrize('cb, does', [
@@ -95,7 +88,7 @@ def test_its_state_is_restored(has):
     (RNNCallback(), True), (RNNRegularizer(), True), (CSVLogger(), False), (SaveModelCallback(), False), (EarlyStoppingCallback(), False),
     (Recorder(), False), (ShowGraphCallback(), False), (ProgressCallback(), False), (ParamScheduler({}), False), (GradientClip(), False),
     (TerminateOnNaNCallback(), False), (ReduceLROnPlateau(), False), (NonNativeMixedPrecision(), False), (GatherPredsCallback(), False)])
-def test_which(cb, does): assert changes_step(cb) == does
+def test_changes_step_is_true_for_callbacks_that_set_batch_prediction_or_loss(cb, does): assert changes_step(cb) == does
 
 
 class SetsOnTheModel(Callback):
@@ -113,7 +106,7 @@ class NeedsScale(nn.Module):
 
 
 @pytest.mark.parametrize('call', ['format_summary', 'format_find', 'to_fastest'])
-def test_a_callback_left_out_is_named_where_the_step_fails(call):
+def test_an_error_of_a_step_names_the_users_callbacks_that_were_left_out(call):
     learn = learner(NeedsScale(), cbs=[SetsOnTheModel(), Logs()])
     learn.fit(1)
     with pytest.raises(AttributeError, match='scale') as e: getattr(learn, call)()
@@ -143,21 +136,21 @@ def detector(dropout=0.):
 
 
 @pytest.mark.parametrize('dropout', [0., 0.5])
-def test_a_detector_is_compared_in_training_mode(has, dropout):
-    "✗ In eval mode it returns no loss: `'list' object has no attribute 'values'`."
+def test_a_detector_is_compared_in_training_mode_and_keeps_its_running_statistics(has, dropout):
+    "In eval mode it returns detections instead of a loss."
     has('bf16')
     learn = detector(dropout)
-    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
-    t = learn.format_find(num_it=1, show_plot=False)
+    before = learner_state(learn)
+    t = find(learn, num_it=1)
     assert all(r.valid and r.grad_diff < 0.1 for r in t.rows) and t.rows[0].grad_diff == 0.
-    for k, v in learn.model.state_dict().items(): assert torch.equal(v, before[k]), k
+    assert difference(before, learner_state(learn)) == ''
     assert learn.to_channelslast().format_summary().counts[False][1]
 
 
-def test_torchvisions_detector(has):
-    "Takes a list of images and a list of dictionaries of targets."
+@pytest.mark.slow
+def test_torchvisions_detector_is_measured_and_summarized():
+    "It takes a list of images and a list of dictionaries of targets."
     import torchvision
-    has()
     model = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3)
     def _sample(): return torch.rand(3, 64, 64), dict(boxes=torch.tensor([[4., 4., 40., 40.]]), labels=torch.tensor([1]))
     def _collate(b): return [o[0] for o in b], [o[1] for o in b], torch.zeros(len(b))
@@ -165,8 +158,28 @@ def test_torchvisions_detector(has):
     dls = DataLoaders(dl, dl)
     dls.n_inp = 2
     learn = Learner(dls, model, lambda losses, y: sum(losses.values()))
-    t = learn.format_find(num_it=1, show_plot=False)
+    t = find(learn, num_it=1, layers=True)
     assert all(r.valid for r in t.rows), t
+    summary = learn.to_channelslast(to_fp16=False).format_summary()
+    assert summary.counts[False][1] and summary.counts[True][1]
+
+
+class ListDetector(nn.Module):
+    "Takes a list of images and a list of dictionaries of targets, as torchvision's detectors do."
+    def __init__(self): super().__init__(); self.net = convnet()
+    def forward(self, images, targets):
+        out = self.net(torch.stack(images))
+        if not self.training: return [dict(boxes=o) for o in out]
+        return dict(boxes=(out - torch.cat([t['boxes'] for t in targets])).square().mean(), labels=out.mean())
+
+
+def test_a_detector_with_lists_and_dictionaries_as_inputs_is_measured_and_summarized():
+    def _collate(b): return [o[0] for o in b], [o[1] for o in b], torch.zeros(len(b))
+    dl = torch.utils.data.DataLoader([(torch.rand(3, 8, 8), dict(boxes=torch.rand(1, 4)))]*4, batch_size=2, collate_fn=_collate)
+    dls = DataLoaders(dl, dl)
+    dls.n_inp = 2
+    learn = Learner(dls, ListDetector(), lambda losses, y: sum(losses.values()))
+    assert all(r.valid for r in find(learn, num_it=1).rows)
     summary = learn.to_channelslast(to_fp16=False).format_summary()
     assert summary.counts[False][1] and summary.counts[True][1]
 
@@ -181,9 +194,17 @@ class RefusesEval(nn.Module):
         return self.net(x)
 
 
-def test_a_model_without_gradients_in_eval_mode(has):
-    has('bf16')
-    assert all(r.valid for r in learner(RefusesEval()).format_find(num_it=1, show_plot=False).rows)
+def test_a_model_without_gradients_in_eval_mode_is_compared_in_training_mode():
+    assert all(r.valid for r in find(learner(RefusesEval()), num_it=1).rows)
+
+
+class DetachesInEval(nn.Module):
+    def __init__(self): super().__init__(); self.net = convnet()
+    def forward(self, x): return self.net(x) if self.training else self.net(x).detach()
+
+
+def test_a_model_whose_eval_mode_gives_no_gradient_is_compared_in_training_mode():
+    assert all(r.valid and r.grad_diff is not None for r in find(learner(DetachesInEval()), num_it=1).rows)
 
 
 # GANs, self-supervised views, recurrent models
@@ -193,16 +214,15 @@ def gan(gen_first=False, **kwargs):
     return GANLearner.wgan(DataLoaders(dl, dl), basic_generator(16, 3, in_sz=16), basic_critic(16, 3), **kwargs)
 
 
-@pytest.mark.parametrize('fitted', [False, True])
-def test_a_gan(has, fitted):
+@pytest.mark.parametrize('fitted', [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_gan_is_measured_and_summarized_and_keeps_its_mode(fitted):
     "Its trainer swaps inputs and targets, and its switcher alternates between generator and critic."
-    has('bf16')
     learn = gan()
     if fitted: learn.fit(1, 1e-4)
     else: learn.create_opt()
     needs, gen_mode = [p.requires_grad for p in learn.model.parameters()], learn.model.gen_mode
     for _ in range(2):
-        t = learn.format_find(num_it=1, show_plot=False)
+        t = find(learn, num_it=1)
         assert all(r.ms for r in t.rows) and t.best.valid, t
         assert learn.format_summary()
         learn.to_channelslast(to_fp16=False)
@@ -215,27 +235,23 @@ class Views(Callback):
     def before_batch(self): self.learn.xb, self.learn.yb = (torch.cat([self.x, self.x.flip(-1)]),), (torch.cat([self.y, self.y]),)
 
 
-def test_views(has):
-    has('bf16')
-    class Doubles(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = convnet()
-        def forward(self, x):
-            assert len(x) == 16, 'two views'
-            return self.net(x)
+class Doubles(nn.Module):
+    def __init__(self): super().__init__(); self.net = convnet()
+    def forward(self, x):
+        assert len(x) == 16, 'two views'
+        return self.net(x)
+
+
+def test_a_callback_that_makes_two_views_of_each_image_takes_part():
     learn = learner(Doubles(), cbs=Views())
-    assert all(r.valid for r in learn.format_find(num_it=1, show_plot=False).rows)
+    assert all(r.valid for r in find(learn, num_it=1).rows)
     assert learn.to_channelslast(to_fp16=False).format_summary().holds
 
 
-def test_mixup_goes_on(has):
-    "Its loss function is restored, and training continues."
-    has('bf16')
+def test_training_with_MixUp_continues_after_a_measurement_with_its_own_loss_function():
     learn = learner(cbs=MixUp(0.4))
     loss = learn.loss_func
-    t = learn.format_find(num_it=1, show_plot=False)
-    assert all(r.valid for r in t.rows), t
+    assert all(r.valid for r in find(learn, num_it=1).rows)
     learn.to_channelslast(to_fp16=False).format_summary()
     assert learn.loss_func is loss
     learn.fit(1)
