@@ -1,0 +1,314 @@
+"What several test files need: small models and Learners, all that a Learner holds, a clock under the test's control."
+import multiprocessing
+import random
+import re
+import sys
+
+import numpy as np
+import torch
+import torchvision
+from fastai.vision.all import (CrossEntropyLossFlat, DataLoader, DataLoaders, ImageDataLoaders, Learner, MixedPrecision, defaults)
+from PIL import Image
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from channelslast import ChannelsLast, CompilePredictions, CompileTraining, FoldBatchNorm
+from channelslast.__main__ import cli
+
+
+# models and Learners
+
+def convnet(c=3, n=4):
+    return nn.Sequential(nn.Conv2d(c, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.ReLU(),
+                         nn.Conv2d(16, 16, 3, groups=16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, n))
+
+
+class Mixed(nn.Module):
+    "1-D, 2-D and 3-D convolutions whose parameters all get gradients."
+    def __init__(self):
+        super().__init__()
+        self.c3, self.c2, self.c1 = nn.Conv3d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1), nn.Conv1d(8, 8, 3)
+        self.head = nn.Linear(8, 4)
+    def forward(self, x):
+        x = self.c3(x[:, :, None] if x.dim() == 4 else x).mean(2)
+        return self.head(self.c1(self.c2(x).mean(2)).mean(2))
+
+
+class Breaks(nn.Module):
+    "A model that looks at its data, so that it can't be compiled as a whole."
+    def __init__(self): super().__init__(); self.net = convnet()
+    def forward(self, x): return self.net(x*2 if x.mean() > 0 else x)
+
+
+class Bomb(nn.Module):
+    "Has a batch norm, dropout, a buffer that it replaces, a counter and a list. Raises `error` in its k-th forward pass."
+    def __init__(self, k=0, error=RuntimeError):
+        super().__init__()
+        self.c, self.bn, self.d, self.l = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.Linear(8, 4)
+        self.calls, self.seen = 0, []
+        self.register_buffer('b', torch.zeros(1))
+        self.arm(k, error)
+    def arm(self, k, error=RuntimeError):
+        "Raise in the k-th forward pass from now on; never if `k` is 0. The count is shared with clones of the attributes."
+        self.k, self.error, self.passes = k, error, Count()
+        return self
+    def forward(self, x):
+        self.passes.n += 1
+        if self.passes.n == self.k: raise self.error('boom')
+        self.calls += 1; self.seen.append(self.calls); self.b = self.b + 1
+        x = self.bn(self.c(x))
+        with torch.no_grad(): self.l.bias.add_(0.1)
+        return self.l(self.d(x.mean((2, 3))))
+
+
+class Count:
+    "A number that no copy of attributes restores."
+    __slots__ = 'n',
+    def __init__(self): self.n = 0
+
+
+class Steep(torch.autograd.Function):
+    "The identity with a much larger gradient, which overflows in fp16 while the scale is large."
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, g): return g*1e6
+
+
+def shake(model):
+    "Give batch norms random running statistics and weights, since fresh ones hide mistakes."
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            with torch.no_grad():
+                if m.running_mean is not None: m.running_mean.normal_(0, 0.3); m.running_var.uniform_(0.5, 2)
+                if m.affine: m.weight.uniform_(0.5, 1.5); m.bias.normal_(0, 0.3)
+    return model
+
+
+def loaders(shape=(3, 8, 8), n=32, bs=8, dtype=torch.float32, n_classes=4, shuffle=False):
+    x, y = torch.randn(n, *shape, dtype=dtype), torch.randint(0, n_classes, (n,))
+    ds = list(zip(x, y))
+    return DataLoaders(DataLoader(ds, bs=bs, shuffle=shuffle), DataLoader(ds, bs=bs), device=torch.device('cpu'))
+
+
+def learner(model=None, dls=None, **kwargs):
+    return Learner(dls or loaders(), model or convnet(), CrossEntropyLossFlat(), **kwargs)
+
+
+def image_folder(path, n=16):
+    "DataLoaders whose transforms can be pickled, as `export` needs: `n` images in `path/'data'/'a'` and `'b'`."
+    for i in range(n):
+        (d := path/'data'/'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.randint(0, 255, (16, 16, 3), dtype=np.uint8)).save(d/f'{i}.png')
+    return ImageDataLoaders.from_folder(path/'data', valid_pct=0.25, bs=4, num_workers=0)
+
+
+class WrongInChannelsLast(nn.Module):
+    "Wrong results in channels last, as in PyTorch issue 67239."
+    def forward(self, x): return x.flip(1) if x.is_contiguous(memory_format=torch.channels_last) else x
+
+
+class Fails(nn.Module):
+    "Raises `error` for inputs for which `when(x)` is true."
+    def __init__(self, error, when): super().__init__(); self.error, self.when = error, when
+    def forward(self, x):
+        if self.when(x): raise self.error
+        return x
+
+
+def find(learn=None, **kwargs):
+    "`format_find` with few steps, without single layers."
+    return (learn or learner()).format_find(**dict(num_it=4, show_plot=False, layers=False) | kwargs)
+
+
+def rows_of(timings) -> dict:
+    "The rows of a result of `format_find` by their setting, named as in `setting_of`."
+    def _name(r): return ', '.join([r.memory_format.replace('_', ' '), r.precision] + ['folded']*r.folded + ['compiled']*r.compiled)
+    return {_name(r): r for r in timings.rows}
+
+
+def on_fake_gpu(monkeypatch, model=None, peak_mib=50, **kwargs):
+    "A Learner whose device says that it is a CUDA GPU, but that computes on the CPU."
+    real, model, dls = torch.Generator, model or convnet(), kwargs.pop('dls', None) or loaders()
+    class OnCPU(real):
+        def __new__(cls, device=None): return real.__new__(cls)
+    for name, value in dict(synchronize=None, reset_peak_memory_stats=None, max_memory_allocated=peak_mib*2**20, get_device_capability=(7, 0)).items():
+        monkeypatch.setattr(torch.cuda, name, lambda device=None, value=value: value)
+    monkeypatch.setattr(torch, 'Generator', OnCPU)
+    monkeypatch.setattr(defaults, 'use_cuda', False)  # fastai moves batches to the CPU
+    model.to, dls.device = lambda *args: model, torch.device('cuda')
+    return learner(model, dls, **kwargs)
+
+
+# what a Learner holds
+
+def values_of(o, depth=4):
+    "The plain values in an object, nested ones too; tensors by value, other objects by identity."
+    if isinstance(o, torch.Tensor): return o.detach().clone()
+    if isinstance(o, (random.Random, torch.Generator, np.random.RandomState)):
+        return (o.getstate if isinstance(o, random.Random) else o.get_state)()
+    if isinstance(o, np.random.Generator): return str(o.bit_generator.state)
+    if isinstance(o, (bool, int, float, str, bytes, type(None))): return o
+    if isinstance(o, dict): return {k if isinstance(k, str) else id(k): values_of(v, depth - 1) for k, v in o.items()} if depth else None
+    if isinstance(o, (list, tuple)): return [values_of(v, depth - 1) for v in o] if depth else None
+    if isinstance(o, np.ndarray): return torch.as_tensor(o.copy())
+    return id(o)
+
+
+def model_state(model) -> dict:
+    "Everything that a model holds: tensors by value, identity, memory and strides; modules by their attributes and hooks."
+    own = {'_parameters', '_buffers', '_modules'}
+    def _tensor(t):
+        if nn.parameter.is_lazy(t) or t.is_meta: return id(t)
+        value = t.dequantize() if t.is_quantized else t.to_dense()
+        memory = (t.data_ptr(), t.stride()) if t.layout is torch.strided else t.layout
+        return (id(t), memory, t.dtype, t.requires_grad, value.detach().clone(),
+                None if t.grad is None else (id(t.grad), t.grad.stride(), t.grad.clone()))
+    return dict(tensors={n: _tensor(t) for n, t in (*model.named_parameters(), *model.named_buffers())}, names=[*model.state_dict()],
+                modules={n: (id(m), {k: values_of(v) for k, v in vars(m).items() if k not in own}) for n, m in model.named_modules()},
+                global_hooks=[len(getattr(nn.modules.module, k)) for k in ('_global_forward_hooks', '_global_forward_pre_hooks')])
+
+
+def optimizer_state(opt):
+    "Everything that an optimizer holds, by value; None if there is none."
+    if opt is None: return None
+    inner = getattr(opt, 'opt', opt)
+    return dict(id=id(opt), attributes=sorted(vars(opt)), groups=values_of(list(inner.param_groups) if hasattr(inner, 'param_groups') else []),
+                hypers=values_of([dict(h) for h in opt.hypers]), state=[(id(p), values_of(s)) for p, s in inner.state.items()],
+                strides=[t.stride() for s in inner.state.values() for t in s.values() if isinstance(t, torch.Tensor)])
+
+
+def learner_state(learn) -> dict:
+    """Everything that must not change while something only looks or measures: model, optimizer, callbacks, attributes,
+    random states, autocast."""
+    loader = learn.dls.train if len(learn.dls.loaders) else None
+    return dict(model=model_state(learn.model), optimizer=optimizer_state(learn.opt), opt_func=id(learn.opt_func),
+                callbacks=[(id(o), {k: values_of(v) for k, v in vars(o).items() if k != 'learn'}) for o in learn.cbs],
+                attributes=sorted(vars(learn)), training=learn.training, python=random.getstate(), numpy=values_of(np.random.get_state()),
+                torch=torch.get_rng_state(), autocast=(torch.is_autocast_enabled('cpu'), torch.get_autocast_dtype('cpu')),
+                grad=torch.is_grad_enabled(), loader=None if loader is None else loader.rng.getstate())
+
+
+def difference(a, b, path='') -> str:
+    "Where two states differ; '' if they are equal."
+    if isinstance(a, torch.Tensor):
+        equal = isinstance(b, torch.Tensor) and a.shape == b.shape and (a == b).logical_or((a != a) & (b != b)).all()
+        return '' if equal else f'{path} has other values'
+    if isinstance(a, dict):
+        if not isinstance(b, dict) or a.keys() != b.keys(): return f'{path}: other keys'
+        return next(filter(None, (difference(a[k], b[k], f'{path}/{k}') for k in a)), '')
+    if isinstance(a, (list, tuple)):
+        if not isinstance(b, (list, tuple)) or len(a) != len(b): return f'{path}: other length'
+        return next(filter(None, (difference(x, y, f'{path}/{i}') for i, (x, y) in enumerate(zip(a, b)))), '')
+    return '' if a == b else f'{path}: {a!r} became {b!r}'
+
+
+def strides(learn):
+    "All strides of the Learner's parameters, buffers, gradients and optimizer state."
+    state = getattr(learn.opt, 'opt', learn.opt).state if learn.opt else {}
+    return ([o.stride() for o in (*learn.model.parameters(), *learn.model.buffers())],
+            [p.grad.stride() for p in learn.model.parameters() if p.grad is not None],
+            [[v.stride() for v in state[p].values() if isinstance(v, torch.Tensor)]
+             for p in learn.model.parameters() if p in state])
+
+
+def names_library(pickled) -> bool:
+    "True if the bytes name one of this package's modules. A path may: the checkout or its environment."
+    return bool(re.search(rb'channelslast(?![/\\])', pickled))
+
+
+# devices
+
+class PretendGPU(TorchFunctionMode):
+    """Inside, all tensors say that they are on this device, such as `'cuda:1'`, `'xpu'` or `'mps'`, but are computed on the
+    CPU, without autocast. `peak` are the bytes that the device reports as its peak memory, `moved` the addresses of the
+    tensors that were moved to it. `on_reset` is called when its peak memory is reset. To wait for it takes `wait_ms` of a `Clock`."""
+    def __init__(self, monkeypatch, device, clock=None, wait_ms=0., capability=(7, 0)):
+        super().__init__()
+        self.device, self.peak, self.moved, self.on_reset = torch.device(device), 0, set(), lambda: None
+        functions = dict(synchronize=lambda d=None: clock.pass_ms(wait_ms) if clock else None, empty_cache=lambda: None,
+                         reset_peak_memory_stats=lambda d=None: self.on_reset(), max_memory_allocated=lambda d=None: self.peak,
+                         get_device_capability=lambda d=None: capability)
+        for name, f in functions.items(): monkeypatch.setattr(getattr(torch, self.device.type), name, f, raising=False)
+        real = torch.Generator
+        class OnCPU(real):
+            def __new__(cls, device=None): return real.__new__(cls)
+        monkeypatch.setattr(torch, 'Generator', OnCPU)
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.device: return func(*args, **kwargs)
+        if func == torch.Tensor.device.__get__: return self.device
+        devices = []
+        def _on_cpu(o):
+            if not isinstance(o, torch.device) or o.type != self.device.type: return o
+            devices.append(o)
+            return torch.device('cpu')
+        args, kwargs = tree_map(_on_cpu, (args, kwargs))
+        out = func(*args, **kwargs)
+        if func == torch.Tensor.to and devices: self.moved.add(out.untyped_storage().data_ptr())
+        return out
+    def learner(self, model=None, dls=None, **kwargs):
+        dls = dls or loaders()
+        dls.device = self.device
+        return learner(model, dls, **kwargs)
+
+
+def passes_in_new_process(f):
+    "Run `f` in a fork of this process, for settings that can't be restored. True if it raised nothing."
+    def _run():
+        torch.set_num_threads(1)  # a fork has no other threads
+        f()
+    process = multiprocessing.get_context('fork').Process(target=_run)
+    process.start()
+    process.join(100)
+    process.kill()
+    return process.exitcode == 0
+
+
+# time
+
+def setting_of(learn) -> str:
+    "The Learner's setting, such as `'channels last, bf16+fp32, folded, compiled'`."
+    mp = next(iter(learn._grab_cbs(MixedPrecision)), None)
+    precision = mp.amp_mode.value + '+fp32'*bool(getattr(mp, 'fp32_layers', ())) if mp else 'fp32'
+    parts = ['channels last' if learn._grab_cbs(ChannelsLast) else 'contiguous', precision]
+    parts += ['folded']*bool(learn._grab_cbs(FoldBatchNorm))
+    return ', '.join(parts + ['compiled']*bool(learn._grab_cbs(CompileTraining if learn.training else CompilePredictions)))
+
+
+class Clock:
+    "Stands in for `time.perf_counter`: time passes only where a test says so."
+    def __init__(self): self.now = 0.
+    def __call__(self): return self.now
+    def pass_ms(self, ms): self.now += ms/1e3
+
+
+# the command line
+
+def run_command(monkeypatch, capsys, *args) -> tuple: # Exit status or message, standard output, standard error
+    "Run `channelslast` with these arguments."
+    monkeypatch.setattr(sys, 'argv', ['channelslast', *args])
+    code = 0
+    try: cli()
+    except SystemExit as e: code = e.code
+    return code, *capsys.readouterr()
+
+
+def use_small_models(monkeypatch, **models):
+    """torchvision's classifiers are `convnet`s, or the result of `models[name]()`. Each has its name in `.arch`."""
+    names, real = torchvision.models.list_models(module=torchvision.models), torchvision.models.get_model
+    def _get_model(name, num_classes=10, **kwargs):
+        if name not in names: return real(name, num_classes=num_classes, **kwargs)
+        model = models[name]() if name in models else convnet(n=num_classes)
+        model.arch = name
+        return model
+    monkeypatch.setattr(torchvision.models, 'get_model', _get_model)
+
+
+class Load:
+    "Stands in for the process that `channelslast bench --busy` runs. `Load.running` counts those that run."
+    running = 0
+    def __init__(self, *args, **kwargs): Load.running += 1
+    def kill(self): Load.running -= 1
+    def wait(self): pass
