@@ -77,7 +77,7 @@ def test_format_find_repeats_steps_that_the_scaler_skipped(has, clock, monkeypat
 def test_format_find_does_not_take_accumulated_batches_for_skipped_steps(has):
     "They never reach the scaler, whose flag for the step before stayed set."
     has('fp16')
-    t = find(learner(steep(), cbs=GradientAccumulation(64)), num_it=2)
+    t = find(learner(steep(), cbs=GradientAccumulation(40)), num_it=8)
     assert [r.valid for r in t.rows] == [True]*4, t
 
 
@@ -554,7 +554,9 @@ def test_layers_are_timed_in_several_passes_on_a_gpu_and_in_one_on_a_cpu(has, gp
     class Conv(nn.Conv2d):
         def forward(self, x):
             clock.pass_ms(1)
+            passes.append(1)
             return super().forward(x)
+    passes = []
     def _find(make):
         learn = make(nn.Sequential(Conv(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)))
         before = learner_state(learn)
@@ -562,7 +564,8 @@ def test_layers_are_timed_in_several_passes_on_a_gpu_and_in_one_on_a_cpu(has, gp
         assert difference(before, learner_state(learn)) == '' and layer.cls == 'Conv'
         return layer.half_ms
     assert _find(learner) == pytest.approx(1)
-    assert 1 < _find(gpu(clock=clock, wait_ms=2.5).learner) < 3
+    on_cpu = len(passes)
+    assert 1 < _find(gpu(clock=clock, wait_ms=2.5).learner) < 3 and len(passes) > 3*on_cpu
 
 
 @pytest.mark.filterwarnings('ignore')  # autocast needs a real GPU
