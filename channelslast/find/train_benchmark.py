@@ -310,9 +310,7 @@ class TrainBenchmark:
         if alone: self.callbacks.append(self.skip)
 
     def use_optimizer(self, opt):
-        "Switch to one of `optimizers`, and its gradients between steps: None if it is fused, otherwise zeros."
-        if isinstance(opt, FusedOptimizer): self.learn.model.zero_grad(set_to_none=True)
-        elif isinstance(self.learn.opt, FusedOptimizer): self.learn.opt.fill_gradients()
+        "Switch to one of `optimizers`."
         self.learn.opt, self.skip.ms = opt, self.optimizers[opt]
 
     def own_step(self, i) -> float:

@@ -1,14 +1,12 @@
 "fastai's `Adam` and `SGD`, stepping with PyTorch's fused kernels: the same weights in less time."
 from functools import partial
+from importlib import import_module
 
 import torch
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.optimizer import (SGD, Adam, Optimizer, adam_step, average_grad, average_sqr_grad, l2_reg, momentum_step,
                               sgd_step, step_stat, weight_decay)
 from torch import nn
-from torch.optim.adam import adam
-from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
 
 from ..core.memory_format import match_strides
 from ..core.pickle_as import pickle_as
@@ -22,32 +20,41 @@ def _state_tensors(ps, states, name):
     return [s[name] for s in states]
 
 
-def _adam(kernel, ps, grads, states, lr, wd, mom, sqr_mom, eps):
+# `_foreach_mul_` and `_foreach_zero_` have no public names. On a GPU each launches one kernel, not one per parameter.
+
+def _functional(name):
+    "PyTorch's functional optimizer of this name, such as `torch.optim.adam.adam`. None in a version that lacks it."
+    try: return getattr(import_module(f'torch.optim.{name}'), name, None)
+    except ImportError: return None
+
+
+def _adam(name, ps, grads, states, lr, wd, mom, sqr_mom, eps):
     # fastai counts steps in plain numbers; the kernel takes tensors and adds 1. On a GPU, copying a list would wait.
     counts = [float(s.get('step', 0)) for s in states]
     device, all_equal = ps[0].device, len({*counts}) == 1
     steps = torch.full((len(ps),), counts[0], device=device) if all_equal else torch.tensor(counts, device=device)
     avgs, sqr_avgs = _state_tensors(ps, states, 'grad_avg'), _state_tensors(ps, states, 'sqr_avg')
-    kernel(ps, grads, avgs, sqr_avgs, [], [*steps.unbind()], fused=True, lr=lr, weight_decay=wd, beta1=mom,
-           beta2=sqr_mom, eps=eps, amsgrad=False, maximize=False)
+    _functional(name)(ps, grads, avgs, sqr_avgs, [], [*steps.unbind()], fused=True, lr=lr, weight_decay=wd, beta1=mom,
+                      beta2=sqr_mom, eps=eps, amsgrad=False, maximize=False)
     for s in states: s['step'] = s.get('step', 0) + 1
 
 
-def _sgd(decoupled, averaged, ps, grads, states, lr, wd, mom):
+def _sgd(name, decoupled, averaged, ps, grads, states, lr, wd, mom):
     if decoupled and averaged and wd:  # without an average, both kinds of decay are the same
         torch._foreach_mul_(ps, 1 - lr*wd)
         wd = 0.
+    avgs = _state_tensors(ps, states, 'grad_avg') if averaged else [None]*len(ps)
     # At momentum 0 the kernel drops its buffer, which a schedule may need later: pass a tiny value.
-    sgd(ps, grads, _state_tensors(ps, states, 'grad_avg') if averaged else [None]*len(ps), fused=True, weight_decay=wd,
-        lr=lr, momentum=(mom or 1e-30) if averaged else 0., dampening=0., nesterov=False, maximize=False)
+    _functional(name)(ps, grads, avgs, fused=True, lr=lr, weight_decay=wd, momentum=(mom or 1e-30) if averaged else 0.,
+                      dampening=0., nesterov=False, maximize=False)
 
 
 _ADAM = (average_grad, "{'dampening': True}"), average_sqr_grad, step_stat, adam_step
 KERNELS = {  # by the callbacks of a fastai optimizer; its other optimizers have no faster equivalent
-    (weight_decay, *_ADAM): partial(_adam, adamw), (l2_reg, *_ADAM): partial(_adam, adam),
-    (weight_decay, sgd_step): partial(_sgd, True, False), (l2_reg, sgd_step): partial(_sgd, False, False),
-    (weight_decay, average_grad, momentum_step): partial(_sgd, True, True),
-    (l2_reg, average_grad, momentum_step): partial(_sgd, False, True)}
+    (weight_decay, *_ADAM): partial(_adam, 'adamw'), (l2_reg, *_ADAM): partial(_adam, 'adam'),
+    (weight_decay, sgd_step): partial(_sgd, 'sgd', True, False), (l2_reg, sgd_step): partial(_sgd, 'sgd', False, False),
+    (weight_decay, average_grad, momentum_step): partial(_sgd, 'sgd', True, True),
+    (l2_reg, average_grad, momentum_step): partial(_sgd, 'sgd', False, True)}
 
 
 def _is_fusable(p) -> bool:
@@ -61,42 +68,37 @@ def _kernel(opt):
     if type(opt) is not Optimizer or any({*h} - {'lr', 'wd', 'mom', 'sqr_mom', 'eps'} for h in opt.hypers): return None
     ps = [p for pg in opt.param_lists for p in pg]
     if len({*ps}) < len(ps) or len({p.device for p in ps}) != 1 or not all(map(_is_fusable, ps)): return None
-    return KERNELS.get(tuple((cb.func, str(cb.keywords)) if isinstance(cb, partial) else cb for cb in opt.cbs))
+    step = KERNELS.get(tuple((cb.func, str(cb.keywords)) if isinstance(cb, partial) else cb for cb in opt.cbs))
+    return step if step and _functional(step.args[0]) else None
 
 
 @pickle_as(Optimizer)
 class FusedOptimizer(Optimizer):
     "A fastai optimizer with its groups, hyperparameters and state, but a fused step."
-    _kernel, _had_grad, _measured = None, (), False
+    _kernel, _measured = None, False
     def __init__(self, opt,
         measured=False, # True if `to_fastest` puts it in
     ):
-        vars(self).update(vars(opt), _kernel=_kernel(opt), _had_grad=set(), _measured=measured)
+        vars(self).update(vars(opt), _kernel=_kernel(opt), _measured=measured)
         if self._kernel is None:
             raise ValueError("`fused` supports only fastai's `Adam` and `SGD`, with dense, unshared fp32 or fp64 "
-                             "parameters on one device (CPU or CUDA).")
+                             "parameters on one device (CPU or CUDA), and needs PyTorch's functional `adam`, "
+                             "`adamw` and `sgd`.")
 
     def plain(self) -> Optimizer:
-        "fastai's optimizer with these groups, hyperparameters and state, and the gradients that it would have."
-        self.fill_gradients()
+        "fastai's optimizer with these groups, hyperparameters and state."
         opt = Optimizer.__new__(Optimizer)
         vars(opt).update({k: v for k, v in vars(self).items() if k not in vars(FusedOptimizer)})
         return opt
 
-    def fill_gradients(self):
-        # fastai sets gradients to zero, not None: averages and decay continue, in frozen layers too
-        for p in self._had_grad:
-            if p.grad is None: p.grad = torch.zeros_like(p)
-
     def zero_grad(self):
-        for p in (p for pg in self.param_lists for p in pg if p.grad is not None):
-            self._had_grad.add(p)
-            p.grad = None
+        # zeros, not None, as in fastai: averages and decay continue without a new gradient, in frozen layers too
+        grads = [p.grad.detach_() for pg in self.param_lists for p in pg if p.grad is not None]
+        if grads: torch._foreach_zero_(grads)
 
     @torch.no_grad()
     def step(self, closure=None):
         if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
-        self.fill_gradients()
         for pg, hyper in zip(self.param_lists, self.hypers):
             for do_wd in True, False:
                 ps = [p for p in pg if p.grad is not None and self.state[p].get('do_wd', True) == do_wd]
