@@ -135,7 +135,7 @@ def test_a_unet_stays_channels_last_to_its_last_layer():
 
 # optimizer state and checkpoints
 
-@pytest.mark.parametrize('kw', [dict(fused=True), pytest.param({}, marks=pytest.mark.slow), pytest.param(dict(foreach=True), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize('kw', [dict(), dict(fused=True), dict(foreach=True)], ids=str)
 def test_switching_between_fits_trains_as_without_a_switch(kw):
     "With fastai's callback, `AdamW(fused=True)` is wrong by 6e-2. In float64."
     dls, model = loaders(dtype=torch.float64), convnet().double()
@@ -202,20 +202,18 @@ def test_an_exported_learner_names_fastais_callbacks_only_so_it_loads_without_th
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('cpu', [True, False])
-def test_an_exported_learner_loads_and_predicts_where_this_library_is_not_installed(tmp_path, cpu):
+def test_an_exported_learner_loads_and_predicts_where_this_library_is_not_installed(tmp_path):
     "Callbacks of this library's classes would raise `UnboundLocalError: … 'res'`."
     file, image, expected = exported(tmp_path)
     code = f"""
 import sys; sys.modules['channelslast'] = None
 from fastai.vision.all import *
-learn = load_learner({str(file)!r}, cpu={cpu})
-print([f'{{type(o).__module__}}.{{type(o).__name__}}' for o in learn.cbs])
-if {cpu}: print('predicted', learn.predict({str(image)!r})[2].tolist())"""
+print([f'{{type(o).__module__}}.{{type(o).__name__}}' for o in load_learner({str(file)!r}, cpu=False).cbs])
+print('predicted', load_learner({str(file)!r}).predict({str(image)!r})[2].tolist())"""
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert 'fastai.callback.channelslast.ChannelsLast' in out.stdout and 'fastai.callback.fp16.MixedPrecision' in out.stdout
-    if cpu: torch.testing.assert_close(torch.tensor(eval(out.stdout.split('predicted ')[1].splitlines()[0])), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(eval(out.stdout.split('predicted ')[1].splitlines()[0])), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('into', [True, False], ids=['channels last', 'contiguous'])
@@ -425,7 +423,7 @@ class Shared(nn.Module):
     def check(self): return self.ptrs[0] == self.ptrs[1] and self.ptrs[2] == self.ptrs[3]
 
 
-@pytest.mark.parametrize('opt', [partial(SGD, mom=0.9), *(pytest.param(o, marks=pytest.mark.slow) for o in (Adam, FUSED_ADAMW))], ids=['SGD', 'Adam', 'AdamW'])
+@pytest.mark.parametrize('opt', [partial(SGD, mom=0.9), Adam, FUSED_ADAMW], ids=['SGD', 'Adam', 'AdamW'])
 def test_weights_that_share_memory_share_it_after_every_call(tmp_path, opt):
     "If sharing ends, the two weights of a pair differ. This test runs all calls that copy or convert weights."
     runs = []

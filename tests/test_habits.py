@@ -20,7 +20,7 @@ def label(i): return int(DIGITS.target[i])
 def mask(i): return PILMask.create((DIGITS.images[i] > 8).astype(np.uint8))
 
 
-def classes(n=48, **kwargs):
+def classes(n=32, **kwargs):
     return DataBlock((ImageBlock, CategoryBlock(vocab=range(10))), get_items=lambda _: range(n), get_x=image, get_y=label,
                      splitter=RandomSplitter(seed=1), item_tfms=Resize(32), **kwargs).dataloaders(None, bs=8, device=torch.device('cpu'), num_workers=0)
 
@@ -31,7 +31,8 @@ def masks():
 
 
 def small(**kwargs):
-    return Learner(kwargs.pop('dls', None) or classes(), kwargs.pop('model', None) or SimpleCNN([3, 8, 16, 10]), **{**dict(metrics=accuracy, lr=1e-3), **kwargs})
+    dls, model = kwargs.pop('dls', None) or classes(), kwargs.pop('model', None) or SimpleCNN([3, 8, 16, 10])
+    return Learner(dls, model, **dict(metrics=accuracy, lr=1e-3) | kwargs)
 
 
 def losses(learn): return [o.item() for o in learn.recorder.losses] + [v for row in learn.recorder.values for v in row]
@@ -140,12 +141,12 @@ def precisions(before, after):
     return _habit
 
 
-def compiled(when):
+def compiled(when, backend):
     def _habit(switch, path):
         torch.compiler.reset()
         learn = small()
         if when == 'after': switch(learn)
-        learn.model = torch.compile(learn.model, backend='aot_eager')
+        learn.model = torch.compile(learn.model, backend=backend)
         if when == 'before': switch(learn)
         return fitted(learn)
     return _habit
@@ -155,8 +156,8 @@ def training(**kwargs): return lambda switch, path: fitted(switch(small(**{k: v(
 def wrapped(**kwargs): return training(opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, **kwargs)))
 
 
-HABITS = dict(
-    fine_tune=fine_tune, unet=unet, xresnet=training(model=lambda: xresnet18(n_out=10, sa=True)),
+SLOW = dict(fine_tune=fine_tune, unet=unet, xresnet=training(model=lambda: xresnet18(n_out=10, sa=True)), compile_before=compiled('before', 'aot_eager'))
+FAST = dict(
     mixup=training(cbs=MixUp), cutmix=training(cbs=CutMix), label_smoothing=training(loss_func=LabelSmoothingCrossEntropy),
     gradient_accumulation=training(cbs=partial(GradientAccumulation, 16)()), gradient_clip=training(cbs=GradientClip(0.1)),
     save_and_load=save_and_load, resume=resume, early_stopping=early, lr_find=lr_find, tta=tta, interpretation=interpretation,
@@ -164,9 +165,10 @@ HABITS = dict(
     to_fp16_before=precisions(lambda o: o.to_fp16(), noop), to_fp16_after=precisions(noop, lambda o: o.to_fp16()),
     to_bf16_before=precisions(lambda o: o.to_bf16(), noop), to_bf16_after=precisions(noop, lambda o: o.to_bf16()),
     to_fp32_before=precisions(lambda o: o.to_fp32(), noop), to_fp32_after=precisions(noop, lambda o: o.to_fp32()),
-    compile_before=compiled('before'), compile_after=compiled('after'),
+    compile_after=compiled('after', 'eager'),
     Adam=training(opt_func=Adam), SGD=training(opt_func=partial(SGD, mom=0.9)), RAdam=training(opt_func=RAdam), Lamb=training(opt_func=Lamb),
     ranger=training(opt_func=ranger), AdamW=wrapped(foreach=False), AdamW_foreach=wrapped(foreach=True), AdamW_fused=wrapped(fused=True))
+HABITS = FAST | SLOW
 
 
 def run(habit, switch, path):
@@ -175,8 +177,8 @@ def run(habit, switch, path):
         return habit(switch, path)
 
 
-@pytest.mark.parametrize('name', HABITS)
-def test_habit(name, tmp_path, monkeypatch, has):
+@pytest.mark.parametrize('name', [*FAST, *(pytest.param(o, marks=pytest.mark.slow) for o in SLOW)])
+def test_a_habit_gives_the_same_numbers_in_channels_last_as_in_contiguous(name, tmp_path, monkeypatch, has):
     has()  # in fp32 on every machine: half precision has its own tests with their own tolerance
     monkeypatch.setattr(plt, 'show', noop)
     mixed = not name.startswith('to_')

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
+from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Learner
 from fastcore.basics import fastuple
 from fastcore.foundation import L
 from torch import nn
 
 from channelslast import FoldBatchNorm
-from .conftest import convnet, learner, loaders, shake
+from channelslast.core.nested_tensors import tensors_of
+from .helpers import convnet, learner, loaders, shake
 from .test_nested_tensors import MAKE, Boxes, Data, ModelOutput, UserDict
 
 HOLDERS = dict(
@@ -28,9 +29,11 @@ class Gives(nn.Module):
     def forward(self, x): return self.hold(self.net(x))
 
 
-def first(out):
-    from channelslast.core.nested_tensors import tensors_of
-    return tensors_of(out)[0]
+def mostly_slow(options, *fast):
+    return pytest.mark.parametrize('name', [o if o in fast else pytest.param(o, marks=pytest.mark.slow) for o in options])
+
+
+def first(out): return tensors_of(out)[0]
 
 
 def loss_of(out, y): return nn.functional.cross_entropy(first(out), y)
@@ -45,29 +48,30 @@ class Seen(Callback):
 # mixed precision
 
 @pytest.mark.parametrize('name', MAKE)
-@pytest.mark.parametrize('fast', [('bf16',), ()])
+@pytest.mark.parametrize('fast', [('bf16',), pytest.param((), marks=pytest.mark.slow)], ids=['bf16', 'fp32'])
 @pytest.mark.filterwarnings('ignore')
-def test_mixed_precision_leaves_each_type_alone(has, name, fast):
-    "✗ fastai's mixed precision turns `ModelOutput` into a plain dictionary, and fails on `None`, numbers and named tuples."
+def test_mixed_precision_keeps_the_types_of_outputs_and_casts_half_precision_only(has, name, fast):
+    "fastai's mixed precision turns `ModelOutput` into a plain dictionary, and fails on `None`, numbers and named tuples."
     has(*fast)
     class Adds(nn.Module):
         def __init__(self):
             super().__init__()
             self.net = convnet()
         def forward(self, x): return self.net(x), MAKE[name](), torch.ones(1, dtype=torch.float64)
-    learn = Learner(loaders(), Adds(), loss_of, cbs=(seen := Seen())).to_channelslast(amp_mode='bf16')
+    learn = Learner(loaders(n=8), Adds(), loss_of, cbs=(seen := Seen())).to_channelslast(amp_mode='bf16')
     learn.fit(1)
     out, held, double = seen.got
     assert type(held) is type(MAKE[name]()) and out.dtype == torch.float32 and double.dtype == torch.float64
     assert first(held).dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
-def test_googlenets_named_tuple(has):
+def test_googlenet_trains_with_its_named_tuple_of_outputs(has):
     has('bf16')
     def _loss(out, y): return sum(nn.functional.cross_entropy(o, y) for o in ((out,) if isinstance(out, torch.Tensor) else out) if o is not None)
     model = torchvision.models.googlenet(weights=None, num_classes=4, aux_logits=True, init_weights=False)
-    learn = Learner(loaders((3, 64, 64), n=4, bs=2), model, _loss, cbs=(seen := Seen())).to_channelslast(amp_mode='bf16')
+    learn = Learner(loaders((3, 64, 64), n=4, bs=2), model, _loss).to_channelslast(amp_mode='bf16')
     class Train(Callback):
         def after_pred(self): self.kind = self.kind if hasattr(self, 'kind') else type(self.pred)
     learn.fit(1, cbs=(kind := Train()))
@@ -77,30 +81,38 @@ def test_googlenets_named_tuple(has):
 # folding and predictions
 
 @pytest.mark.parametrize('name', HOLDERS)
-def test_folded_outputs_are_compared(name):
-    "✗ The warning `gives other outputs … inf` was false."
-    learn = Learner(loaders(), shake(Gives(HOLDERS[name])), loss_of, cbs=FoldBatchNorm())
+def test_outputs_in_a_container_are_compared_when_batch_norms_are_folded(name):
+    "Otherwise `FoldBatchNorm` warns that the folded model gives other outputs."
+    learn = Learner(loaders(n=8), shake(Gives(HOLDERS[name])), loss_of, cbs=FoldBatchNorm())
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         for _ in range(2): learn.validate()
     assert learn.fold_batch_norm.folded == 1
 
 
-@pytest.mark.parametrize('name', HOLDERS)
-def test_predictions_are_compared(has, name):
-    "✗ The note `numbers differ` was false."
+FIND = dict(num_it=1, show_plot=False, layers=False)
+
+
+@mostly_slow(HOLDERS, 'output', 'nested')
+def test_predictions_in_a_container_are_compared_by_format_find(has, name):
+    "Otherwise each candidate has the note `numbers differ`."
     has('bf16')
-    t = Learner(loaders(), shake(Gives(HOLDERS[name])), loss_of).format_find(num_it=1, show_plot=False, train=False)
+    t = Learner(loaders(n=16), shake(Gives(HOLDERS[name])), loss_of).format_find(train=False, **FIND)
     assert all(r.valid and r.pred_diff is not None for r in t.rows) and any(r.folded for r in t.rows), t
-    t = Learner(loaders(), Gives(HOLDERS[name]), loss_of).format_find(num_it=1, show_plot=False)
+
+
+@mostly_slow(HOLDERS, 'numbers', 'object')
+def test_losses_of_outputs_in_a_container_are_compared_by_format_find(has, name):
+    has('bf16')
+    t = Learner(loaders(n=16), Gives(HOLDERS[name]), loss_of).format_find(**FIND)
     assert all(r.valid for r in t.rows), t
 
 
-@pytest.mark.parametrize('name', HOLDERS)
-def test_a_difference_in_a_container_is_found(has, name):
+@mostly_slow(HOLDERS, 'array', 'user')
+def test_different_numbers_in_a_container_are_found_by_format_find(has, name):
     has('bf16')
     def _hold(t): return HOLDERS[name](t + 1 if torch.is_autocast_enabled('cpu') else t)
-    t = Learner(loaders(), Gives(_hold), loss_of).format_find(num_it=1, show_plot=False, train=False, layers=False)
+    t = Learner(loaders(n=16), Gives(_hold), loss_of).format_find(train=False, **FIND)
     assert {r.precision: r.valid for r in t.rows} == dict(fp32=True, bf16=False) and 'numbers differ' in repr(t)
 
 
@@ -112,10 +124,10 @@ class Names(nn.Module):
     def forward(self, x): return ['abcd'[i] for i in self.net(x).argmax(1)]
 
 
-def test_outputs_without_numbers_cant_be_compared(has):
+def test_outputs_without_numbers_are_never_chosen_nor_folded(has):
     has('bf16')
-    learn = Learner(loaders(), Names(), lambda out, y: torch.zeros(()))
-    t = learn.format_find(num_it=1, show_plot=False, train=False)
+    learn = Learner(loaders(n=16), Names(), lambda out, y: torch.zeros(()))
+    t = learn.format_find(train=False, **FIND)
     assert t.rows[0].valid and all('no numbers to compare' in r.note and not r.valid for r in t.rows[1:]) and t.best is t.rows[0]
     with pytest.warns(UserWarning, match="gives outputs without numbers, which can't be compared. It stays unfolded"):
         learn.add_cb(FoldBatchNorm()).validate()
@@ -146,13 +158,13 @@ INPUTS = dict(L=lambda t: L([t]), data=lambda t: Batch(t), fastuple=lambda t: fa
 
 @pytest.mark.parametrize('name', INPUTS)
 @pytest.mark.filterwarnings('ignore')
-def test_inputs_in_a_container(has, name):
-    "Inputs are converted, seen by the summary, and distinguished by type when batch norms are folded."
+def test_inputs_in_a_container_are_converted_summarized_measured_and_folded(has, name):
+    "Folded batch norms are also distinguished by the input's type."
     has('bf16')
     learn = Learner(holding(INPUTS[name]), Takes(), CrossEntropyLossFlat()).to_channelslast(amp_mode='bf16')
     learn.fit(1)
     assert learn.format_summary().holds
-    assert all(r.valid for r in learn.format_find(num_it=1, show_plot=False, train=False).rows)
+    if name in ('data', 'list'): assert all(r.valid for r in learn.format_find(train=False, **FIND).rows)
     learn.add_cb(FoldBatchNorm())
     for _ in range(2): learn.validate()
     assert learn.fold_batch_norm.folded == 1
@@ -197,8 +209,8 @@ CASES = dict(
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_the_summary_decides_after_the_pass(name):
-    "✗ The summary said `The batch's inputs hold no 4-D or 5-D floating-point tensor`, though the model trains."
+def test_format_summary_of_a_model_that_makes_its_images_from_other_inputs_counts_their_layers(name):
+    "A check of the batch alone would find no 4-D or 5-D floating-point tensor in it."
     model, dls = CASES[name]()
     learn = Learner(dls, model, CrossEntropyLossFlat()).to_channelslast(to_fp16=False)
     learn.fit(1)
@@ -207,7 +219,7 @@ def test_the_summary_decides_after_the_pass(name):
 
 
 @pytest.mark.parametrize('batch', [lambda b: L(*b), lambda b: fastuple(b), lambda b: list(b), lambda b: b[0]])
-def test_batches_of_any_type(batch):
+def test_format_summary_takes_batches_of_any_type(batch):
     learn = learner().to_channelslast(to_fp16=False)
     b = learn.dls.one_batch()
     if isinstance(batch(b), torch.Tensor): assert 'no labels' in learn.format_summary(batch(b)).note

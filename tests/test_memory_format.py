@@ -18,11 +18,6 @@ from .helpers import Mixed, convnet
 CL, CL3 = torch.channels_last, torch.channels_last_3d
 
 
-def mostly_slow(options, fast):
-    "Parameters of a test: the options named in `fast`, and all others marked as slow."
-    return [o if o in fast else pytest.param(o, marks=pytest.mark.slow) for o in options]
-
-
 def holds(check, examples, n):
     "Check this many examples, the same in every run."
     settings(max_examples=n, deadline=None, derandomize=True)(given(examples)(check))()
@@ -182,8 +177,8 @@ TIED_OPTIMIZERS = dict(sgd=partial(torch.optim.SGD, momentum=0.9), adam=torch.op
                        adam_foreach=partial(torch.optim.Adam, foreach=True), fastai_sgd=partial(FastaiSGD, mom=0.9), fastai_adam=Adam)
 
 
-@pytest.mark.parametrize('optimizer', mostly_slow(TIED_OPTIMIZERS, ['adam_fused']))
-@pytest.mark.parametrize('name', mostly_slow(TIES, ['view', 'transposed', 'column', 'rows', 'cubic', 'depthwise', 'torn view', 'torn each_second_row']))
+@pytest.mark.parametrize('optimizer', TIED_OPTIMIZERS)
+@pytest.mark.parametrize('name', TIES)
 def test_tied_weights_train_as_without_a_switch(name, optimizer):
     runs = []
     for switch in False, True:
@@ -420,7 +415,7 @@ def states(opt):
     return [(p, s) for p in opt.state for s in opt.state[p].values() if isinstance(s, torch.Tensor) and s.shape == p.shape]
 
 
-@pytest.mark.parametrize('name', mostly_slow(OPTIMIZERS, ['adamw_fused', 'amsgrad', 'sgd_fused', 'fastai_adam', 'ranger']))
+@pytest.mark.parametrize('name', OPTIMIZERS)
 @pytest.mark.parametrize('load', [False, True], ids=['switched', 'loaded'])
 def test_an_aligned_optimizer_trains_as_without_a_switch(name, load):
     """Without `align_optimizer`, fused AdamW is off by 5e-2 here. Two contiguous, two channels-last and two contiguous

@@ -1,5 +1,4 @@
-"After any sequence of public calls, formats agree, no callback is there twice, and training goes as without the library."
-import shutil
+"After any sequence of public calls, formats agree, no callback is there twice, and training is as without the library."
 import tempfile
 import warnings
 from pathlib import Path
@@ -13,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from channelslast import ChannelsLast, less_random
-from .conftest import convnet, learner, loaders
+from .helpers import convnet, learner, loaders
 
 FORMAT = {  # methods of this library
     'to_channelslast': lambda learn: learn.to_channelslast(), 'channels last in fp32': lambda learn: learn.to_channelslast(to_fp16=False),
@@ -64,23 +63,32 @@ def run(calls, opt, path) -> list:
     return results
 
 
-SEEN = []
-
-
-@settings(max_examples=100, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=[*HealthCheck])
-@given(calls=st.lists(st.sampled_from([*CALLS, *OFTEN]), min_size=4, max_size=14), opt=st.sampled_from(list(OPTIMIZERS)))
-def _any_sequence(calls, opt):
+def check_sequence(calls, opt, path):
     calls = [*calls, 'fit']
-    path = Path(tempfile.mkdtemp())
-    try:
-        results = run(calls, opt, path/'with')
-        plain = run([c for c in calls if c in FASTAI], opt, path/'without')
-    finally: shutil.rmtree(path)
+    results = run(calls, opt, path/'with')
+    plain = run([c for c in calls if c in FASTAI], opt, path/'without')
     assert results == pytest.approx(plain, rel=2e-3, abs=1e-4)
-    SEEN.append(calls)
 
 
-def test_any_sequence(has, capsys):
+SEQUENCES = dict(  # each call after each of those that may matter to it
+    switches_between_fits=['fit', 'to_channelslast', 'fit', 'to_contiguous', 'fit', 'channels last in fp32', 'validate', 'to_contiguous fp32'],
+    checkpoints_of_both_formats=['fit', 'save', 'to_channelslast', 'load', 'fit', 'save', 'to_contiguous', 'load', 'fit', 'bf16', 'fit', 'load'],
+    precisions=['to_channelslast', 'to_bf16', 'fit', 'to_fp16', 'bf16', 'fp32_layers', 'fit', 'to_fp32', 'to_channelslast', 'to_fp32', 'validate'],
+    measuring_between_fits=['fit', 'format_find', 'channels last in fp32', 'format_summary', 'fit', 'to_fastest', 'fit', 'format_find', 'to_contiguous fp32'],
+    frozen_layers=['freeze', 'fit', 'to_channelslast', 'fit', 'unfreeze', 'fit', 'to_fastest', 'freeze', 'to_contiguous', 'validate', 'unfreeze'])
+
+
+@pytest.mark.parametrize('name, opt', zip(SEQUENCES, ['AdamW', 'AdamW', 'Adam', 'SGD', 'Adam']))
+def test_training_is_the_same_with_a_sequence_of_calls_as_without_them(has, tmp_path, name, opt):
     has()  # fp32 on every machine: this tests state, not rounding
+    check_sequence(SEQUENCES[name], opt, tmp_path)
+
+
+@pytest.mark.slow
+def test_training_is_the_same_with_many_sequences_of_calls_as_without_them(has):
+    has()
+    @settings(max_examples=200, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=[*HealthCheck])
+    @given(calls=st.lists(st.sampled_from([*CALLS, *OFTEN]), min_size=4, max_size=14), opt=st.sampled_from(list(OPTIMIZERS)))
+    def _any_sequence(calls, opt):
+        with tempfile.TemporaryDirectory() as path: check_sequence(calls, opt, Path(path))
     _any_sequence()
-    with capsys.disabled(): print(f'\n{len(SEEN)} sequences of {sum(map(len, SEEN))} calls', end=' ')
