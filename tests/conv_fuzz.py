@@ -1,9 +1,9 @@
 """Compare random convolutions, trained as by this library, with float64: `python -m tests.conv_fuzz seed cases seconds`.
 
 Each convolution runs in its own process, since a wrong kernel may crash it. Freed memory is overwritten (glibc's
-MALLOC_PERTURB_), which reveals values that were never written. The cases have small spatial sizes, large kernels, strides
-and paddings, 1-D to 3-D, plain and transposed, both formats, fp32 and bf16. Prints one line per wrong convolution, then
-how many ran."""
+MALLOC_PERTURB_), which reveals values that were never written. The cases have small spatial sizes, large kernels,
+strides, paddings and dilations, often one channel, 1-D to 3-D, plain and transposed, both formats, fp32 and bf16. Prints
+one line per wrong convolution, then how many ran."""
 import json
 import os
 import random
@@ -28,12 +28,14 @@ def convolution(rng):
     n, transposed = rng.choice([1, 2, 2, 3, 3, 3]), rng.random() < 0.25
     def _each(values): return [rng.choice(values) for _ in range(n)]
     k, s, size = _each([1, 2, 3, 3, 5, 7]), _each([1, 1, 2, 2, 3]), _each([1, 1, 2, 2, 3, 4, 5, 6])
+    d = _each([1, 2, 3]) if rng.random() < 0.25 else [1]*n
+    p = [rng.randrange(d*(k - 1) + 2 if d > 1 else k) for k, d in zip(k, d)]
     depthwise = rng.random() < 0.15
-    c_in = rng.choice([1, 3, 8, 16, 32, 64])
-    c_out = c_in if depthwise else rng.choice([1, 8, 16, 32, 64])
+    c_in = rng.choice([1, 1, 3, 8, 16, 32, 64])
+    c_out = c_in if depthwise else rng.choice([1, 1, 8, 16, 32, 64])
     try:
-        m = CONVS[n, transposed](c_in, c_out, k, stride=s, padding=[rng.randrange(o) for o in k], groups=c_in if depthwise else 1)
-        x = torch.randn(rng.choice([1, 2, 4]), c_in, *size)
+        m = CONVS[n, transposed](c_in, c_out, k, stride=s, padding=p, dilation=d, groups=c_in if depthwise else 1)
+        x = torch.randn(rng.choice([1, 2, 4, 4]), c_in, *size)  # PyTorch computes some batches of one image without oneDNN
         with torch.no_grad(): y = m.double()(x.double())
     except RuntimeError: return None
     m.float()
