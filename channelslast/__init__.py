@@ -8,9 +8,9 @@ with _warnings.catch_warnings():
 from .core.glibc_malloc import keep_memory
 from .core.random_state import less_random
 from .find.format_find import FormatTimings
-from .compile.compile_predictions import CompilePredictions
-from .compile.compile_training import CompileTraining
-from .fold.fold_batch_norm import FoldBatchNorm
+from .predict.compile_predictions import CompilePredictions
+from .learner.compile_training import CompileTraining
+from .predict.fold_batch_norm import FoldBatchNorm
 from .learner import fastai_patches  # fastai's own methods, for every Learner
 from .learner.channels_last import ChannelsLast
 from .learner.fused_optimizer import fused

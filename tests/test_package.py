@@ -11,8 +11,8 @@ import pytest
 root = Path(__file__).parent.parent
 package = root/'channelslast'
 # Each folder may import itself and these. The table in `.github/CONTRIBUTING.md` must agree.
-MAY_IMPORT = dict(core=(), fold=('core',), compile=('core', 'fold'), learner=('core', 'fold', 'compile'), summary=('core', 'fold', 'learner'),
-                  find=('core', 'fold', 'compile', 'learner'), command=('', 'core', 'fold', 'compile', 'learner', 'find'))
+MAY_IMPORT = dict(core=(), predict=('core',), learner=('core',), summary=('core', 'learner'), find=('core', 'predict', 'learner'),
+                  command=('', 'core', 'predict', 'learner', 'find'))
 
 
 def imported(path) -> list:

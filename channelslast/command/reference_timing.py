@@ -20,7 +20,7 @@ from fastai.torch_core import to_device
 from torch import nn
 
 from .. import less_random
-from ..compile.compile_predictions import CompilePredictions
+from ..predict.compile_predictions import CompilePredictions
 from ..core.autocast import fp32_forward
 from ..core.devices import elapsed_ms, synchronize
 from ..core.glibc_malloc import keep_memory

@@ -1,12 +1,15 @@
-"Autocast dtypes, forwards that run in fp32 under autocast, and the autocast state."
+"Autocast dtypes, layers that run in fp32 under autocast, and the autocast state."
+import sys
+import threading
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from fastai.callback.fp16 import AMPMode
 
 from .nested_tensors import map_tensors
 
-__all__ = ['DTYPES', 'HALF_DTYPES', 'cast_floats', 'fp32_forward', 'restore_autocast']
+__all__ = ['DTYPES', 'HALF_DTYPES', 'cast_floats', 'fp32_forward', 'run_in_fp32', 'restore_autocast']
 
 DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
 HALF_DTYPES = tuple(DTYPES.values())
@@ -26,6 +29,45 @@ def fp32_forward(forward, device_type: str, half: torch.dtype):
             out = forward(*args, **kwargs)
         return cast_floats(out, half, (torch.float32,))
     return _forward
+
+
+_running = threading.local()  # `.calls`: modules that run in fp32 in this thread, with their autocast context or None
+
+
+class _Fp32Hook:
+    "Pickles as a function that does nothing, so that a model pickled in a batch loads without this library."
+    def __init__(self, device_type, half): self.device_type, self.half = device_type, half
+    def __deepcopy__(self, memo): return self
+    def __reduce__(self): return partial, (sys.audit, 'torch.nn.Module.forward')
+
+
+class _LeaveAutocast(_Fp32Hook):
+    "Forward pre-hook: leave autocast and cast the inputs to fp32."
+    def __call__(self, module, args, kwargs):
+        on = torch.is_autocast_enabled(self.device_type)
+        context = torch.autocast(self.device_type, enabled=False) if on else None
+        vars(_running).setdefault('calls', []).append((module, context))
+        if not on: return None
+        context.__enter__()
+        return cast_floats((args, kwargs), torch.float32, HALF_DTYPES)
+
+
+class _ReturnToAutocast(_Fp32Hook):
+    "Forward hook: return to autocast and cast the output back. Also called after an error, maybe of an earlier hook."
+    def __call__(self, module, args, out):
+        calls = vars(_running).get('calls')
+        if not calls or calls[-1][0] is not module: return None
+        context = calls.pop()[1]
+        if context is None: return None
+        context.__exit__(None, None, None)
+        return cast_floats(out, self.half, (torch.float32,))
+
+
+def run_in_fp32(module, device_type: str, half: torch.dtype) -> list: # Handles, whose `remove()` undoes it
+    """Have a module run outside autocast: half-precision inputs are cast to fp32, and fp32 outputs back to `half`. Hooks
+    get the module that runs, so copies and replicas of the module do the same, each in its own thread."""
+    return [module.register_forward_pre_hook(_LeaveAutocast(device_type, half), with_kwargs=True),
+            module.register_forward_hook(_ReturnToAutocast(device_type, half), always_call=True)]
 
 
 def _open_contexts() -> int:

@@ -6,7 +6,12 @@ import numpy as np
 import torch
 from fastai.torch_core import set_seed
 
-__all__ = ['restore_random_states', 'less_random']
+__all__ = ['python_state', 'restore_random_states', 'less_random']
+
+
+def python_state() -> tuple:
+    "The random states of Python and NumPy. Compiled code would repeat its first draw from them."
+    return random.getstate(), str(np.random.get_state())
 
 
 @contextmanager

@@ -1,8 +1,13 @@
 "Temporary changes to modules and dictionaries, and their undo."
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from types import FunctionType
 
-__all__ = ['ForwardPatch', 'restore_dict']
+import torch
+
+from .random_state import restore_random_states
+
+__all__ = ['ForwardPatch', 'restore_dict', 'undo_on_error']
 
 
 class ForwardPatch:
@@ -51,3 +56,18 @@ def restore_dict(undo, d):
             if isinstance(v, list): v[:] = old
             else: v.clear(); v.update(old)
     undo.callback(_restore)
+
+
+@contextmanager
+def undo_on_error(model):
+    "Restore the model's buffers, the attributes of its modules and the random states if the block raises."
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    with ExitStack() as undo:
+        for m in model.modules(): restore_dict(undo, vars(m))
+        undo.enter_context(restore_random_states())
+        try: yield
+        except BaseException:
+            with torch.no_grad():
+                for b, saved in buffers: b.copy_(saved)
+            raise
+        undo.pop_all()

@@ -7,9 +7,9 @@ from ..core import devices
 from ..core.devices import fit_device, free_memory, is_out_of_memory
 from ..core.distributed import gather_from_ranks
 from ..core.memory_format import align_optimizer, convert_module
-from ..compile.compile_predictions import CompilePredictions
-from ..compile.compile_training import CompileTraining
-from ..fold.fold_batch_norm import FoldBatchNorm
+from ..predict.compile_predictions import CompilePredictions
+from ..learner.compile_training import CompileTraining
+from ..predict.fold_batch_norm import FoldBatchNorm
 from ..learner.channels_last import ChannelsLast
 from ..learner.mixed_precision import DeviceMixedPrecision
 from . import selection
@@ -58,7 +58,7 @@ class Candidate:
 
     def eliminate(self, note, valid=False):
         "Stop measuring this candidate, for the reason in `note`."
-        if self.compile: self.compile.forget(keep_reason=True)
+        if self.compile: self.compile.forget()
         self.note, self.running, self.valid = '; '.join(filter(None, [self.note, note])), False, valid
 
     def activate(self, learn, cbs):

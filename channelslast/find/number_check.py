@@ -234,9 +234,10 @@ def check_compiled(
     def _check():
         for _ in range(3): loss, grads = _step(compiled)  # the first step runs uncompiled, the second one compiles
         if compiled.compile.reason: raise Eliminated(f'not compiled: {compiled.compile.reason}')
-        if not compiled.compile.fits: raise Eliminated('not compiled: the code did not fit the same batch again')
         comparison.set_differences(compiled, loss, grads)
         eager_loss, eager_grads = _step(eager)
+        missing = [n for n, a, b in zip(comparison.params, grads, eager_grads) if (a is None) != (b is None)]
+        if missing: raise Eliminated(f'a gradient is missing only uncompiled, or only compiled ({missing[0]})')
         if not abs(loss - eager_loss) <= TOLERANCE[precision].loss*(abs(eager_loss) or 1):
             raise Eliminated('numbers differ when compiled (loss)')
         comparison.batch = perturb(batch, ROUNDING[precision], torch.Generator(fit_device(learn)).manual_seed(0))
@@ -245,7 +246,7 @@ def check_compiled(
             if not e <= ROUNDING_FACTOR*rounding[n]:
                 raise Eliminated(f'numbers differ when compiled (gradient of {n})')
     compiled.run_or_eliminate(learn, _check)
-    compiled.compile.forget(keep_reason=True)  # this code was for these modes
+    compiled.compile.forget()  # this code was for these modes
     learn.model.zero_grad(set_to_none=True)
     restore_modes()
 

@@ -1,7 +1,7 @@
 "Timed predictions of several candidates on one Learner, inside `preserve_learner`: eval mode, no gradients."
 import torch
 
-from ..compile.compile_predictions import CompilePredictions
+from ..predict.compile_predictions import CompilePredictions
 from ..core.distributed import broadcast_from_rank0
 from . import selection
 from .candidates import Candidate

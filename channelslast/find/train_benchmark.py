@@ -13,7 +13,7 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.torch_core import to_device
 from fastcore.foundation import L
 
-from ..compile.compile_training import CompileTraining
+from ..learner.compile_training import CompileTraining
 from ..core.autocast import DTYPES
 from ..core.devices import elapsed_ms, fit_device, free_memory, is_out_of_memory, synchronize, unwrap_model
 from ..core.distributed import broadcast_from_rank0, gather_from_ranks, is_single_process

@@ -8,13 +8,12 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
 
-from ..compile.compiled_forward import CompileCallback
 from ..core.devices import fit_device, known_problem, model_device
 from ..core.memory_format import align_optimizer, convert_module, convert_nested, kernel_dims, unique_modules
 from ..core.onednn_workarounds import hits_onednn_6035, pads_in_kernel, safe_forward
 from ..core.pickle_as import pickle_as
+from ..core.stand_in import StandInCallback
 from ..core.undo import ForwardPatch
-from ..fold.fold_batch_norm import FoldBatchNorm
 from .fused_optimizer import restore_optimizer
 from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler, resolve_layers
 
@@ -136,4 +135,4 @@ def to_contiguous(self:Learner,
     convert_module(self.model, channels_last=False)
     align_optimizer(self.opt)
     self.remove_cb(_FastaiChannelsLast)
-    return self.remove_cbs([MixedPrecision, FoldBatchNorm, CompileCallback]) if to_fp32 else self
+    return self.remove_cbs([MixedPrecision, StandInCallback]) if to_fp32 else self

@@ -6,6 +6,7 @@
 | `to_fp16`, `to_bf16` | add a second mixed precision to an existing one: the loss is scaled twice | replace it |
 | `load` | gives the optimizer's state the strides that it was saved with | the strides of the current parameters |
 | `EXPLAINED_METHODS` | raise `view` errors without mentioning channels last | a note says where, why, what to do |"""
+from functools import wraps
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,8 +20,7 @@ from ..core.devices import fit_device
 from ..core.memory_format import align_optimizer, unique_modules
 from ..core.onednn_workarounds import pads_in_kernel, safe_forward
 from ..core.undo import ForwardPatch
-from ..compile.compiled_forward import CompileCallback, running_fits
-from ..fold.fold_batch_norm import FoldBatchNorm
+from ..core.stand_in import StandInCallback, model_of, running_fits
 from .channels_last import ChannelsLast
 from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler
 from .view_errors import explain_view_errors
@@ -29,7 +29,7 @@ __all__ = []
 
 # together these run every model, loss function, metric, callback and optimizer; fastai's other methods call them
 EXPLAINED_METHODS = 'fit', 'validate', 'get_preds', 'predict', 'tta', 'show_results', 'one_batch', 'create_opt'
-_one_batch, _do_fit, _load = Learner.one_batch, Learner._do_fit, Learner.load
+_one_batch, _fit, _load = Learner.one_batch, Learner.fit, Learner.load
 _forward_caches = WeakKeyDictionary()  # per Learner
 
 
@@ -38,7 +38,7 @@ def one_batch(self:Learner, i, b):
     "Train or evaluate `self.model` on batch `(xb,yb)`"
     # If the model or the loss raises, no event turns autocast off. Patched forwards stay for the backward pass, where
     # checkpointing calls them again. They are undone in the reverse order.
-    kinds = CompileCallback, FoldBatchNorm, DeviceMixedPrecision, ChannelsLast  # the last one that patched is first
+    kinds = DeviceMixedPrecision, ChannelsLast  # the last one that patched is first
     cbs = [cb for kind in kinds for cb in reversed([*self._grab_cbs(kind)])]
     device, patched = fit_device(self).type, any(isinstance(cb, (DeviceMixedPrecision, ChannelsLast)) for cb in cbs)
     # PyTorch's CPU kernels compute some 3-D convolutions wrongly, even in contiguous fp32
@@ -47,15 +47,22 @@ def one_batch(self:Learner, i, b):
     cache = _forward_caches.setdefault(self, {}) if layers else {}
     with restore_autocast(device), ForwardPatch(layers, safe_forward, cache):
         try: _one_batch(self, i, b)
+        except Exception as e:
+            for cb in self._grab_cbs(StandInCallback): cb.explain(e)
+            raise
         finally:
+            self.model = model_of(self)
             for cb in cbs: cb.leave()
 
 
-@patch
-def _do_fit(self:Learner, _do_fit=_do_fit):
-    running_fits[self] = running_fits.get(self, 0) + 1
-    try: _do_fit(self)
+@wraps(_fit)
+def _counted_fit(self, *args, **kwargs):
+    running_fits[self] = running_fits.get(self, 0) + 1  # `CompilePredictions` compiles only outside a fit
+    try: _fit(self, *args, **kwargs)
     finally: running_fits[self] -= 1
+
+
+Learner.fit = _counted_fit
 
 
 @patch

@@ -20,8 +20,6 @@ def _state_tensors(ps, states, name):
     return [s[name] for s in states]
 
 
-# `_foreach_mul_` and `_foreach_zero_` have no public names. On a GPU each launches one kernel, not one per parameter.
-
 def _functional(name):
     "PyTorch's functional optimizer of this name, such as `torch.optim.adam.adam`. None in a version that lacks it."
     try: return getattr(import_module(f'torch.optim.{name}'), name, None)
@@ -41,7 +39,7 @@ def _adam(name, ps, grads, states, lr, wd, mom, sqr_mom, eps):
 
 def _sgd(name, decoupled, averaged, ps, grads, states, lr, wd, mom):
     if decoupled and averaged and wd:  # without an average, both kinds of decay are the same
-        torch._foreach_mul_(ps, 1 - lr*wd)
+        torch._foreach_mul_(ps, 1 - lr*wd)  # has no public name; on a GPU one launch instead of one per parameter
         wd = 0.
     avgs = _state_tensors(ps, states, 'grad_avg') if averaged else [None]*len(ps)
     # At momentum 0 the kernel drops its buffer, which a schedule may need later: pass a tiny value.
@@ -92,9 +90,9 @@ class FusedOptimizer(Optimizer):
         return opt
 
     def zero_grad(self):
-        # zeros, not None, as in fastai: averages and decay continue without a new gradient, in frozen layers too
+        # not None, as in fastai: averages and decay continue without a new gradient, in frozen layers too
         grads = [p.grad.detach_() for pg in self.param_lists for p in pg if p.grad is not None]
-        if grads: torch._foreach_zero_(grads)
+        if grads: torch._foreach_zero_(grads)  # no public name, see above
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -13,7 +13,7 @@ from fastcore.foundation import L
 from torch import nn
 
 from ..core import devices
-from ..core.autocast import DTYPES, HALF_DTYPES, cast_floats, fp32_forward
+from ..core.autocast import DTYPES, HALF_DTYPES, cast_floats, run_in_fp32
 from ..core.devices import model_device, unwrap_model
 from ..core.memory_format import unique_modules
 from ..core.onednn_workarounds import pads_in_kernel, safe_forward
@@ -84,7 +84,7 @@ class DeviceMixedPrecision(MixedPrecision):
     """fastai's `MixedPrecision`, but on the model's device (fastai's uses `'cuda'` on every device) and with every
     `GradScaler` argument respected. If the dtype is slow on the device, it trains in fp32 and warns once."""
     name, fp32_layers = 'mixed_precision', ()
-    _warned, _entered, _patch = False, ExitStack(), ForwardPatch()
+    _warned, _entered, _patch, _in_fp32, _handles = False, ExitStack(), ForwardPatch(), (), ()
 
     def __init__(self,
         amp_mode: str|AMPMode = AMPMode.FP16, # `'fp16'` or `'bf16'`
@@ -101,12 +101,8 @@ class DeviceMixedPrecision(MixedPrecision):
         if not fast: self._warn_once(device)
         self.autocast = torch.autocast(kind, DTYPES[self.amp_mode], enabled=fast)
         names = resolve_layers(self.model, self.fp32_layers, 'DeviceMixedPrecision') if fast else ()
-        in_fp32 = [unwrap_model(self.model).get_submodule(n) for n in names]
-        padded = [m for m in unique_modules(self.model) if kind == 'cpu' and pads_in_kernel(m)]
-        def _wrap(m, forward):
-            if m in padded: forward = safe_forward(m, forward)
-            return fp32_forward(forward, kind, DTYPES[self.amp_mode]) if m in in_fp32 else forward
-        self._patch = ForwardPatch({*padded, *in_fp32}, _wrap)
+        self._in_fp32 = [unwrap_model(self.model).get_submodule(n) for n in names]
+        self._patch = ForwardPatch([m for m in unique_modules(self.model) if kind == 'cpu' and pads_in_kernel(m)], safe_forward)
         enabled = fast and self.amp_mode is AMPMode.FP16 and self.kwargs.get('enabled', True)  # bf16 has fp32's range
         self.learn.scaler, self.scales = torch.amp.GradScaler(kind, **{**self.kwargs, 'enabled': enabled}), L()
 
@@ -126,7 +122,9 @@ class DeviceMixedPrecision(MixedPrecision):
         self.leave()  # a callback may have canceled the previous batch before its loss
         self._entered = ExitStack()
         self._entered.enter_context(self.autocast)
-        self._patch.apply()  # only during the batch, so that the model is unchanged outside of it
+        self._patch.apply()
+        half = DTYPES[self.amp_mode]  # hooks exist only in a batch: between batches the model is as without them
+        self._handles = [h for m in self._in_fp32 for h in run_in_fp32(m, self.autocast.device, half)]
 
     # fastai's `after_pred` casts float64 too, and expects every element of lists and dictionaries to be a tensor
     def after_pred(self): self.learn.pred = cast_floats(self.pred, torch.float32, HALF_DTYPES)
@@ -134,13 +132,15 @@ class DeviceMixedPrecision(MixedPrecision):
     def after_loss(self): self._entered.close()
 
     def leave(self):
-        "Leave autocast if it is still on, and restore the layers' own forwards."
+        "Leave autocast if it is still on, and remove the hooks of layers in fp32."
         self.after_loss()
+        for h in self._handles: h.remove()
+        self._handles = ()
         self._patch.undo()
 
     after_cancel_batch = leave
 
     def after_fit(self):
         self.leave()
-        self._patch = ForwardPatch()
+        self._patch, self._in_fp32 = ForwardPatch(), ()
         super().after_fit()

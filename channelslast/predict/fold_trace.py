@@ -1,26 +1,23 @@
-"""Find batch norms that can be folded into the convolution before them, by tracing one forward pass.
+"""Find batch norms that can be folded into the convolution before them, by tracing one pass of a private copy.
 
 Plain PyTorch. The trace sees each operation that really runs, also in models that `torch.fx` can't trace."""
 from collections import Counter, defaultdict, namedtuple
 from itertools import product
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, float16, bfloat16, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode  # no public name
 
-from ..core.module_hooks import module_hooks
 from ..core.nested_tensors import tensors_of
+from .model_state import HOOKS, is_plain, own_dicts
 
-__all__ = ['WEIGHTS', 'STATISTICS', 'HOOKS', 'Pair', 'Cast', 'ForwardTrace', 'memory_ref', 'layer_tensors',
-           'foreign_forward', 'is_complete']
+__all__ = ['WEIGHTS', 'STATISTICS', 'Pair', 'Cast', 'ForwardTrace', 'layer_tensors']
 
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 NORM = nn.modules.batchnorm._BatchNorm  # includes `SyncBatchNorm`, which is like the others in eval mode
 AUTOCAST = nn.modules.conv._ConvNd, nn.Linear  # layers that autocast runs in half precision; includes transposed ones
 CONVOLUTIONS, COPIES = {'convolution', 'conv1d', 'conv2d', 'conv3d'}, {'_to_copy', 'to'}  # `to` in inference mode
 WEIGHTS, STATISTICS = ('weight', 'bias'), ('running_mean', 'running_var')  # names in modules and in operations
-HOOKS = '_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks'
 
 Pair = namedtuple('Pair', 'conv norm after dtype')  # `after`: modules that the batch norm's forward calls, as in timm
 Cast = namedtuple('Cast', 'module name dtype')      # a parameter that each pass casts to this dtype
@@ -29,31 +26,26 @@ Op = namedtuple('Op', 'name call ins named out dtype')
 
 def memory_ref(t: Tensor):
     "A key for the memory of `t`, the same for its views. Keeps no memory alive; unique as long as the key exists."
-    return StorageWeakRef(t.untyped_storage()) if t.layout is torch.strided and not t.is_nested else id(t)
+    return StorageWeakRef(t.untyped_storage()) if is_strided(t) else id(t)
 
 
-def _has_hooks(m) -> bool: return any(vars(m).get(k) for k in HOOKS)
-def _plain(t) -> bool: return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_inference()
+def is_strided(t) -> bool: return not (t.is_sparse or t.is_mkldnn or t.is_nested)
 
 
-def foreign_forward(m):
-    "The forward that code outside this library has set on this module instance, or None."
-    own, library = vars(m).get('forward'), __name__.partition('.')[0]
-    while (getattr(own, '__module__', None) or '').partition('.')[0] == library: own = getattr(own, 'replaced', None)
-    return own
+def _hooks(m) -> list:
+    "A module's hooks, except those of PyTorch and of this library, which leave convolutions and batch norms as they are."
+    return [h for k in HOOKS for h in vars(m)[k].values() if type(h).__module__.partition('.')[0] != __name__.partition('.')[0]]
 
 
 def layer_tensors(m) -> dict:
     "The tensors that a layer computes with, except those that a parametrization computes."
-    tensors = {k: m._parameters.get(k, m._buffers.get(k)) for k in WEIGHTS + STATISTICS}
-    return {k: t for k, t in tensors.items() if t is not None}
+    tensors = {**own_dicts(m)[0], **own_dicts(m)[1]}
+    return {k: tensors[k] for k in WEIGHTS + STATISTICS if tensors.get(k) is not None}
 
 
-def is_complete(o) -> bool:
-    "True if all tensors that a `Pair` or a `Cast` needs exist and are plain."
-    if isinstance(o, Cast): return _plain(o.module._parameters.get(o.name))
-    conv, norm = layer_tensors(o.conv), layer_tensors(o.norm)
-    return 'weight' in conv and {*STATISTICS} <= {*norm} and all(map(_plain, (*conv.values(), *norm.values())))
+def _is_complete(pair) -> bool:
+    "True if all tensors that a `Pair` needs exist."
+    return 'weight' in layer_tensors(pair.conv) and {*STATISTICS} <= {*layer_tensors(pair.norm)}
 
 
 class Call:
@@ -64,28 +56,26 @@ class Call:
 
 
 class ForwardTrace(TorchDispatchMode):
-    """Context manager that traces one forward pass without gradients.
+    """Context manager that traces one pass of a model that nothing else uses, without gradients.
 
     Afterwards, while the pass's output exists, `plan()` lists what can be folded and cast. `.found` is the number of
-    batch norms whose input is a convolution's output. `.writes` is True if the pass changed weights, running statistics
-    or its inputs, so that a second pass would compute something else."""
-    def __init__(self,
-        model: nn.Module, # Call its `forward`, not the model: the trace leaves out the model's own hooks
-        inputs,
-    ):
+    batch norms whose input is a convolution's output."""
+    def __init__(self, model: nn.Module):
         super().__init__()
-        state = (*model.parameters(), *model.buffers())
-        self.own, self.old = {id(t) for t in state}, {memory_ref(t) for t in (*state, *tensors_of(inputs))}
-        self.calls, self.stack, self.reads, self.source = [], [Call(model)], defaultdict(list), {}
-        self.shown, self.writes, self.found = set(), False, 0  # `shown`: memory of tensors that users' hooks got
+        self.model, self.own = model, {id(t) for t in (*model.parameters(), *model.buffers())}
+        self.calls, self.stack, self.reads, self.source = [], [Call(None)], defaultdict(list), {}
+        self.hooked = {m for m in model.modules() if _hooks(m)}
+        self.shown, self.found = set(), 0  # `shown`: memory of tensors that users' hooks got
 
     def __enter__(self):
-        self._hooks = module_hooks(self._enter_module, self._leave_module, with_kwargs=True)
-        self._hooks.__enter__()
+        self.handles = []
+        for m in self.model.modules():  # what a module gets, before its hooks, and what it gives, after them
+            self.handles.append(m.register_forward_pre_hook(self._enter_module, prepend=True))
+            self.handles.append(m.register_forward_hook(self._leave_module, with_kwargs=True))
         return super().__enter__()
 
     def __exit__(self, *exc):
-        self._hooks.__exit__(*exc)
+        for h in self.handles: h.remove()
         return super().__exit__(*exc)
 
     def _enter_module(self, m, args):
@@ -94,11 +84,11 @@ class ForwardTrace(TorchDispatchMode):
         self.calls.append(call)
         self.stack.append(call)
 
-    def _leave_module(self, m, args, *rest): # `rest` is keyword arguments and output; after an error only the output
-        call, out = self.stack.pop(), rest[-1]
+    def _leave_module(self, m, args, kwargs, out):
+        call = self.stack.pop()
         if isinstance(out, Tensor): call.output, call.dtype = memory_ref(out), out.dtype
-        if len(rest) > 1 and rest[0]: call.input = None
-        if _has_hooks(m): self.shown |= {memory_ref(t) for t in tensors_of((args, rest))}
+        if kwargs: call.input = None
+        if m in self.hooked: self.shown |= {memory_ref(t) for t in tensors_of((args, kwargs, out))}
 
     def _key(self, t): return (id(t) if id(t) in self.own else memory_ref(t)) if isinstance(t, Tensor) else t
 
@@ -111,9 +101,6 @@ class ForwardTrace(TorchDispatchMode):
         call.ops.append(op)
         for i in op.ins: self.reads[i].append(op)
         if op.name in COPIES: self.source[op.out] = self._key(args[0])
-        written = [a for s, a in zip(slots, args) if s.alias_info is not None and s.alias_info.is_write]
-        if 'batch_norm' in op.name and named.get('training'): written += args[3:5]  # missing in the schema
-        self.writes |= any(memory_ref(t) in self.old for t in tensors_of(written))
         return out
 
     def plan(self) -> tuple: # Of `Pair`s and `Cast`s
@@ -125,15 +112,15 @@ class ForwardTrace(TorchDispatchMode):
         casts, folded = defaultdict(set), {p.conv for p in pairs}
         layers = [c for c in self.calls if isinstance(c.module, AUTOCAST) and c.module not in folded]
         for c, k in product(layers, WEIGHTS):
-            p = c.module._parameters.get(k)
-            if _plain(p): casts[c.module, k] |= {o.dtype if o.name in COPIES else None for o in c.ops if id(p) in o.ins}
-        return *pairs, *(Cast(*o, *to) for o, to in casts.items() if to in ({torch.float16}, {torch.bfloat16}))
+            p = own_dicts(c.module)[0].get(k)
+            if p is not None: casts[c.module, k] |= {o.dtype if o.name in COPIES else None for o in c.ops if id(p) in o.ins}
+        return *pairs, *(Cast(*o, *to) for o, to in casts.items() if to in ({float16}, {bfloat16}))
 
     def _pair(self, conv, norm):
         "The `Pair` of two calls, or None if folding could change a tensor that is used elsewhere."
         pair = Pair(conv.module, norm.module, tuple(c.module for c in norm.inner), conv.dtype)
-        if pair.norm.training or not is_complete(pair) or conv.inner: return None
-        if any(_has_hooks(m) or foreign_forward(m) for m in pair[:2]): return None
+        if pair.norm.training or not _is_complete(pair) or conv.inner: return None
+        if any(m in self.hooked or 'forward' in vars(m) for m in pair[:2]): return None
         ops = self._operations(pair, conv, norm)
         if not ops or not self._ends_with(norm, ops[1], conv.dtype) or not self._unseen(conv, norm, *ops): return None
         return pair._replace(dtype=ops[0].dtype)

@@ -1,1 +1,0 @@
-"Callbacks that run a Learner's model compiled by `torch.compile`."

@@ -1,0 +1,53 @@
+"Compiling: silence meanwhile, functions with code objects of their own, the reason of a failure, the line printed."
+import logging
+import sys
+import warnings
+from contextlib import contextmanager
+from types import FunctionType
+
+from .module_hooks import LOCK
+from .nested_tensors import tensors_of
+
+__all__ = ['CHANGES', 'compiling_quietly', 'note_rewritten', 'own_code', 'print_compiled', 'reason_of']
+
+CHANGES = 'its state changes, or it depends on more than its input'  # a reason to stay uncompiled
+COMPILERS = dict(linux='g++ (such as `apt install g++`)', darwin="Xcode's tools (`xcode-select --install`)",
+                 win32="Visual Studio's Build Tools with C++")
+
+
+@contextmanager
+def compiling_quietly():
+    "One compilation at a time, without the warnings and log messages that it writes by the page."
+    with LOCK, warnings.catch_warnings():
+        level = logging.root.manager.disable
+        logging.disable(logging.ERROR)
+        warnings.simplefilter('ignore')
+        try: yield
+        finally: logging.disable(level)
+
+
+def own_code(f):
+    "A copy of `f` with its own code object and names: PyTorch limits compilations per code object, and keeps their code."
+    return FunctionType(f.__code__.replace(co_name='compiled'), dict(f.__globals__), f.__name__, None, f.__closure__)
+
+
+def reason_of(e) -> str:
+    "Why a model can't be compiled, in one line."
+    e = getattr(e, 'inner_exception', e)
+    text = str(e)
+    if 'C++ compiler' in text or ('Compiler' in text and 'not found' in text):
+        return f"no C++ compiler found: install {COMPILERS.get(sys.platform, 'one')}"
+    line = next((o for o in text.splitlines() if o.strip()), 'no message').strip()
+    return f'{type(e).__name__}: {line[:100]}'
+
+
+def print_compiled(cb, model, seconds, args, kwargs, again=False):
+    "Print the line of a callback that compiled the model, unless it is quiet."
+    if cb.quiet: return
+    shapes = ', '.join(str(tuple(t.shape)) for t in tensors_of((args, kwargs)))
+    print(f"{type(cb).__name__}: {type(model).__name__} compiled {'again ' if again else ''}in {seconds:.0f} s, "
+          f"for inputs of {shapes}.")
+
+
+@contextmanager
+def note_rewritten(rewritten): yield  # TEMPORARY

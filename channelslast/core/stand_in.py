@@ -1,0 +1,60 @@
+"A function in the place of a Learner's model, from the end of `before_batch` to the call of the model."
+from weakref import WeakKeyDictionary
+
+from fastai.callback.core import Callback
+from torch import nn
+
+__all__ = ['StandIn', 'StandInCallback', 'Work', 'model_of', 'running_fits']
+
+running_fits = WeakKeyDictionary()  # number of fits that run, by Learner
+
+
+class StandIn:
+    "Puts the user's model back when it is called, before anything else runs."
+    def __init__(self, learn, run):
+        self.learn, self.run, self.forward, self.model = learn, run, learn.model, model_of(learn)
+    def __call__(self, *args, **kwargs):
+        self.learn.model = self.model
+        return self.run(self.forward, *args, **kwargs)
+
+
+def model_of(learn) -> nn.Module:
+    "The user's model, also while a `StandIn` takes its place."
+    return learn.model.model if isinstance(learn.model, StandIn) else learn.model
+
+
+class Work:
+    "What a callback has prepared for its Learner's model. Copies and pickles start without it."
+    def __reduce__(self): return type(self), ()
+
+
+class StandInCallback(Callback):
+    """Runs `run_model(forward, *args, **kwargs)` instead of the model in the batches that it `takes_part` in. `forward`
+    is the model, or what another callback puts in its place. No other callback meets anything but the model."""
+    order = 1_000_000  # the last one before the model runs
+    speeds_up = True  # `to_contiguous(to_fp32=True)` removes it
+    measured = False  # True if `to_fastest` added it, so that a later call removes it
+    quiet = False  # True while `format_find` measures
+
+    kind_of_work, _work = Work, None
+
+    @property
+    def work(self) -> Work:
+        if self._work is None: self._work = self.kind_of_work()
+        return self._work
+
+    def forget(self):
+        "Free what was prepared. Later batches prepare it again."
+        self._work = None
+
+    def before_batch(self):
+        if self.takes_part() and isinstance(model_of(self.learn), nn.Module):
+            self.learn.model = StandIn(self.learn, self.run_model)
+
+    def trust(self): "Called after the weights were moved, but not changed."
+    def explain(self, e): "Called with an error of a batch."
+    def after_cancel_batch(self): self.learn.model = model_of(self.learn)
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == 'learn' and value is None: self.forget()  # removed from its Learner
