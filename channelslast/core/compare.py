@@ -6,9 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .devices import fp32_precision
 from .nested_tensors import leaves_of, map_tensors
 
-__all__ = ['perturb', 'numbers_of', 'relative_error']
+__all__ = ['HALF_ERROR', 'perturb', 'numbers_of', 'relative_error', 'rounding_error']
+
+HALF_ERROR = 5e-2  # relative error that half precision explains
+REDUCED_FP32 = dict(fp16=(1e-2, 2**-10), bf16=(HALF_ERROR, 2**-7))  # fp32 in TF32 or bf16: the same; its rounding error
 
 
 @torch.no_grad()
@@ -43,3 +47,10 @@ def relative_error(output, reference) -> float:
     min_norm = 1e-3*max(norms)
     def _relative(error, norm): return error/norm if norm and math.isfinite(error) else math.inf
     return max(0. if error == 0 else _relative(error, max(norm, min_norm)) for error, norm in zip(errors, norms))
+
+
+def rounding_error(dtypes, devices, full:dict, half=HALF_ERROR) -> tuple: # Relative; of the least exact number
+    "Error in outputs that rounding explains, by `full`, those of exact dtypes, and the rounding error of one number."
+    precisions = {fp32_precision(d) for d in devices} if torch.float32 in dtypes else ()
+    limits = [REDUCED_FP32[p] for p in precisions if p in REDUCED_FP32]
+    return tuple(map(max, zip(*limits, *((full.get(t, half), torch.finfo(t).eps) for t in dtypes))))

@@ -8,9 +8,10 @@ from types import FunctionType
 from .module_hooks import LOCK
 from .nested_tensors import tensors_of
 
-__all__ = ['CHANGES', 'compiling_quietly', 'note_rewritten', 'own_code', 'print_compiled', 'reason_of']
+__all__ = ['CHANGES', 'MISREAD', 'compiling_quietly', 'own_code', 'print_compiled', 'reason_of']
 
 CHANGES = 'its state changes, or it depends on more than its input'  # a reason to stay uncompiled
+MISREAD = "oneDNN's kernels compute one of its convolutions wrongly"
 COMPILERS = dict(linux='g++ (such as `apt install g++`)', darwin="Xcode's tools (`xcode-select --install`)",
                  win32="Visual Studio's Build Tools with C++")
 

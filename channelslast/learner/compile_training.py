@@ -5,10 +5,11 @@ import warnings
 import torch
 from fastai.callback.core import Callback
 
-from ..core.compiling import CHANGES, compiling_quietly, note_rewritten, own_code, print_compiled, reason_of
+from ..core.compiling import CHANGES, MISREAD, compiling_quietly, own_code, print_compiled, reason_of
 from ..core.devices import is_out_of_memory, unwrap_model
 from ..core.exception_note import add_note
 from ..core.nested_tensors import tensors_of
+from ..core.compiling import note_rewritten  # TEMPORARY
 from ..core.pickle_as import pickle_as
 from ..core.random_state import python_state
 from ..core.stand_in import StandInCallback, Work
@@ -80,7 +81,7 @@ class CompileTraining(StandInCallback):
         elif getattr(getattr(self.learn, 'mixed_precision', None), 'fp32_layers', ()):
             self._refuse('some of its layers are kept in fp32')
         elif any(hasattr(m, '__del__') for m in model.modules()): self._refuse('a module has a finalizer')
-        elif rewritten: self._refuse("oneDNN's kernels compute one of its convolutions wrongly")
+        elif rewritten: self._refuse(MISREAD)
         elif draws != python_state(): self._refuse('it draws random numbers of Python or NumPy')
         return out
 

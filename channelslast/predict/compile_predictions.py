@@ -7,10 +7,12 @@ import torch
 from fastai.callback.core import Callback
 from fastai.layers import ToTensorBase
 from fastai.torch_core import TensorBase
+from fastcore.basics import noop
 from torch import Tensor
 
-from ..core.compiling import CHANGES, compiling_quietly, note_rewritten, own_code, print_compiled, reason_of
+from ..core.compiling import CHANGES, MISREAD, compiling_quietly, own_code, print_compiled, reason_of
 from ..core.nested_tensors import map_tensors, tensors_of
+from ..core.compiling import note_rewritten  # TEMPORARY
 from ..core.pickle_as import pickle_as
 from ..core.stand_in import running_fits
 from .model_state import is_plain
@@ -22,7 +24,8 @@ MAX_MISSES = 3  # batches in a row that the compiled code does not fit; then it 
 MAX_UNUSED = 3  # compilations in a row that fitted no later batch; then the model stays uncompiled
 
 
-def _identity(x): return x
+class Misfit(NotPrepared):
+    "Raised where compiled code does not fit a call, such as after a change of the number of threads."
 
 
 def _plain(args):
@@ -32,45 +35,38 @@ def _plain(args):
 
 
 class FrozenModel:
-    "A model compiled for one kind of input, its tensors as constants. A call that the code does not fit raises `Misfit`."
+    "A model compiled for one kind of input. `.constants` lists the tensors that the compiled code holds."
     def __init__(self, model, args, kwargs, types): # `types`: those of the tensors that the model gives uncompiled
         from torch._dynamo.eval_frame import remove_from_cache  # PyTorch keeps compiled code and its constants
         from torch._inductor.codecache import PyCodeCache  # for the life of the process
-        start, self.types, self.constants, self.is_compiled = time.perf_counter(), types, [], False
         if len(types) > 1: raise NotPrepared('its outputs are tensors of several types')
-        constants, backend = self.constants, self._backend
+        start, self.types, self.constants, is_compiled = time.perf_counter(), types, [], []
         def _forward(*args, **kwargs):
-            if not torch.compiler.is_compiling(): raise NotPrepared('`torch.compile` is disabled')
+            if not torch.compiler.is_compiling(): raise Misfit('`torch.compile` is disabled')
             return model(*args, **kwargs)
-        forward = own_code(_forward)
+        def _backend(graph, inputs):
+            if is_compiled: raise Misfit(CHANGES)
+            self.constants += [getattr(graph, n.target) for n in graph.graph.nodes if n.op == 'get_attr']
+            return torch._inductor.compile(graph, inputs)  # its entrance for graphs
+        forward, n = own_code(_forward), len(PyCodeCache.modules)
         weakref.finalize(forward, remove_from_cache, forward.__code__)
-        self.run, n = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend), len(PyCodeCache.modules)
+        self.run = torch.compile(forward, fullgraph=True, dynamic=False, backend=_backend)
         try:
             # `options` come too late: the weights would be inputs of the compiled code
             with compiling_quietly(), torch._inductor.config.patch(freezing=True): self(*args, **kwargs)
         finally:
             for m in PyCodeCache.modules[n:]: sys.modules.pop(m.__name__, None)
             del PyCodeCache.modules[n:]
-        self.is_compiled, self.seconds = True, time.perf_counter() - start
-
-    def _backend(self, graph, inputs):
-        if self.is_compiled: raise Misfit(CHANGES)
-        self.constants += [getattr(graph, n.target) for n in graph.graph.nodes if n.op == 'get_attr']
-        return torch._inductor.compile(graph, inputs)  # its entrance for graphs
+        is_compiled.append(True)
+        self.seconds = time.perf_counter() - start
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, *args, **kwargs):
         args, kwargs = _plain((args, kwargs))
         try: out = self.run(*args, **kwargs)
-        except Exception as e:
-            if isinstance(getattr(e, 'inner_exception', e), Misfit): raise Misfit(CHANGES) from None
-            raise
+        except Exception as e: raise getattr(e, 'inner_exception', e) from None
         return out if self.types <= {Tensor} else map_tensors(lambda t: torch.as_subclass(t, *self.types), out)
-
-
-class Misfit(NotPrepared):
-    "Raised where compiled code does not fit a call, such as after a change of the number of threads."
 
 
 @pickle_as(Callback)
@@ -78,12 +74,11 @@ class CompilePredictions(PredictionCallback):
     """Predict with the model compiled by `torch.compile`, its weights frozen as constants of the compiled code.
 
     The first batch that the Learner predicts outside a fit is compiled, which takes seconds to minutes and needs a C++
-    compiler (on GPUs Triton). Later batches of the same shape run compiled. Other shapes run as without this callback,
-    so that none waits for a compilation: the smaller last batch, another image size. `forget()` frees the compiled
-    code, and the next batch is compiled. Changes are detected as by `FoldBatchNorm`: the next prediction outside a fit
-    compiles again, and a line says so. In a fit, validation runs uncompiled. A private copy of the model is compiled,
-    and its first output is compared with the model's. The model itself is never changed. A model that can't be
-    compiled, keeps state, or draws random numbers of Python or NumPy runs uncompiled, with a warning.
+    compiler (on GPUs Triton). Later batches of the same shape run compiled, others as without this callback, so that
+    none waits for a compilation. `forget()` frees the compiled code. Changes are detected as by `FoldBatchNorm`: the
+    next prediction outside a fit compiles again, and a line says so. In a fit, validation runs uncompiled. A private
+    copy of the model is compiled, and its first output is compared with the model's, which is never changed. A model
+    that can't be compiled, keeps state, or draws random numbers of Python or NumPy runs uncompiled, with a warning.
 
     >>> from fastai.vision.all import *; from channelslast import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
@@ -92,8 +87,7 @@ class CompilePredictions(PredictionCallback):
     >>> with learn.no_bar(): preds, targs = learn.get_preds() # doctest: +ELLIPSIS
     CompilePredictions: Sequential compiled in ... s, for inputs of (4, 3, 32, 32)."""
     order = PredictionCallback.order + 1  # other shapes run folded
-    max_prepared, copies_functions = 1, False
-    tolerances, half_tolerance = {torch.float64: 1e-3, torch.float32: 1e-3}, 1e-1
+    max_copies, copies_functions, exact, half = 1, False, {torch.float64: 1e-3, torch.float32: 1e-3}, 1e-1
     differs = 'its outputs differ when compiled (relative difference {})'
     reason, seconds = '', None  # Why the model is not compiled; seconds that the last compilation took
 
@@ -101,50 +95,47 @@ class CompilePredictions(PredictionCallback):
     def compiled(self) -> bool:
         "True if predictions of the compiled shape would run compiled now."
         s = self.work.state
-        if not self.work.prepared or s.model is not self.model or not s.same_structure() or not self.same_program(s): return False
-        return s.same_versions() and s.same_memory() and bool(s.same_values())
+        return bool(s and s.model is self.model and s.same_structure() and s.same_program() and s.same_versions()
+                    and s.same_memory() and s.same_values())
 
     def trust(self):
-        "Take the model's weights as those that were compiled: they were only moved."
-        if self.work.prepared: self.work.state.take_values()
+        if self.work.state: self.work.state.take_values()
 
     def key(self, args, kwargs) -> tuple:
-        (kind, _), tensors = input_key(args, kwargs), tensors_of((args, kwargs))
-        return (*kind, *((t.shape, t.stride()) for t in tensors)), ()
+        tensors = tensors_of((args, kwargs))
+        return (*input_key(args, kwargs)[0], *((t.shape, t.stride()) for t in tensors)), ()
 
     def may_prepare(self) -> bool: return not running_fits.get(self.learn)
     def setting(self): return getattr(getattr(self.learn, 'mixed_precision', None), 'fp32_layers', ())
-    def same_program(self, state): return self.work.checked or state.same_program()
-    def watch(self, model): return note_rewritten(self.work.misread)
+    def same_program(self) -> bool: return self.work.checked or self.work.state.same_program()
+    def watch(self): return note_rewritten(self.work.rewritten)
 
     def prepare(self, copy, truth, args, kwargs):
-        if self.work.misread: raise NotPrepared("oneDNN's kernels compute one of its convolutions wrongly")
+        modules, state = [*copy.model.modules()], self.work.state
+        if self.work.rewritten: raise NotPrepared(MISREAD)
         if self.setting(): raise NotPrepared('some of its layers are kept in fp32')
-        if any('forward' in vars(m) for m in copy.modules): raise NotPrepared('the forward of a module was replaced')
-        for m in copy.modules:
-            if type(m) is ToTensorBase: m.forward = _identity  # the output is cast afterwards
+        if any('forward' in vars(m) for m in modules): raise NotPrepared('the forward of a module was replaced')
+        for m in modules:
+            if type(m) is ToTensorBase: m.forward = noop  # the output is cast afterwards
         run = FrozenModel(copy.model, args, kwargs, {type(t) for t in tensors_of(truth)})
-        known = {t.data_ptr() for t in self.work.state.watched}
-        others = [t for t in run.constants if t.data_ptr() not in known]
-        if not all(map(is_plain, others)): raise NotPrepared('it depends on tensors of other types')
-        self.work.state.tensors += others  # compared from now on
-        self.work.state.take_values()
+        others = {id(t): t for t in run.constants if t.data_ptr() not in {t.data_ptr() for t in state.watched}}
+        if not all(map(is_plain, others.values())): raise NotPrepared('it depends on tensors of other types')
+        state.tensors += others.values()  # compared from now on
+        state.take_values()
         return run
 
     def refresh(self, run) -> bool: return False
 
     def drop(self):
-        self.work.again = self.work.again or bool(self.work.prepared)
+        self.work.again = self.work.again or bool(self.work.runs)
         super().drop()
 
     def on_misfit(self, e):
-        if not isinstance(e, Misfit): return
         self.work.misses += 1
         if self.work.misses == MAX_MISSES: self.drop()
 
     def on_prepared(self, run, args, kwargs):
-        self.reason, self.seconds = '', run.seconds
-        self.work.misses, self.work.unused = 0, self.work.unused + 1
+        self.reason, self.seconds, self.work.misses, self.work.unused = '', run.seconds, 0, self.work.unused + 1
         print_compiled(self, self.model, run.seconds, args, kwargs, self.work.again)
         if self.work.unused > MAX_UNUSED: self.refuse(CHANGES)
 

@@ -100,7 +100,7 @@ class FoldBatchNorm(PredictionCallback):
     @property
     def works(self) -> bool:
         "True if weights are prepared, folded or cast."
-        return any(p.run for p in self.work.prepared)
+        return any(self.work.runs.values())
 
     @property
     def ready(self) -> bool:

@@ -1,5 +1,6 @@
-"All that a copy of a model depends on: its structure, compared for each batch, and its values, for each prediction."
+"A model's structure and values, compared with those of a moment ago, and private copies of it."
 from collections import deque
+from copy import deepcopy
 from functools import partial
 from itertools import chain
 from operator import is_
@@ -10,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ['ATOMS', 'HOOKS', 'INTERNAL', 'CantCopy', 'ModelState', 'children_of', 'has_global_hooks', 'hooks_of',
-           'is_plain', 'own_dicts', 'versions_of']
+__all__ = ['HOOKS', 'CantCopy', 'ModelCopy', 'ModelState', 'has_global_hooks', 'is_plain', 'own_dicts', 'versions_of']
 
 INTERNAL = {*vars(nn.Module())}  # attributes that each module has
-GLOBAL_HOOKS = '_global_forward_pre_hooks', '_global_forward_hooks'  # no public name lists them
+GLOBAL_HOOKS = '_global_forward_pre_hooks', '_global_forward_hooks'  # no public name lists hooks
 HOOKS = '_forward_pre_hooks', '_forward_hooks'  # likewise
 ATOMS = bool, int, float, complex, str, bytes, type(None), type, FunctionType, ModuleType, Tensor, torch.dtype
 SAMPLE = 8  # elements of each tensor that are compared
@@ -31,6 +31,7 @@ def own_dicts(m) -> tuple: # The public methods take ten times as long
 
 def hooks_of(modules) -> list: return [h for m in modules for k in HOOKS for h in vars(m)[k].values()]
 def has_global_hooks() -> bool: return any(getattr(global_hooks, k) for k in GLOBAL_HOOKS)
+def all_is(a, b) -> bool: return len(a) == len(b) and all(map(is_, a, b))
 
 
 def is_plain(t) -> bool:
@@ -46,12 +47,11 @@ def versions_of(tensors) -> list: # No public name has the counters
 def children_of(o) -> tuple:
     "The objects that an object holds. Functions, classes and Python modules are parts of the program."
     if isinstance(o, ATOMS): return ()
-    attributes = getattr(o, '__dict__', {}).values()
-    if isinstance(o, dict): return *o.keys(), *o.values(), *attributes
-    if isinstance(o, (list, tuple, set, frozenset, deque)): return *o, *attributes
-    if isinstance(o, partial): return o.func, o.args, o.keywords, *attributes
     if isinstance(o, MethodType): return o.__self__,
-    return *attributes,
+    own = (*o.keys(), *o.values()) if isinstance(o, dict) else ()
+    if isinstance(o, (list, tuple, set, frozenset, deque)): own = *o,
+    if isinstance(o, partial): own = o.func, o.args, o.keywords
+    return *own, *getattr(o, '__dict__', {}).values()
 
 
 class ModelState:
@@ -63,12 +63,12 @@ class ModelState:
         self._reach(model)
         if any(isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)) for m in self.modules):
             raise CantCopy('it is wrapped for several devices')
-        compiled = any('_orig_mod' in own_dicts(m)[2] or m._compiled_call_impl for m in self.modules)
-        if compiled or any(isinstance(m, torch.jit.ScriptModule) for m in self.modules):
-            raise CantCopy('it is compiled or scripted already')
-        if not all(map(is_plain, self.weights())): raise CantCopy('its weights are inference tensors or not plain ones')
+        if any(isinstance(m, torch.jit.ScriptModule) or '_orig_mod' in own_dicts(m)[2] or m._compiled_call_impl
+               for m in self.modules): raise CantCopy('it is compiled or scripted already')
+        self.weights = [t for m in self.modules for d in own_dicts(m)[:2] for t in d.values() if t is not None]
+        if not all(map(is_plain, self.weights)): raise CantCopy('its weights are inference tensors, or of other types')
         self.dicts = [d for m in self.modules for d in (vars(m), *own_dicts(m), *(vars(m)[k] for k in HOOKS))]
-        self.structure, self.hooks = self._structure(), [*map(id, hooks_of(self.modules))]
+        self.structure, self.hooks = self._structure(), {*map(id, hooks_of(self.modules))}
         self.program = self._program()
         self.take_values()
 
@@ -78,45 +78,41 @@ class ModelState:
         while stack:
             o = stack.pop()
             if id(o) in self.owned: continue
-            self.owned[id(o)] = o
+            self.owned[id(o)], children = o, children_of(o)
             if isinstance(o, Tensor): self.tensors.append(o)
-            if isinstance(o, ATOMS): continue
-            self.classes.update(dict.fromkeys(type(o).__mro__))
             if isinstance(o, nn.Module):
                 self.modules.append(o)
-                for k, v in vars(o).items():
-                    if k not in HOOKS: stack.append(v)
-            elif not any(isinstance(c, RemovableHandle) for c in children_of(o)): stack += children_of(o)
-
-    def weights(self) -> list:
-        "All parameters and buffers."
-        return [t for m in self.modules for d in own_dicts(m)[:2] for t in d.values() if t is not None]
+                children = [v for k, v in vars(o).items() if k not in HOOKS]
+            if any(isinstance(c, RemovableHandle) for c in children): continue
+            if not isinstance(o, ATOMS): self.classes.update(dict.fromkeys(type(o).__mro__))
+            stack += children
 
     def _structure(self) -> list: # References, so that no address is used again
         return [*chain.from_iterable(d.values() for d in self.dicts)]
 
-    def _memory(self) -> list: return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in self.watched]
+    def _program(self) -> list: # Methods and attributes of the classes, except PyTorch's
+        own = [vars(c) for c in self.classes if c.__module__.partition('.')[0] not in ('torch', 'builtins')]
+        return [getattr(v, '__code__', v) for d in own for v in d.values()]
 
-    def take_values(self):
-        "Take the values that the tensors have now."
-        self.watched = [t for t in self.tensors if is_plain(t)]
-        self.versions, self.memory, groups = versions_of(self.watched), self._memory(), {}
-        for t in self.watched:
-            if not t.numel(): continue
-            span = 1 + sum((n - 1)*s for n, s in zip(t.shape, t.stride()))
-            step = max(1, (span - 1)//(SAMPLE - 1))
-            sample = t.detach().as_strided((1 + min(SAMPLE - 1, (span - 1)//step),), (step,))
-            groups.setdefault((t.device, t.dtype), []).append(sample)
-        self.samples = [*groups.values()]
-        self.values = self._values()
+    def _memory(self) -> list: return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in self.watched]
 
     def _values(self) -> list: # As bytes: NaN equals itself
         return [torch.cat(samples).view(torch.uint8) for samples in self.samples]
 
-    def same_structure(self) -> bool:
-        now = self._structure()
-        return len(now) == len(self.structure) and all(map(is_, now, self.structure))
+    def take_values(self):
+        "Take the values that the tensors have now."
+        self.watched, groups = [t for t in self.tensors if is_plain(t)], {}
+        self.versions, self.memory = versions_of(self.watched), self._memory()
+        for t in (t for t in self.watched if t.numel()):
+            last = sum((n - 1)*s for n, s in zip(t.shape, t.stride()))  # offset of the last element
+            step = max(1, last//(SAMPLE - 1))
+            sample = t.detach().as_strided((1 + min(SAMPLE - 1, last//step),), (step,))
+            groups.setdefault((t.device, t.dtype), []).append(sample)
+        self.samples = [*groups.values()]
+        self.values = self._values()
 
+    def same_structure(self) -> bool: return all_is(self._structure(), self.structure)
+    def same_program(self) -> bool: return all_is(self._program(), self.program)  # notebooks define methods again
     def has_more_hooks(self) -> bool: return any(id(h) not in self.hooks for h in hooks_of(self.modules))
     def same_versions(self) -> bool: return versions_of(self.watched) == self.versions
     def same_memory(self) -> bool: return self._memory() == self.memory
@@ -129,27 +125,53 @@ class ModelState:
     def is_unchanged(self) -> bool:
         "True if nothing changed, except that tensors in attributes were computed again. Takes these."
         def _equal(a, b): return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-        now = self._structure()
-        if len(now) != len(self.structure): return False
-        if not all(a is b or _equal(a, b) for a, b in zip(now, self.structure)): return False
-        self.structure = now
+        old, self.structure = self.structure, self._structure()
+        if len(old) != len(self.structure) or not all(a is b or _equal(a, b) for a, b in zip(old, self.structure)):
+            return False
         return self.same_versions() and self.same_memory() and bool(self.same_values())
 
     def foreign_hooks(self, functions=False) -> bool:
         """True if hooks must see the user's modules. A model owns methods of its modules and of objects in its
-        attributes (the skip connections of fastai's U-Net), PyTorch's hooks and this library's, and functions, unless
-        `functions`."""
+        attributes (the skip connections of fastai's U-Net), PyTorch's hooks, this library's and, unless `functions`,
+        functions."""
         def _is_foreign(h):
             if isinstance(h, FunctionType): return functions
             library = type(h).__module__.partition('.')[0] in ('torch', __name__.partition('.')[0])
             return not library and id(getattr(h, '__self__', h)) not in self.owned
         return any(map(_is_foreign, hooks_of(self.modules)))
 
-    def same_program(self) -> bool:
-        "True if no method and no attribute of the classes in the model was defined again, as notebooks do."
-        now = self._program()
-        return len(now) == len(self.program) and all(map(is_, now, self.program))
 
-    def _program(self) -> list: # Without PyTorch's classes
-        own = [vars(c) for c in self.classes if c.__module__.partition('.')[0] not in ('torch', 'builtins')]
-        return [getattr(v, '__code__', v) for d in own for v in d.values()]
+class ModelCopy:
+    """`.model` is a copy whose parameters and buffers are other tensors on the same memory, without gradients.
+    It shares all objects that hold no module: a change in a list, a counter in an object, a random generator.
+    `.shared` lists these. Raises `CantCopy`."""
+    def __init__(self, state: ModelState):
+        def _alias(t): return nn.Parameter(t.detach(), requires_grad=False) if isinstance(t, nn.Parameter) else t.detach()
+        memo = {id(t): _alias(t) for t in state.weights}
+        self.tensors, self.shared = [(memo[id(t)], t) for t in {id(t): t for t in state.weights}.values()], []
+        try:
+            self._holds_modules(state.model, memo, {})
+            self.model = deepcopy(state.model, memo)
+        except Exception as e: raise CantCopy(f"it can't be copied ({type(e).__name__}: {e})") from None
+        for m in self.model.modules():  # what a finalizer closes or removes is the user's
+            if hasattr(m, '__del__'): m.__class__ = type(type(m).__name__, (type(m),), {'__del__': lambda self: None})
+
+    def _holds_modules(self, o, memo, visited) -> bool:
+        "True if an object holds modules or the handle of a hook. All others are shared."
+        if isinstance(o, Tensor): memo.setdefault(id(o), o)
+        if isinstance(o, (*ATOMS, RemovableHandle)): return isinstance(o, RemovableHandle)
+        if id(o) not in visited:
+            visited[id(o)], children = True, children_of(o)  # True until it is known, for objects that hold themselves
+            if isinstance(o, nn.Module):  # its own dictionaries are copied, their elements may be shared
+                own = [children_of(v) if k in INTERNAL else [v] for k, v in vars(o).items()]
+                children = chain.from_iterable(own)
+            holds = [self._holds_modules(c, memo, visited) for c in children]
+            visited[id(o)] = any(holds) or isinstance(o, nn.Module)
+            if not visited[id(o)]:
+                memo[id(o)] = o
+                self.shared.append(o)
+        return visited[id(o)]
+
+    def follow(self):
+        "Use the memory that the user's tensors have now."
+        for own, t in self.tensors: own.data = t.detach()
