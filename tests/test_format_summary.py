@@ -1,20 +1,20 @@
-"`format_summary` and the trace that it uses."
+"`format_summary`: which modules lose channels last, in which pass, and how many bytes that moves; nothing changes."
+import re
 from collections import defaultdict
-from copy import deepcopy
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
 import torchvision.models as tv
-from fastai.vision.all import (CrossEntropyLossFlat, DataLoader, DataLoaders, Hook, Learner, OptimWrapper,
-                               TrainEvalCallback, unet_learner, xresnet18)
+from fastai.vision.all import (ConvLayer, CrossEntropyLossFlat, DataLoader, DataLoaders, DynamicUnet, Hook, Learner, OptimWrapper,
+                               unet_learner, xresnet18)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader as TorchDL
 
 from channelslast import ChannelsLast, FormatSummary
-from channelslast.summary import format_summary as module
 from channelslast.summary.format_trace import Conversion, layout_of
-from tests.conftest import convnet, learner, loaders, strides
+from .helpers import Bomb, PretendGPU, convnet, difference, find, learner, learner_state, loaders
 
 CL = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -38,6 +38,8 @@ def summary_of(model, shape=(3, 16, 16), n=2):
 def lost(s, backward): return [(r.module, r.op) for r in s.lost if r.backward == backward]
 
 
+# architectures, checked by hooks
+
 class MainOutput(nn.Module):
     "A segmentation model's main output."
     def __init__(self, m): super().__init__(); self.m = m
@@ -46,7 +48,7 @@ class MainOutput(nn.Module):
 
 get = partial(tv.get_model, weights=None, num_classes=4)
 # exact number of forward losses, maximum number of backward losses, shape of the images
-PANEL = dict(
+ARCHITECTURES = dict(
     resnet18=(partial(get, 'resnet18'), 0, 0, (3, 32, 32)), densenet121=(partial(get, 'densenet121'), 0, 0, (3, 32, 32)),
     regnet=(partial(get, 'regnet_y_400mf'), 0, 0, (3, 32, 32)), mnasnet=(partial(get, 'mnasnet0_5'), 0, 0, (3, 64, 64)),
     googlenet=(partial(get, 'googlenet', aux_logits=False, init_weights=False), 0, 0, (3, 64, 64)),
@@ -68,12 +70,16 @@ PANEL = dict(
     layer_norm=(lambda: between(LayerNorm2d(8)), 0, 0, (3, 16, 16)))
 
 
+FAST = {'resnet18', 'efficientnet', 'shufflenet', 'attention', 'instance_norm', 'instance_norm_3d', 'softmax', 'fractional', 'bicubic', 'glu', 'lrn',
+        'layer_norm'}
+
+
 class LayerNorm2d(nn.LayerNorm):
     "As in ConvNeXt: views only."
     def forward(self, x): return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class Reading:
+class FormatHooks:
     "An independent check: hooks call `is_contiguous` on each module's inputs and outputs and on the gradients."
     def __init__(self, model):
         self.leaf_lost, self.grad_lost, self.outs, self.ins = set(), set(), {}, defaultdict(list)
@@ -97,7 +103,8 @@ class Reading:
         n, o = self.names[m], self.plain(out)
         self.outs[n] = o
         if len(list(m.children())): return
-        own = isinstance(out, torch.Tensor) and all(out.untyped_storage().data_ptr() != a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor))
+        def _memory(t): return t.untyped_storage().data_ptr()
+        own = isinstance(out, torch.Tensor) and all(_memory(out) != _memory(a) for a in args if isinstance(a, torch.Tensor))
         if any(self.plain(a) for a in args) and o is False and own: self.leaf_lost.add(n)
         if isinstance(out, torch.Tensor) and out.requires_grad: out.register_hook(partial(self.grad, n, 'out'))
 
@@ -106,16 +113,21 @@ class Reading:
         elif self.plain(g) is False and getattr(self, 'last', None) == name: self.grad_lost.add(name)
 
 
+@cache
+def checked(name) -> tuple: # The model, what its hooks read, the summary
+    model = ARCHITECTURES[name][0]()
+    hooks = FormatHooks(model)
+    s = summary_of(model, ARCHITECTURES[name][3])
+    for h in hooks.handles: h.remove()
+    return model, hooks, s
+
+
 def is_inside(name, parent): return name != parent and (not parent or name.startswith(f'{parent}.'))
 
 
-@pytest.mark.parametrize('name', PANEL)
-def test_panel_agrees_with_hooks(name):
-    "The losses of each model, checked independently by hooks on every module."
-    make, forward, backward, shape = PANEL[name]
-    model = make()
-    r = Reading(model)
-    s = summary_of(model, shape)
+@pytest.mark.parametrize('name', [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES])
+def test_format_summary_of_an_architecture_agrees_with_hooks_on_its_modules(name):
+    (_, forward, backward, _), (model, r, s) = ARCHITECTURES[name], checked(name)
     assert len(lost(s, False)) == forward and len(lost(s, True)) <= backward and s.holds == (not s.lost)
     if backward and name != 'maxvit': assert lost(s, True) or name == 'deeplab'
     modules = dict(model.named_modules())
@@ -136,32 +148,42 @@ def test_panel_agrees_with_hooks(name):
     assert all(row.module in modules or row.module == 'loss' for row in s.rows)
 
 
-def test_what_is_lost_where():
-    "Known rows of three architectures."
-    s = summary_of(get('efficientnet_b0'), (3, 64, 64))
-    assert lost(s, True) == [('features.8.2', 'aten.silu_backward')] and s.lost[0].cls == 'SiLU'
-    s = summary_of(get('mobilenet_v3_small'), (3, 64, 64))
-    assert lost(s, True) == [('features.12.2', 'aten.hardswish_backward')]
-    s = summary_of(get('shufflenet_v2_x0_5'), (3, 64, 64))
+@pytest.mark.parametrize('name, module, cls, op', [
+    ('efficientnet', 'features.8.2', 'SiLU', 'aten.silu_backward'),
+    pytest.param('mobilenet', 'features.12.2', 'Hardswish', 'aten.hardswish_backward', marks=pytest.mark.slow)])
+def test_format_summary_of_a_torchvision_model_names_its_last_activation(name, module, cls, op):
+    s = checked(name)[2]
+    assert lost(s, True) == [(module, op)] and s.lost[0].cls == cls
+
+
+def test_format_summary_of_shufflenet_names_the_copies_of_its_channel_shuffle():
+    "The format is lost where the first shuffle of each stage copies a 5-D view of channels-last memory."
+    s = checked('shufflenet')[2]
     for b in False, True: assert sum(op == 'aten.cat' for _, op in lost(s, b)) == 13
-    # the format is lost where the first shuffle of each stage copies a 5-D view of channels-last memory
     assert [m for m, op in lost(s, False) if op == 'aten.clone'] == ['stage2.0', 'stage3.0', 'stage4.0']
 
 
-@pytest.mark.parametrize('cast', [True, False])
-def test_unet(cast):
-    "Each row has a module; the last `cat` loses the format only while the batch is contiguous."
-    ds = [(torch.randn(3, 64, 64), torch.randint(0, 2, (64, 64))) for _ in range(2)]
-    learn = unet_learner(DataLoaders(*[DataLoader(ds, bs=2)]*2), tv.resnet18, n_out=2, pretrained=False, normalize=False,
-                         loss_func=CrossEntropyLossFlat(axis=1))
-    if cast: learn.to_channelslast(to_fp16=False)
+def small_unet(dls):
+    encoder = nn.Sequential(ConvLayer(3, 8, stride=2), ConvLayer(8, 16, stride=2))
+    return Learner(dls, DynamicUnet(encoder, 2, (16, 16)), CrossEntropyLossFlat(axis=1))
+def resnet_unet(dls): return unet_learner(dls, tv.resnet18, n_out=2, pretrained=False, normalize=False, loss_func=CrossEntropyLossFlat(axis=1))
+
+
+@pytest.mark.parametrize('converts_batches', [True, False])
+@pytest.mark.parametrize('make, size', [(small_unet, 16), pytest.param(resnet_unet, 64, marks=pytest.mark.slow)], ids=['small', 'resnet18'])
+def test_format_summary_of_a_unet_leaves_its_hooks_and_names_every_module(make, size, converts_batches):
+    "The last `cat` loses the format only while the batch is contiguous."
+    ds = [(torch.randn(3, size, size), torch.randint(0, 2, (size, size))) for _ in range(2)]
+    learn = make(DataLoaders(*[DataLoader(ds, bs=2)]*2))
+    if converts_batches: learn.to_channelslast(to_fp16=False)
     else: learn.model.to(memory_format=torch.channels_last)
-    held = [m.hook.stored for m in learn.model.modules() if isinstance(getattr(m, 'hook', None), Hook)]
+    def _stored(): return [id(m.hook.stored) for m in learn.model.modules() if isinstance(getattr(m, 'hook', None), Hook)]
+    held = _stored()
     s = learn.format_summary()
-    assert held and all(a is m.hook.stored for a, m in zip(held, [m for m in learn.model.modules() if isinstance(getattr(m, 'hook', None), Hook)]))
+    assert held and _stored() == held
     names = dict(learn.model.named_modules())
     assert all(r.module in names and r.cls == type(names[r.module]).__name__ for r in s.rows if r.module != 'loss')
-    assert [(r.cls, r.op) for r in s.lost] == ([] if cast else [('MergeLayer', 'aten.cat')]) and s.holds == cast
+    assert [(r.cls, r.op) for r in s.lost] == ([] if converts_batches else [('MergeLayer', 'aten.cat')]) and s.holds == converts_batches
 
 
 # names
@@ -210,7 +232,7 @@ PLANTED = dict(
 
 
 @pytest.mark.parametrize('name', PLANTED)
-def test_the_right_module_is_named(name):
+def test_format_summary_names_the_module_that_loses_the_format(name):
     make, where = PLANTED[name]
     s = summary_of(make())
     assert [r.module for r in s.lost if not r.backward] == where
@@ -218,13 +240,13 @@ def test_the_right_module_is_named(name):
     assert all(r.cls == ('Functional' if name == 'function' else 'Losing') for r in s.lost)
 
 
-def test_checkpointed_modules_are_named():
-    "Checkpointed modules run again in the backward pass, and rows name them there too."
+def test_format_summary_names_checkpointed_modules_in_the_backward_pass_too():
+    "They run again there."
     s = summary_of(body(Checkpointed(nn.Sequential(conv(), Losing(), conv()))))
     assert [(r.module, r.backward) for r in s.lost] == [('1.inner.1', False), ('1.inner.1', True), ('1.inner.1', True)]
 
 
-def test_the_loss_is_named():
+def test_format_summary_names_the_loss_function():
     ds = [(torch.randn(3, 8, 8), torch.randn(8, 8, 8)) for _ in range(2)]
     def loss(p, y): return (p.contiguous() - y).abs().mean()
     learn = Learner(DataLoaders(*[DataLoader(ds, bs=2)]*2), nn.Conv2d(3, 8, 3, padding=1), loss).to_channelslast(to_fp16=False)
@@ -234,7 +256,7 @@ def test_the_loss_is_named():
 
 # bytes
 
-def test_bytes_on_paper():
+def test_bytes_of_conversions_are_as_computed_by_hand():
     """Batch 2×3×16×16 → conv → 2×8×16×16 → contiguous → conv, fp32: conversion of the batch 2·3·256·4 = 6144, lost 2·8·256·4
     = 16384, regained 16384; backward: the pooled gradient of 2×8×16×16 enters and is lost by `Losing` (the first
     convolution passes no gradient on)."""
@@ -247,14 +269,14 @@ def test_bytes_on_paper():
     assert s.bytes_moved == 6144 + 4*act and s.regained == [r for r in s.rows if r.kind == 'regained']
 
 
-def test_bytes_in_half_precision(has):
+def test_bytes_in_half_precision_are_half_as_many(has):
     has('bf16')
     learn = learner(body(Losing()), loaders((3, 16, 16), bs=2)).to_channelslast(amp_mode='bf16')
     r = learn.format_summary().lost[0]
     assert r.bytes == 2*8*256*2
 
 
-# what counts
+# which copies count
 
 @pytest.mark.parametrize('x, layout', [
     (torch.randn(2, 3, 4, 5), 'other'), (torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), 'channels_last'),
@@ -263,20 +285,22 @@ def test_bytes_in_half_precision(has):
     (torch.randn(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d), 'channels_last'), (torch.randn(2, 3, 4, 5, 6), 'other'),
     (torch.randn(2, 1, 4, 5), None), (torch.randn(2, 3, 1, 1), None), (torch.randn(2, 3, 1, 1).expand(2, 3, 4, 5), None),
     (torch.randn(3, 4), None), (torch.ones(2, 3, 4, 5, dtype=torch.int64), None), (torch.randn(0, 3, 4, 5), None),
-    (torch.randn(2, 3, 4, 1), 'other'), (torch.randn(60).as_strided((1, 3, 4, 5), (1, 1, 15, 3)), 'channels_last')], ids=lambda o: f'{tuple(o.shape)}' if isinstance(o, torch.Tensor) else str(o))
-def test_layouts(x, layout): assert layout_of(x) == layout
+    (torch.randn(2, 3, 4, 1), 'other'), (torch.randn(60).as_strided((1, 3, 4, 5), (1, 1, 15, 3)), 'channels_last')],
+    ids=lambda o: f'{tuple(o.shape)}' if isinstance(o, torch.Tensor) else str(o))
+def test_layout_of_a_tensor_follows_its_strides(x, layout): assert layout_of(x) == layout
 
 
 @pytest.mark.parametrize('f', [lambda x: x.permute(0, 2, 3, 1).relu().permute(0, 3, 1, 2), lambda x: torch.cat([x[:, 4:], x[:, :4]], 1),
                                lambda x: x.unsqueeze(2).squeeze(2), lambda x: x * x.mean((2, 3), keepdim=True),
-                               lambda x: x * x.mean(1, keepdim=True), lambda x: x + torch.arange(16.)], ids=range(6))
-def test_views_and_ambiguous_shapes_do_not_count(f):
+                               lambda x: x * x.mean(1, keepdim=True), lambda x: x + torch.arange(16.)],
+                         ids=['permuted', 'shuffled slices', 'squeezed', 'spatial mean', 'channel mean', 'expanded'])
+def test_views_and_ambiguous_shapes_are_no_losses(f):
     class F(nn.Module):
         def forward(self, x): return f(x)
     assert not [r for r in summary_of(body(F())).lost if not r.backward]
 
 
-def test_weights_do_not_count():
+def test_contiguous_copies_of_weights_are_no_losses():
     "Weight standardization makes each weight and its gradient contiguous; activations keep their format."
     class WS(nn.Conv2d):
         def forward(self, x):
@@ -287,10 +311,10 @@ def test_weights_do_not_count():
     assert s.holds and not s.regained
 
 
-def test_a_batch_of_one(): assert summary_of(body(Losing()), n=1).lost and summary_of(body(conv()), n=1).holds
+def test_losses_are_found_in_a_batch_of_one(): assert summary_of(body(Losing()), n=1).lost and summary_of(body(conv()), n=1).holds
 
 
-def test_writing_into_another_format_counts():
+def test_writing_into_a_contiguous_tensor_is_a_loss():
     class Canvas(nn.Module):
         def forward(self, x):
             out = torch.zeros(x.shape)
@@ -304,9 +328,8 @@ def test_writing_into_another_format_counts():
     (lambda x: (x.flatten(2).transpose(1, 2) + 1).transpose(1, 2).contiguous().view(x.shape), True),
     (lambda x: nn.functional.gelu(x.flatten(2)).contiguous().view_as(x), True),
     (lambda x: torch.stack([o.relu() for o in x.unbind(0)]), False), (lambda x: x.view(2, 2, 4, 16, 16).sum(1).repeat(1, 2, 1, 1), False)],
-    ids=range(5))
-def test_what_is_lost_in_other_dimensions(f, seen):
-    "The module is named if a copy shows the loss. Otherwise the verdict says where the format is regained."
+    ids=['attention', 'addition in 3-D', 'gelu in 3-D', 'items', 'groups'])
+def test_losses_in_tensors_that_are_not_4D_name_the_module_or_where_the_format_is_regained(f, seen):
     class F(nn.Module):
         def forward(self, x): return f(x)
     s = summary_of(body(F()))
@@ -317,7 +340,7 @@ def test_what_is_lost_in_other_dimensions(f, seen):
 
 # printed results
 
-def test_hints_of_cpus_are_for_cpus():
+def test_remedies_for_CPUs_are_printed_on_CPUs_only():
     "PyTorch's group norm gives contiguous results on CUDA (`aten/src/ATen/native/group_norm.cpp`)."
     s = learner(nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.Conv2d(8, 8, 1), nn.Softmax2d(), nn.Conv2d(8, 4, 1),
                               nn.AdaptiveAvgPool2d(1), nn.Flatten())).to_channelslast(to_fp16=False).format_summary()
@@ -326,32 +349,42 @@ def test_hints_of_cpus_are_for_cpus():
     assert 'nn.GroupNorm' not in repr(s) and 'movedim' in repr(s)
 
 
-def test_hints_hold():
-    "Each remedy that is printed removes the loss and computes the same."
-    class Softmax(nn.Module):
-        def forward(self, x): return x.movedim(1, -1).softmax(-1).movedim(-1, 1)
-    class GLU(nn.Module):
-        def forward(self, x):
-            a, b = x.chunk(2, 1)
-            return a * b.sigmoid()
-    remedies = dict(InstanceNorm2d=(nn.InstanceNorm2d(8), nn.GroupNorm(8, 8, affine=False), 8, 2), Softmax2d=(nn.Softmax2d(), Softmax(), 8, 2),
-                    InstanceNorm3d=(nn.InstanceNorm3d(8), nn.GroupNorm(8, 8, affine=False), 8, 3), GLU=(nn.GLU(1), GLU(), 4, 2))
-    assert set(remedies) == set(module.HINTS)
-    for cls, (bad, good, c, d) in remedies.items():
-        x = torch.randn(2, 8, *[6]*d)
-        torch.testing.assert_close(bad(x), good(x))
-        kw = dict(conv=nn.Conv3d, pool=nn.AdaptiveAvgPool3d) if d == 3 else {}
-        shape = (3, *[6]*d)
-        s = summary_of(between(bad, c, **kw), shape)
-        assert s.lost and module.HINTS[cls] in repr(s)
-        assert summary_of(between(good, c, **kw), shape).holds
+class Remedy(nn.Module):
+    "The code of a printed remedy: a module, or statements on `x`, of which the last is the result."
+    def __init__(self, code): super().__init__(); self.code, self.module = code, eval(code, dict(nn=nn, C=8)) if code.startswith('nn.') else None
+    def forward(self, x):
+        if self.module: return self.module(x)
+        *statements, result = self.code.split('; ')
+        names = dict(x=x)
+        for o in statements: exec(o, names)
+        return eval(result, names)
+
+
+REPLACED = dict(InstanceNorm2d=(nn.InstanceNorm2d(8), 8, 2), InstanceNorm3d=(nn.InstanceNorm3d(8), 8, 3),
+                Softmax2d=(nn.Softmax2d(), 8, 2), GLU=(nn.GLU(1), 4, 2))
+
+
+@pytest.mark.parametrize('cls', REPLACED)
+def test_a_printed_remedy_removes_the_loss_and_computes_the_same(cls):
+    layer, c, d = REPLACED[cls]
+    kw = dict(conv=nn.Conv3d, pool=nn.AdaptiveAvgPool3d) if d == 3 else {}
+    x, shape = torch.randn(2, 8, *[6]*d), (3, *[6]*d)
+    s = summary_of(between(layer, c, **kw), shape)
+    remedy = Remedy(re.search(f'\n{cls}: `(.*?)` computes the same', repr(s))[1])
+    assert s.lost and summary_of(between(remedy, c, **kw), shape).holds
+    torch.testing.assert_close(layer(x), remedy(x))
+
+
+def test_no_other_layer_of_PyTorch_has_a_remedy():
+    layers = [k for k, v in vars(nn).items() if isinstance(v, type) and issubclass(v, nn.Module)]
+    assert {c for c in layers if 'Remedies' in repr(FormatSummary(rows('a', cls=c), {False: [1, 9], True: [0, 0]}))} == {*REPLACED}
 
 
 def rows(*names, **kw): return [Conversion(**{**dict(module=n, cls='Conv2d', op='aten.cat', backward=False, kind='lost',
                                                      shape=(1, 2, 3, 4), bytes=1000), **kw}) for n in names]
 
 
-def test_table():
+def test_the_table_groups_conversions_that_differ_only_in_numbers():
     s = FormatSummary(rows('layer1.0.conv2', 'layer1.1.conv2') + rows('stage2.0', 'stage3.1', bytes=9e6) + rows('x', kind='regained'),
                       {False: [10, 14], True: [3, 3]}, max_rows=2)
     lines = repr(s).splitlines()
@@ -366,14 +399,13 @@ def test_table():
     with pytest.raises(AttributeError): s.rows[0].bytes = 1
 
 
-def test_remedies_are_under_the_table():
-    "Once per class, also for classes in hidden rows; nothing is wider than 160 characters."
+def test_remedies_are_under_the_table_once_per_class():
+    "Also those of classes in hidden rows; nothing is wider than 160 characters."
     classes = dict(InstanceNorm2d=3, InstanceNorm3d=3, GLU=2, Softmax2d=1)
     s = FormatSummary([r for c, n in classes.items() for r in rows(*(f'{c}.a{"b"*i}' for i in range(n)), cls=c)], {False: [1, 9], True: [0, 0]}, max_rows=2)
     lines = repr(s).splitlines()
     assert [c for c in classes if sum(o.startswith(f'{c}: ') for o in lines[5:]) != 1] == [] and len(lines) == 10 and max(map(len, lines)) <= 160
-    assert all(f'{c}: {h}' in lines for c, h in module.HINTS.items()) and 'Remedies are under the table.' in lines[1]
-    assert lines[2].split() == ['module', 'class', 'op', 'pass', 'kind', 'shape', 'moved']
+    assert 'Remedies are under the table.' in lines[1] and lines[2].split() == ['module', 'class', 'op', 'pass', 'kind', 'shape', 'moved']
     page = s._repr_html_()
     assert page.count('<p>InstanceNorm2d: `nn.GroupNorm(C, C, affine=False)` computes the same') == 1 and 'Remedies are under the table.' in page
     assert page.index('</table>') < page.index('… and 7 more rows') < page.index('<p>InstanceNorm2d') and 'Remedies' not in s.verdict
@@ -383,8 +415,10 @@ def test_remedies_are_under_the_table():
 def words(n): return '.'.join(['block' + 'x'*(n % 7)]*(n//6))
 
 
-@pytest.mark.parametrize('texts', [dict(module=words(400)), dict(cls='C'*300), dict(op='aten.' + 'o'*200), dict(module=words(150), cls='C'*90, op='aten.' + 'o'*90),
-                                   dict(shape=(1024,)*40), dict(module=words(400), kind='regained'), dict(cls='C'*300, kind='regained', module='m'*999)])
+@pytest.mark.parametrize('texts', [dict(module=words(400)), dict(cls='C'*300), dict(op='aten.' + 'o'*200),
+                                   dict(module=words(150), cls='C'*90, op='aten.' + 'o'*90), dict(shape=(1024,)*40),
+                                   dict(module=words(400), kind='regained'), dict(cls='C'*300, kind='regained', module='m'*999)],
+                         ids=['module', 'class', 'op', 'all three', 'shape', 'regained module', 'regained class'])
 def test_no_line_is_wider_than_160_characters(texts):
     "Long texts lose their middle; `to_frame` keeps them whole."
     first = rows('a', 'b', cls='InstanceNorm2d') if 'kind' not in texts else []
@@ -397,94 +431,67 @@ def test_no_line_is_wider_than_160_characters(texts):
     assert all(s.to_frame()[k].iloc[-1] == v for k, v in texts.items())
 
 
-def test_a_name_that_fits_stays_whole():
+def test_a_module_name_that_fits_is_printed_whole():
     s = FormatSummary(rows('m'*80), {False: [1, 9], True: [0, 0]})
     assert 'm'*80 in repr(s) and 'm'*80 in s._repr_html_() and '…' not in repr(s)
 
 
-@pytest.mark.parametrize('classes, where', [('A', 'lost once (kept by 1 of 9 activations forward, 0 of 0 backward), in A. '), ('AA', 'lost 2 times (kept by 1 of 9 activations forward, 0 of 0 backward), all in A. '),
+@pytest.mark.parametrize('classes, where', [('A', 'lost once (kept by 1 of 9 activations forward, 0 of 0 backward), in A. '),
+                                            ('AA', 'lost 2 times (kept by 1 of 9 activations forward, 0 of 0 backward), all in A. '),
                                             ('AAAB', ', mostly in A (3 of 4), B (1). '), ('AAABBCD', ', mostly in A (3 of 7), B (2), C (1). ')])
-def test_where_it_is_lost(classes, where):
+def test_the_verdict_counts_losses_by_class(classes, where):
     s = FormatSummary([r for c in classes for r in rows('m', cls=c)], {False: [1, 9], True: [0, 0]})
     assert where in s.verdict
     assert ('1 conversion moves 1.0 kB per step.' if len(classes) == 1 else f'{len(classes)} conversions move {len(classes)}.0 kB per step.') in s.verdict
 
 
-def test_a_contiguous_learner_is_told():
+def test_format_summary_of_a_contiguous_learner_says_to_switch_first():
     s = learner().format_summary()
     assert not s.holds and not s.rows and 'call `learn.to_channelslast()` first' in repr(s)
 
 
 # nothing changes
 
-def state(learn):
-    "Everything that must not change, by value, identity and memory."
-    import random, numpy as np
-    ts = [t for t in (*learn.model.parameters(), *learn.model.buffers())]
-    opt = learn.opt and deepcopy(learn.opt.state_dict())
-    return ([(id(t), t.data_ptr(), t.stride(), t.detach().clone(), t.requires_grad, t.grad is not None and (id(t.grad), t.grad.clone())) for t in ts],
-            [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), sorted(m.__dict__)) for m in learn.model.modules()],
-            opt, strides(learn), [id(o) for o in learn.cbs], [{k: repr(v) for k, v in vars(o).items() if k != 'learn'} for o in learn.cbs],
-            sorted(k for k in vars(learn)), learn.training, random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(),
-            torch.is_autocast_enabled('cpu'), torch.autocast_increment_nesting() - (torch.autocast_decrement_nesting() or 0),
-            learn.dls.train.rng.getstate(), len(nn.modules.module._global_forward_hooks), torch.is_grad_enabled())
+class FailsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, g): raise ArithmeticError('boom')
 
 
-def same(a, b):
-    if isinstance(a, torch.Tensor): return torch.equal(a, b)
-    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)) or hasattr(a, 'items') and not isinstance(a, dict): return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+ERRORS = dict(nowhere=None, model=RuntimeError, interrupt=KeyboardInterrupt, loss=ZeroDivisionError, backward=ArithmeticError)
+CASES = [(w, a, o) for w in ERRORS for a in ('ours', 'fastai', None) for o in (None, 'fastai', 'torch')]
+FAST_CASES = [('nowhere', 'ours', 'fastai'), ('nowhere', 'fastai', None), ('nowhere', None, 'torch'), ('model', 'ours', 'fastai'),
+              ('model', 'fastai', 'fastai'), ('interrupt', None, None), ('interrupt', 'ours', 'torch'), ('loss', 'fastai', 'torch'), ('loss', 'ours', None),
+              ('backward', 'ours', 'fastai'), ('backward', None, 'torch')]
 
 
-class Net(nn.Module):
-    "BatchNorm, dropout, a buffer that `forward` replaces, a counter and a list. Raises `boom` if it is set."
-    def __init__(self, boom=None):
-        super().__init__()
-        self.c, self.bn, self.d, self.l, self.boom, self.calls, self.seen = conv_in(), nn.BatchNorm2d(8), nn.Dropout(), nn.Linear(8, 4), boom, 0, []
-        self.register_buffer('b', torch.zeros(1))
-    def forward(self, x):
-        self.calls += 1; self.seen.append(self.calls); self.b = self.b + 1
-        x = self.bn(self.c(x))
-        with torch.no_grad(): self.l.bias.add_(0.1)
-        if self.boom: raise self.boom
-        return self.l(self.d(x.mean((2, 3))))
-
-
-def conv_in(): return nn.Conv2d(3, 8, 3)
-
-
-@pytest.mark.parametrize('where', ['nowhere', 'model', 'interrupt', 'loss', 'backward'])
-@pytest.mark.parametrize('amp', ['ours', 'fastai', None])
-@pytest.mark.parametrize('opt', [None, 'fastai', 'torch'])
-def test_everything_is_as_it_was(has, where, amp, opt):
+@pytest.mark.parametrize('where, amp, opt', [o if o in FAST_CASES else pytest.param(*o, marks=pytest.mark.slow) for o in CASES])
+def test_format_summary_leaves_everything_as_it_was_even_after_an_error(has, where, amp, opt):
     has('bf16')
     kw = dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)) if opt == 'torch' else {}
-    learn = learner(Net(), loaders(shuffle=True), **kw)
+    learn, error = learner(Bomb(), loaders(shuffle=True), **kw), ERRORS[where]
     if opt:
         learn.fit(1)
         learn.model.c.weight.grad = torch.randn(8, 3, 3, 3)
     learn.model.bn.weight.requires_grad_(False)
     learn.add_cb(ChannelsLast())
     if amp == 'ours': learn.to_channelslast(amp_mode='bf16')
-    if amp == 'fastai': learn.to_bf16(); learn.mixed_precision.before_fit = lambda: setattr(learn.mixed_precision, 'autocast', torch.autocast('cpu')) or setattr(learn, 'scaler', torch.amp.GradScaler('cpu', enabled=False))
-    error = dict(model=RuntimeError, loss=ZeroDivisionError, interrupt=KeyboardInterrupt, backward=ArithmeticError).get(where)
-    if where in ('model', 'interrupt'): learn.model.boom = error('boom')
-    class Bad(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x): return x.clone()
-        @staticmethod
-        def backward(ctx, g): raise ArithmeticError('boom')
+    if amp == 'fastai': # which works on CUDA only
+        mp = learn.to_bf16().mixed_precision
+        mp.before_fit = lambda: setattr(mp, 'autocast', torch.autocast('cpu')) or setattr(learn, 'scaler', torch.amp.GradScaler('cpu', enabled=False))
+    if where in ('model', 'interrupt'): learn.model.arm(1, error)
     if where == 'loss': learn.loss_func = lambda p, y: 1/0
-    if where == 'backward': learn.loss_func = lambda p, y: Bad.apply(p.sum())
+    if where == 'backward': learn.loss_func = lambda p, y: FailsBackward.apply(p.sum())
     torch.manual_seed(1)
-    before = state(learn)
+    before = learner_state(learn)
     if error:
         with pytest.raises(error) as e: learn.format_summary()
         assert where == 'loss' or e.value.args == ('boom',)
     else: learn.format_summary()
-    for a, b in zip(before, state(learn)): assert same(a, b)
-    learn.model.boom, learn.loss_func = None, CrossEntropyLossFlat()
+    assert difference(before, learner_state(learn)) == ''
+    learn.model.arm(0)
+    learn.loss_func = CrossEntropyLossFlat()
     if amp != 'fastai': learn.fit(1)  # and it still trains
 
 
@@ -503,13 +510,12 @@ class PlainLoss:
     def __call__(self, p, y): self.n += 1; return nn.functional.cross_entropy(p, y)*self.w
 
 
-@pytest.mark.parametrize('call', ['format_summary', 'format_find'])
-def test_what_models_losses_and_pytorchs_loader_keep_elsewhere(call):
-    from torch.utils.data import DataLoader as TorchDL
+@pytest.mark.parametrize('call', [Learner.format_summary, partial(find, num_it=1)], ids=['format_summary', 'format_find'])
+def test_plain_attributes_of_models_losses_and_generators_stay_as_they_were(call):
     g, ds = torch.Generator().manual_seed(0), [(torch.randn(3, 8, 8), i % 4) for i in range(16)]
     learn = Learner(DataLoaders(*[TorchDL(ds, batch_size=4, shuffle=True, generator=g)]*2), Centre(), PlainLoss(), cbs=ChannelsLast())
     state = g.get_state()
-    getattr(learn, call)(**dict(num_it=1, show_plot=False) if call == 'format_find' else {})
+    call(learn)
     assert torch.equal(g.get_state(), state) and not learn.model.center.any() and not learn.model.d['a'].any()
     assert learn.loss_func.n == 0 and learn.loss_func.w.grad is None
 
@@ -521,7 +527,7 @@ class Dict(nn.Module):
     def forward(self, x, n=None): return dict(out=self.c(x), aux=(x,))
 
 
-def test_several_inputs_and_dict_outputs():
+def test_format_summary_with_several_inputs_and_dict_outputs():
     ds = [(torch.randn(3, 8, 8), torch.ones(3), torch.tensor(i % 4)) for i in range(4)]
     dl = DataLoader(ds, bs=2, n_inp=2)
     dls = DataLoaders(dl, dl)
@@ -530,7 +536,7 @@ def test_several_inputs_and_dict_outputs():
     assert learn.format_summary().holds
 
 
-def test_own_batch_and_no_labels():
+def test_format_summary_of_a_batch_without_labels_traces_the_forward_pass_only():
     learn = learner().to_channelslast(to_fp16=False)
     x, y = torch.randn(5, 3, 8, 8), torch.zeros(5, dtype=torch.int64)
     assert learn.format_summary((x, y)).rows[0].shape == (5, 3, 8, 8)
@@ -542,7 +548,7 @@ def test_own_batch_and_no_labels():
 
 
 @pytest.mark.parametrize('compiled', ['model', 'part', 'in place'])
-def test_compiled_models(compiled):
+def test_format_summary_of_a_compiled_model_runs_it_uncompiled(compiled):
     plain, calls = convnet(), []
     def backend(gm, inputs):
         calls.append(1)
@@ -556,35 +562,17 @@ def test_compiled_models(compiled):
     assert ('uncompiled' in s.verdict) == (compiled == 'model') and not any('_orig_mod' in r.module for r in s.rows if compiled == 'model')
 
 
-def test_plain_pytorch_loader_and_frozen_layers():
-    from torch.utils.data import DataLoader as TorchDL
+def test_format_summary_with_a_PyTorch_loader_and_frozen_layers():
     ds = [(torch.randn(3, 8, 8), i % 4) for i in range(8)]
     learn = learner(dls=DataLoaders(*[TorchDL(ds, batch_size=4)]*2)).to_channelslast(to_fp16=False)
     learn.model[0].requires_grad_(False)
     assert learn.format_summary().holds
 
 
-class Empty(nn.Module):
-    def forward(self, x): return x
-
-
-@pytest.mark.parametrize('make, call, match', [
-    (lambda: learner(dls=DataLoaders(*[DataLoader([], bs=2)]*2)), {}, 'yields no batch'),
-    (lambda: learner(dls=loaders(n=2, bs=4).__class__(*[DataLoader([(torch.ones(3, 8, 8), 0)], bs=4, drop_last=True)]*2)), {}, 'yields no batch'),
-    (lambda: learner(nn.Linear(3, 4), loaders((3,))), {}, r'no 4-D or 5-D floating-point tensor.*\(8, 3\)'),
-    (lambda: learner(), dict(batch=(torch.ones(2, 3, 8, 8, dtype=torch.int64), torch.zeros(2))), 'no 4-D or 5-D floating'),
-    (lambda: learner(), dict(batch=5), r'batch=…\) is int'), (lambda: learner(), dict(batch=()), 'is an empty tuple'),
-    (lambda: learner(), dict(max_rows=0), 'max_rows=0'), (lambda: learner(Empty()), {}, 'no parameters'),
-    (lambda: learner(nn.LazyConv2d(3, 3)), {}, 'lazy modules')])
-def test_bad_input(make, call, match):
-    learn = make()
-    with pytest.raises(ValueError, match=match): learn.format_summary(**call)
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize('name', ['resnet18', 'efficientnet', 'shufflenet', 'instance_norm'])
-def test_panel_on_cuda(name):
-    make, _, _, shape = PANEL[name]
+def test_format_summary_on_CUDA_names_modules_in_both_passes(name):
+    make, _, _, shape = ARCHITECTURES[name]
     ds = [(torch.randn(shape), torch.tensor(i % 4)) for i in range(2)]
     dl = DataLoader(ds, bs=2)
     learn = Learner(DataLoaders(dl, dl, device=torch.device('cuda')), make(), CrossEntropyLossFlat()).to_channelslast()
@@ -592,23 +580,23 @@ def test_panel_on_cuda(name):
     assert all(r.module in dict(learn.model.named_modules()) or r.module == 'loss' for r in s.rows) and s.counts[True][1]
 
 
-def test_nothing_to_tell_of_one_pixel():
-    "In a contiguous Learner, a shuffled view of spatial size 1×1 looks channels last."
-    s = Learner(loaders((3, 32, 32), n=8), tv.shufflenet_v2_x1_0(num_classes=4), CrossEntropyLossFlat()).format_summary()
+def test_format_summary_of_a_contiguous_shufflenet_finds_nothing_to_lose():
+    "A shuffled view of spatial size 1×1 looks channels last."
+    s = Learner(loaders((3, 32, 32), n=8), tv.shufflenet_v2_x0_5(num_classes=4), CrossEntropyLossFlat()).format_summary()
     assert 'nothing to lose' in s.verdict and s.rows == []
 
 
-def test_a_model_that_moves_before_the_fit(monkeypatch):
-    "✗ On a GPU the first summary found nothing: its input was on the CPU, with the model, and the step's was a copy."
-    learn = learner(nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)))
-    lost, moved, real = learn.to_channelslast(to_fp16=False).format_summary().lost, [], Learner._set_device
-    class Move(TrainEvalCallback):
-        def before_fit(self): moved.append(0); super().before_fit()
-    learn.remove_cb(TrainEvalCallback).add_cb(Move())
-    def _there(b, device):
-        for t in b: t.there = True  # as on the GPU
-        return b
-    def _set_device(self, b): return [t if hasattr(t, 'there') else t.clone() for t in b] if moved else real(self, b)
-    monkeypatch.setattr(Learner, '_set_device', _set_device)
-    monkeypatch.setattr(module, 'to_device', _there, raising=False)
-    assert lost and learn.format_summary().lost == lost
+class MovesByCopy(PretendGPU):
+    "A device to which tensors are copied, except those that are there."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func == torch.Tensor.to and args[0].untyped_storage().data_ptr() not in self.moved: args = (args[0].clone(), *args[1:])
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_the_first_format_summary_on_a_GPU_finds_the_losses(monkeypatch):
+    "The model and the batch move there before the step."
+    def _model(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    expected = learner(_model()).to_channelslast(to_fp16=False).format_summary().lost
+    with MovesByCopy(monkeypatch, 'cuda:0') as gpu:
+        learn = gpu.learner(_model(), loaders()).to_channelslast(to_fp16=False)
+        assert learn.format_summary().lost == expected and expected and gpu.moved
