@@ -1,4 +1,4 @@
-"Walk and map containers of all kinds; their types stay."
+"Tensors in nested containers of all kinds are found and replaced; the containers keep their types."
 import gc
 import weakref
 from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
@@ -46,7 +46,7 @@ MAKE = dict(
 
 
 @pytest.mark.parametrize('name', MAKE)
-def test_tensors_are_replaced_and_types_kept(name):
+def test_map_tensors_replaces_tensors_and_keeps_the_types_of_containers(name):
     x = MAKE[name]()
     before = [(id(o), o.dtype) if isinstance(o, torch.Tensor) else o for o in leaves_of(x)]
     y = map_tensors(lambda t: t.float() if t.dtype in HALF_DTYPES else t, x)
@@ -59,25 +59,25 @@ def test_tensors_are_replaced_and_types_kept(name):
     if isinstance(x, ModelOutput): assert y.a is y['a']
 
 
-@pytest.mark.parametrize('x', [None, 3, 's', b'b', torch.nn.Linear(1, 1), torch.float16, {}, (), [], L(), object(), print, torch.Size([2, 3])])
-def test_without_tensors(x):
+@pytest.mark.parametrize('x', [None, 3, 's', b'b', torch.nn.Linear(1, 1), torch.float16, {}, (), [], L(), object(), print, torch.Size([2, 3])],
+                         ids=lambda x: type(x).__name__)
+def test_an_object_without_tensors_is_returned_as_it_is(x):
     assert tensors_of(x) == [] and map_tensors(lambda t: t + 1, x) is x
 
 
-def test_one_object_stays_one():
+def test_map_tensors_maps_an_object_that_occurs_twice_to_one():
     t, l = half(), [half()]
     a, b, c, d = map_tensors(torch.Tensor.float, (t, t, l, l))
     assert a is b and c is d
 
 
-def test_an_object_that_holds_itself():
+def test_map_tensors_of_an_object_that_holds_itself_ends():
     b = Boxes(half())
     b.inner = b
     assert len(tensors_of(b)) == 1 and map_tensors(torch.Tensor.float, b).tensors.dtype == torch.float32
 
 
-def test_nothing_is_kept_alive():
-    "Activations are freed without waiting for the garbage collector."
+def test_tensors_are_freed_without_the_garbage_collector():
     gc.collect(); gc.disable()
     try:
         t = torch.ones(2)

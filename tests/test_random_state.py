@@ -1,4 +1,4 @@
-"Runs with `less_random` repeat, and leave no trace."
+"`less_random`: runs repeat, and random states and cuDNN's flags are restored."
 import random
 
 import numpy as np
@@ -6,22 +6,22 @@ import pytest
 import torch
 
 from channelslast import less_random
-from tests.conftest import learner, loaders
+from .helpers import learner, loaders
 
 
 def draw(): return random.random(), np.random.rand(), torch.rand(1).item()
 
 
-def test_same_losses():
-    def losses():
+def test_a_run_with_less_random_repeats_its_losses():
+    def _losses():
         with less_random(3):
             learn = learner(dls=loaders(shuffle=True)).to_channelslast(to_fp16=False)
             learn.fit(2)
             return [float(o) for o in learn.recorder.losses]
-    assert losses() == losses()
+    assert _losses() == _losses()
 
 
-def test_seed_matters():
+def test_less_random_seeds_python_numpy_and_PyTorch():
     with less_random(1): a = draw()
     with less_random(2): b = draw()
     with less_random(1): c = draw()
@@ -29,7 +29,7 @@ def test_seed_matters():
 
 
 @pytest.mark.parametrize('fails', [False, True])
-def test_everything_is_restored(fails):
+def test_less_random_restores_states_and_flags_even_after_an_error(fails):
     cudnn = torch.backends.cudnn
     flags = cudnn.deterministic, cudnn.benchmark
     with less_random(0): expected = (draw(), draw())
@@ -45,14 +45,14 @@ def test_everything_is_restored(fails):
     assert (cudnn.deterministic, cudnn.benchmark) == flags
 
 
-def test_flags_stay_unless_given(monkeypatch):
+def test_less_random_leaves_flags_that_are_not_given(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
     monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
     with less_random(): assert torch.backends.cudnn.benchmark and torch.backends.cudnn.deterministic
 
 
 @pytest.mark.cuda
-def test_every_gpu_is_seeded_and_restored():
+def test_less_random_seeds_and_restores_every_CUDA_GPU():
     state = torch.cuda.get_rng_state_all()
     with less_random(5): a = torch.rand(1, device='cuda')
     with less_random(5): assert torch.equal(a, torch.rand(1, device='cuda'))

@@ -13,8 +13,7 @@ from fastai.vision.all import (AvgMetric, Callback, CancelBatchException, Cancel
 from torch import nn
 from torch.nn.utils import parameters_to_vector, prune
 
-from tests.conftest import learner, loaders
-from tests.test_channels_last import image_folder
+from .helpers import find, image_folder, learner, loaders
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 ERROR, CAUSE, REMEDIES = 'view size is not compatible', 'is in channels last', ('`reshape`', '`learn.to_contiguous()`')
@@ -164,11 +163,15 @@ PLACES = dict(
     **{f.__name__: (lambda f=f: learner(cbs=AtEvent('after_step', f)), 'callback AtEvent') for f in (prune_one, prune_at_random, prune_all)})
 
 
-@pytest.mark.parametrize('start', [in_channels_last, by_fastai, lambda o: o.to_channelslast(amp_mode='bf16')], ids=['ours', 'fastai', 'bf16'])
-@pytest.mark.parametrize('make, place', PLACES.values(), ids=PLACES)
-def test_says_who(has, make, place, start):
+STARTS = dict(ours=in_channels_last, fastai=by_fastai, bf16=lambda learn: learn.to_channelslast(amp_mode='bf16'))
+
+
+@pytest.mark.parametrize('name, start', [(n, s) if s == 'ours' or n in ('module', 'loss_function', 'metric_class', 'optimizer', 'vector') else
+                                         pytest.param(n, s, marks=pytest.mark.slow) for n in PLACES for s in STARTS])
+def test_the_note_names_the_part_of_the_learner_that_raised(has, name, start):
     "In contiguous memory the same Learner runs."
     has('bf16')
+    (make, place), start = PLACES[name], STARTS[start]
     assert note(e := raised(start(make()))) == place and ERROR in str(e) and (CAUSE in str(e)) == (sys.version_info < (3, 11))
     make().fit(1)
 
@@ -178,7 +181,7 @@ EVENTS = ('before_fit before_epoch before_train before_batch after_pred after_lo
 
 
 @pytest.mark.parametrize('event', EVENTS)
-def test_each_event(event):
+def test_the_note_names_a_callback_that_raised_in_an_event(event):
     "fastai changes the message of an error in a callback; the note stays."
     cb = AtEvent(event, flat_weights)
     cb.order = 100  # after the weights were converted
@@ -188,18 +191,19 @@ def test_each_event(event):
 
 @pytest.mark.parametrize('stage, error', [('fit', CancelFitException), ('epoch', CancelEpochException), ('train', CancelTrainException),
                                           ('batch', CancelBatchException), ('validate', CancelValidException)])
-def test_after_a_cancel(stage, error):
+def test_the_note_names_a_callback_that_raised_in_the_event_after_a_cancel(stage, error):
     def _cancel(cb): raise error
     at = 'before_validate' if stage == 'validate' else 'before_batch'
     assert note(raised(in_channels_last(learner(cbs=[AtEvent(at, _cancel), AtEvent(f'after_cancel_{stage}', flat_weights)])))) == 'callback AtEvent'
 
 
 RUNS = ['fit', 'fit_one_cycle', 'fine_tune', 'lr_find', 'validate', 'get_preds', 'predict', 'tta', 'show_results']
+FAST_EVENTS = {('fit', 'after_fit'), ('lr_find', 'after_fit'), ('get_preds', 'after_fit'), ('validate', 'before_epoch')}
 
 
-@pytest.mark.parametrize('run', RUNS)
-@pytest.mark.parametrize('event', [None, 'before_epoch', 'after_fit'])
-def test_each_call(run, event, tmp_path):
+@pytest.mark.parametrize('run, event', [(r, e) if e is None or (r, e) in FAST_EVENTS else pytest.param(r, e, marks=pytest.mark.slow)
+                                        for r in RUNS for e in (None, 'before_epoch', 'after_fit')])
+def test_the_note_is_on_errors_of_each_method_that_runs_the_model(run, event, tmp_path):
     "Errors in the model, and in events."
     dls, m = image_folder(tmp_path), nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten() if event else Views(), nn.Linear(784, 2))
     learn = in_channels_last(Learner(dls, m, path=tmp_path, cbs=[cb := AtEvent(event, flat_weights)]))
@@ -217,8 +221,7 @@ class Decodes:
     def decodes(self, x): return x.view(-1)
 
 
-def test_after_the_predictions():
-    "In `decodes`, and in losses that are not averaged."
+def test_the_note_names_a_loss_function_that_decodes_or_the_callback_that_gathers_losses():
     learn = in_channels_last(to_images(loss_func=Decodes()))
     assert note(raised(learn, 'get_preds', with_decoded=True)) == 'loss function Decodes'
     assert note(raised(learn, 'get_preds', with_loss=True)) == 'callback GatherPredsCallback'
@@ -231,8 +234,8 @@ class Target(Transform):
 
 
 @pytest.mark.parametrize('run', ['predict', 'show_results'])
-def test_what_is_shown(run, tmp_path):
-    "In a transform, which is neither part of the Learner nor in a library's file."
+def test_the_note_names_the_function_of_a_transform(run, tmp_path):
+    "It is neither part of the Learner nor in a library's file."
     image_folder(tmp_path)
     dls = DataBlock((ImageBlock, TransformBlock(type_tfms=Target())), get_items=get_image_files).dataloaders(tmp_path, bs=4, device=torch.device('cpu'))
     learn = in_channels_last(Learner(dls, nn.Conv2d(3, 3, 3, padding=1), MSELossFlat(), path=tmp_path))
@@ -240,21 +243,20 @@ def test_what_is_shown(run, tmp_path):
     assert note(raised(learn, run, *args)) in ('function Target.decodes', 'function decodes')  # the latter in Python 3.10
 
 
-def test_a_place_without_a_name():
+def test_the_note_names_the_learner_if_no_Python_function_raised():
     @torch.jit.script
     def loss(p: torch.Tensor, y: torch.Tensor): return p.view(-1).mean()
     assert note(raised(in_channels_last(to_images(loss_func=loss)))) == 'the Learner'
 
 
-def test_an_optimizer_that_is_made():
+def test_the_note_names_an_optimizer_that_raised_while_it_was_made():
     learn = in_channels_last(learner(opt_func=wrapped(FlatFromTheStart)))
     learn.fit(1)
     assert note(raised(learn, 'fit', 1, reset_opt=True)) == 'optimizer FlatFromTheStart'
     assert note(raised(learn, 'create_opt')) == 'optimizer FlatFromTheStart'
 
 
-def test_a_callback_that_predicts():
-    "The note names the innermost part, once, although the error passes through two calls."
+def test_the_note_names_the_innermost_part_once_if_a_callback_predicts():
     class Predicts(Callback):
         def after_epoch(self): self.learn.model[1] = Views(); self.learn.get_preds(inner=True)
     learn = in_channels_last(learner(net(nn.Flatten()), cbs=Predicts()))
@@ -263,7 +265,7 @@ def test_a_callback_that_predicts():
 
 @pytest.mark.parametrize('compile', [lambda m: torch.compile(m, backend='eager'), lambda m: m.compile(backend='eager') or m, torch.jit.script,
                                      lambda m: nn.Sequential(m[0], torch.jit.script(m[1]), m[2])], ids=['compile', 'in place', 'script', 'a part'])
-def test_compiled_models(compile):
+def test_the_note_is_on_errors_of_compiled_and_scripted_models(compile):
     "The error has another text there, and PyTorch adds its own note on the place."
     learn = Learner(loaders(), compile(net(Views())), CrossEntropyLossFlat())
     place = note(raised(in_channels_last(learn), error=Exception))
@@ -282,7 +284,7 @@ def raising(error):
     return net(Raises())
 
 
-def test_it_is_the_same_error():
+def test_the_error_itself_stays_the_same():
     error = CustomError(7, 'view size is not compatible with mine')
     e = raised(in_channels_last(learner(raising(error))))
     assert e is error and e.args[1:] == ('view size is not compatible with mine',) and e.code == 7 and note(e) == "module '1' (Raises)"
@@ -295,8 +297,8 @@ def test_other_errors_have_no_note(error):
 
 
 @pytest.mark.parametrize('run', ['fit', 'validate', 'get_preds'])
-def test_contiguous_learners_have_no_note(run):
-    "Neither do Learners that were in channels last before."
+def test_errors_of_a_contiguous_learner_have_no_note(run):
+    "Neither do those of a Learner that was in channels last before."
     class Turned(nn.Module):
         def forward(self, x): return x.transpose(1, 2).view(x.shape[0], -1)
     for learn in learner(net(Turned())), in_channels_last(learner(net(Turned()))).to_contiguous():
@@ -304,7 +306,7 @@ def test_contiguous_learners_have_no_note(run):
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_a_loaders_error_is_its_own(workers):
+def test_errors_of_a_loader_have_no_note(workers):
     "A loader's tensors are contiguous: the Learner converts only batches."
     class Turned:
         def __len__(self): return 4
@@ -325,8 +327,13 @@ class WithoutNotes(RuntimeError):
     def add_note(self): raise AttributeError
 
 
-@pytest.mark.parametrize('make', [lambda e: learner(raising(e)), lambda e: learner(cbs=AtEvent('after_epoch', lambda cb: (_ for _ in ()).throw(e)))], ids=['model', 'event'])
-def test_without_notes_it_is_in_the_message(make):
+def throws(error):
+    def _throw(cb): raise error
+    return AtEvent('after_epoch', _throw)
+
+
+@pytest.mark.parametrize('make', [lambda e: learner(raising(e)), lambda e: learner(cbs=throws(e))], ids=['model', 'event'])
+def test_in_Python_3_10_the_note_is_part_of_the_message(make):
     error = WithoutNotes(ERROR, 7)
     e = raised(in_channels_last(make(error)))
     assert e is error and note(e) and ERROR in str(e) and str(e).count(CAUSE) == 1 and '__notes__' not in vars(e)
@@ -335,27 +342,27 @@ def test_without_notes_it_is_in_the_message(make):
 # format_find, format_summary
 
 @pytest.mark.parametrize('error', [None, WithoutNotes(ERROR)], ids=['notes', 'Python 3.10'])
-def test_the_search_goes_on(has, error):
+def test_format_find_drops_the_candidates_with_the_error_and_shortens_its_note(has, error):
     has()
     class Picky(nn.Module):
         def forward(self, x):
             if error and not x.is_contiguous(): raise error
             return x.view(x.shape[0], -1)
     learn = learner(net(Picky()))
-    t = learn.format_find(num_it=1, show_plot=False)
+    t = find(learn, num_it=1)
     assert [r.valid for r in t.rows] == [r.memory_format == 'contiguous' for r in t.rows]
     assert all(len(r.note) < 130 and r.note.startswith(('RuntimeError: ', 'WithoutNotes: ')) for r in t.rows if not r.valid)
-    assert t.best.memory_format == 'contiguous' and learn.to_fastest(num_it=1).validate()
+    assert t.best.memory_format == 'contiguous' and learn.validate()
 
 
-def test_the_summary_raises_it_with_the_note():
+def test_format_summary_raises_the_error_with_the_note():
     assert note(raised(in_channels_last(learner(net(Views()))), 'format_summary')) == "module '1' (Views)"
 
 
 # the methods
 
 @pytest.mark.parametrize('name', ['fit', 'validate', 'get_preds', 'predict', 'tta', 'show_results', 'one_batch', 'create_opt'])
-def test_methods_keep_their_names_and_signatures(name):
+def test_explained_methods_of_Learner_keep_their_names_and_signatures(name):
     f = getattr(Learner, name)
     assert f.__name__ == name and f.__qualname__.endswith(name) and len(inspect.signature(f).parameters) == len(inspect.signature(f.__wrapped__).parameters)
     @delegates(f)
