@@ -8,10 +8,9 @@ from types import FunctionType
 from .module_hooks import LOCK
 from .nested_tensors import tensors_of
 
-__all__ = ['CHANGES', 'MISREAD', 'compiling_quietly', 'own_code', 'print_compiled', 'reason_of']
+__all__ = ['CHANGES', 'compiling_quietly', 'own_code', 'print_compiled', 'reason_of', 'why_uncompiled']
 
 CHANGES = 'its state changes, or it depends on more than its input'  # a reason to stay uncompiled
-MISREAD = "oneDNN's kernels compute one of its convolutions wrongly"
 COMPILERS = dict(linux='g++ (such as `apt install g++`)', darwin="Xcode's tools (`xcode-select --install`)",
                  win32="Visual Studio's Build Tools with C++")
 
@@ -30,6 +29,13 @@ def compiling_quietly():
 def own_code(f):
     "A copy of `f` with its own code object and names: PyTorch limits compilations per code object, and keeps their code."
     return FunctionType(f.__code__.replace(co_name='compiled'), dict(f.__globals__), f.__name__, None, f.__closure__)
+
+
+def why_uncompiled(cb, model, rewritten) -> str: # `''` if it may be compiled
+    "Why a callback leaves a model uncompiled, after a pass in which these convolutions were `rewritten`."
+    if rewritten: return "oneDNN's kernels compute one of its convolutions wrongly"
+    if getattr(getattr(cb.learn, 'mixed_precision', None), 'fp32_layers', ()): return 'some of its layers are kept in fp32'
+    return 'the forward of a module was replaced' if any('forward' in vars(m) for m in model.modules()) else ''
 
 
 def reason_of(e) -> str:

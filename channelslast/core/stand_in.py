@@ -1,4 +1,6 @@
 "A function in the place of a Learner's model, from the end of `before_batch` to the call of the model."
+import warnings
+from types import SimpleNamespace
 from weakref import WeakKeyDictionary
 
 from fastai.callback.core import Callback
@@ -23,9 +25,9 @@ def model_of(learn) -> nn.Module:
     return learn.model.model if isinstance(learn.model, StandIn) else learn.model
 
 
-class Work:
-    "What a callback has prepared for its Learner's model. Copies and pickles start without it."
-    def __reduce__(self): return type(self), ()
+class Work(SimpleNamespace):
+    "What a callback has prepared for its Learner's model. Copies and pickles are None."
+    def __reduce__(self): return type(None), ()
 
 
 class StandInCallback(Callback):
@@ -36,11 +38,11 @@ class StandInCallback(Callback):
     measured = False  # True if `to_fastest` added it, so that a later call removes it
     quiet = False  # True while `format_find` measures
 
-    kind_of_work, _work = Work, None
+    _work = None
 
     @property
     def work(self) -> Work:
-        if self._work is None: self._work = self.kind_of_work()
+        if self._work is None: self._work = self.new_work()
         return self._work
 
     def forget(self):
@@ -50,6 +52,9 @@ class StandInCallback(Callback):
     def before_batch(self):
         if self.takes_part() and isinstance(model_of(self.learn), nn.Module):
             self.learn.model = StandIn(self.learn, self.run_model)
+
+    def warn(self, message):
+        if not self.quiet: warnings.warn(f'{type(self).__name__}: {type(self.model).__name__} {message}.', stacklevel=2)
 
     def trust(self): "Called after the weights were moved, but not changed."
     def explain(self, e): "Called with an error of a batch."

@@ -68,6 +68,7 @@ class Candidate:
         convert_module(learn.model, self.is_channels_last)
         align_optimizer(learn.opt)
         if self.compiled: self.compile.trust()  # the conversion moved the weights
+        for cb in self.cbs: cb('before_validate')
         if self.scaler is None:
             for cb in self.cbs: cb('before_fit')
             self.scaler = False if self.precision == 'fp32' else learn.scaler

@@ -10,7 +10,7 @@ from fastai.torch_core import TensorBase
 from fastcore.basics import noop
 from torch import Tensor
 
-from ..core.compiling import CHANGES, MISREAD, compiling_quietly, own_code, print_compiled, reason_of
+from ..core.compiling import CHANGES, compiling_quietly, own_code, print_compiled, reason_of, why_uncompiled
 from ..core.nested_tensors import map_tensors, tensors_of
 from ..core.compiling import note_rewritten  # TEMPORARY
 from ..core.pickle_as import pickle_as
@@ -87,7 +87,7 @@ class CompilePredictions(PredictionCallback):
     >>> with learn.no_bar(): preds, targs = learn.get_preds() # doctest: +ELLIPSIS
     CompilePredictions: Sequential compiled in ... s, for inputs of (4, 3, 32, 32)."""
     order = PredictionCallback.order + 1  # other shapes run folded
-    max_copies, copies_functions, exact, half = 1, False, {torch.float64: 1e-3, torch.float32: 1e-3}, 1e-1
+    max_copies, may_draw, exact, half = 1, False, {torch.float64: 1e-3, torch.float32: 1e-3}, 1e-1
     differs = 'its outputs differ when compiled (relative difference {})'
     reason, seconds = '', None  # Why the model is not compiled; seconds that the last compilation took
 
@@ -107,15 +107,12 @@ class CompilePredictions(PredictionCallback):
 
     def may_prepare(self) -> bool: return not running_fits.get(self.learn)
     def setting(self): return getattr(getattr(self.learn, 'mixed_precision', None), 'fp32_layers', ())
-    def same_program(self) -> bool: return self.work.checked or self.work.state.same_program()
     def watch(self): return note_rewritten(self.work.rewritten)
 
     def prepare(self, copy, truth, args, kwargs):
-        modules, state = [*copy.model.modules()], self.work.state
-        if self.work.rewritten: raise NotPrepared(MISREAD)
-        if self.setting(): raise NotPrepared('some of its layers are kept in fp32')
-        if any('forward' in vars(m) for m in modules): raise NotPrepared('the forward of a module was replaced')
-        for m in modules:
+        state = self.work.state
+        if reason := why_uncompiled(self, copy.model, self.work.rewritten): raise NotPrepared(reason)
+        for m in copy.model.modules():
             if type(m) is ToTensorBase: m.forward = noop  # the output is cast afterwards
         run = FrozenModel(copy.model, args, kwargs, {type(t) for t in tensors_of(truth)})
         others = {id(t): t for t in run.constants if t.data_ptr() not in {t.data_ptr() for t in state.watched}}
@@ -143,4 +140,4 @@ class CompilePredictions(PredictionCallback):
 
     def warn(self, reason):
         self.reason = reason
-        if not self.quiet: super().warn(f'stays uncompiled: {reason}.')
+        super().warn(f'stays uncompiled: {reason}')

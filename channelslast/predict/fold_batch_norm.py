@@ -120,4 +120,4 @@ class FoldBatchNorm(PredictionCallback):
         super().refuse(reason)
 
     def warn(self, reason):
-        if reason.startswith('it '): super().warn(f'{reason.removeprefix("it ")}. It stays unfolded.')
+        if reason.startswith('it '): super().warn(f'{reason.removeprefix("it ")}. It stays unfolded')

@@ -7,6 +7,7 @@ from operator import is_
 from types import FunctionType, MethodType, ModuleType
 
 import torch
+from fastai.learner import Learner
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.utils.hooks import RemovableHandle
@@ -17,11 +18,15 @@ INTERNAL = {*vars(nn.Module())}  # attributes that each module has
 GLOBAL_HOOKS = '_global_forward_pre_hooks', '_global_forward_hooks'  # no public name lists hooks
 HOOKS = '_forward_pre_hooks', '_forward_hooks'  # likewise
 ATOMS = bool, int, float, complex, str, bytes, type(None), type, FunctionType, ModuleType, Tensor, torch.dtype
+LIBRARY = __name__.partition('.')[0]
 SAMPLE = 8  # elements of each tensor that are compared
 
 
 class CantCopy(Exception):
     "Raised for a model that can't be copied, with the reason."
+
+
+def top_package(cls) -> str: return cls.__module__.partition('.')[0]
 
 
 def own_dicts(m) -> tuple: # The public methods take ten times as long
@@ -48,6 +53,9 @@ def children_of(o) -> tuple:
     "The objects that an object holds. Functions, classes and Python modules are parts of the program."
     if isinstance(o, ATOMS): return ()
     if isinstance(o, MethodType): return o.__self__,
+    if isinstance(o, nn.Module):
+        own = chain.from_iterable(d.values() for d in own_dicts(o))
+        return *own, *(v for k, v in vars(o).items() if k not in INTERNAL)
     own = (*o.keys(), *o.values()) if isinstance(o, dict) else ()
     if isinstance(o, (list, tuple, set, frozenset, deque)): own = *o,
     if isinstance(o, partial): own = o.func, o.args, o.keywords
@@ -59,7 +67,7 @@ class ModelState:
     of the elements of its tensors. A change through `.data` that leaves all sampled elements as they are is not seen.
     Raises `CantCopy`."""
     def __init__(self, model: nn.Module):
-        self.model, self.modules, self.tensors, self.owned, self.classes = model, [], [], {}, {}
+        self.model, self.modules, self.tensors, self.objects, self.owned, self.classes = model, [], [], [], {}, {}
         self._reach(model)
         if any(isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)) for m in self.modules):
             raise CantCopy('it is wrapped for several devices')
@@ -80,19 +88,20 @@ class ModelState:
             if id(o) in self.owned: continue
             self.owned[id(o)], children = o, children_of(o)
             if isinstance(o, Tensor): self.tensors.append(o)
-            if isinstance(o, nn.Module):
-                self.modules.append(o)
-                children = [v for k, v in vars(o).items() if k not in HOOKS]
-            if any(isinstance(c, RemovableHandle) for c in children): continue
-            if not isinstance(o, ATOMS): self.classes.update(dict.fromkeys(type(o).__mro__))
+            if isinstance(o, ATOMS) or any(isinstance(c, RemovableHandle) for c in children): continue
+            if isinstance(o, Learner): raise CantCopy('it holds a Learner')
+            if isinstance(o, nn.Module): self.modules.append(o)
+            elif not isinstance(o, (tuple, frozenset, MethodType)): self.objects.append(o)
+            self.classes.update(dict.fromkeys(type(o).__mro__))
             stack += children
 
     def _structure(self) -> list: # References, so that no address is used again
-        return [*chain.from_iterable(d.values() for d in self.dicts)]
+        values = chain.from_iterable(d.values() for d in self.dicts)
+        return [*map(type, self.modules), *values, *chain.from_iterable(map(children_of, self.objects))]
 
     def _program(self) -> list: # Methods and attributes of the classes, except PyTorch's
-        own = [vars(c) for c in self.classes if c.__module__.partition('.')[0] not in ('torch', 'builtins')]
-        return [getattr(v, '__code__', v) for d in own for v in d.values()]
+        own = [vars(c) for c in self.classes if top_package(c) not in ('torch', 'builtins')]
+        return [getattr(v, '__code__', v) for d in own for k, v in d.items() if k != '__slotnames__']  # set by copies
 
     def _memory(self) -> list: return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in self.watched]
 
@@ -130,15 +139,13 @@ class ModelState:
             return False
         return self.same_versions() and self.same_memory() and bool(self.same_values())
 
-    def foreign_hooks(self, functions=False) -> bool:
+    def foreign_hooks(self) -> bool:
         """True if hooks must see the user's modules. A model owns methods of its modules and of objects in its
-        attributes (the skip connections of fastai's U-Net), PyTorch's hooks, this library's and, unless `functions`,
-        functions."""
-        def _is_foreign(h):
-            if isinstance(h, FunctionType): return functions
-            library = type(h).__module__.partition('.')[0] in ('torch', __name__.partition('.')[0])
-            return not library and id(getattr(h, '__self__', h)) not in self.owned
-        return any(map(_is_foreign, hooks_of(self.modules)))
+        attributes (the skip connections of fastai's U-Net), PyTorch's hooks and this library's."""
+        def _is_own(h):
+            if isinstance(h, FunctionType): return False
+            return id(getattr(h, '__self__', h)) in self.owned or top_package(type(h)) in ('torch', LIBRARY)
+        return not all(map(_is_own, hooks_of(self.modules)))
 
 
 class ModelCopy:
@@ -153,6 +160,7 @@ class ModelCopy:
             self._holds_modules(state.model, memo, {})
             self.model = deepcopy(state.model, memo)
         except Exception as e: raise CantCopy(f"it can't be copied ({type(e).__name__}: {e})") from None
+        if not {*map(id, state.modules)}.isdisjoint(map(id, self.model.modules())): raise CantCopy('it shares its modules')
         for m in self.model.modules():  # what a finalizer closes or removes is the user's
             if hasattr(m, '__del__'): m.__class__ = type(type(m).__name__, (type(m),), {'__del__': lambda self: None})
 
@@ -161,11 +169,8 @@ class ModelCopy:
         if isinstance(o, Tensor): memo.setdefault(id(o), o)
         if isinstance(o, (*ATOMS, RemovableHandle)): return isinstance(o, RemovableHandle)
         if id(o) not in visited:
-            visited[id(o)], children = True, children_of(o)  # True until it is known, for objects that hold themselves
-            if isinstance(o, nn.Module):  # its own dictionaries are copied, their elements may be shared
-                own = [children_of(v) if k in INTERNAL else [v] for k, v in vars(o).items()]
-                children = chain.from_iterable(own)
-            holds = [self._holds_modules(c, memo, visited) for c in children]
+            visited[id(o)] = True  # until it is known, for objects that hold themselves
+            holds = [self._holds_modules(c, memo, visited) for c in children_of(o)]
             visited[id(o)] = any(holds) or isinstance(o, nn.Module)
             if not visited[id(o)]:
                 memo[id(o)] = o

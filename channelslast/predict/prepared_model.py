@@ -1,5 +1,4 @@
 "What the callbacks for predictions share: private copies of the model, prepared and compared once, never stale."
-import warnings
 from contextlib import ExitStack, nullcontext
 
 import torch
@@ -38,13 +37,6 @@ def input_key(args, kwargs) -> tuple: # Kind of the input; its shapes without th
     return (*map(_kind, leaves), *autocast), tuple(t.shape[1:] for t in tensors)
 
 
-class Copies(Work):
-    "What a callback has prepared: functions by kind and shapes of the input; None where nothing could be prepared."
-    def __init__(self):
-        self.state, self.runs, self.refused, self.checked, self.again, self.rewritten = None, {}, None, False, False, []
-        self.writes = self.misses = self.unused = 0
-
-
 class PredictionCallback(StandInCallback):
     """Predicts with private copies of the model. The first batch runs as without the callback. If it changes nothing, a
     copy is made, prepared and compared on it. The model's structure is then compared for each batch, and its values
@@ -52,18 +44,21 @@ class PredictionCallback(StandInCallback):
 
     `prepare(copy, truth, args, kwargs)` returns a function or None. `refresh(run)` makes it current after the values
     changed; False if that takes a new copy."""
-    max_copies, copies_functions = 4, True # True: hooks that are functions may run in a copy
+    max_copies, may_draw = 4, True # copies; True: the copy draws Python's random numbers as the model does
     exact, half = {torch.float64: 1e-10, torch.float32: 1e-5}, HALF_ERROR # relative error allowed in the outputs
-    kind_of_work = Copies
+
+    def new_work(self): # `runs`: functions by kind and shapes of the input, None where nothing can be prepared
+        return Work(state=None, runs={}, refused=None, checked=False, inside=False, again=False, rewritten=[], writes=0, misses=0, unused=0)
 
     def drop(self): self.work.state, self.work.runs = None, {}
-    def before_validate(self): self.work.checked = False
+    def before_validate(self): self.work.checked, self.work.inside = False, True
+    def after_validate(self): self.work.checked, self.work.inside = False, False
+    after_cancel_validate = after_validate
     def takes_part(self) -> bool: return not self.training
     def may_prepare(self) -> bool: return True
     def key(self, args, kwargs) -> tuple: return input_key(args, kwargs)
     def setting(self): "What a refusal depends on, besides the model's modules and modes."
     def watch(self): return nullcontext()
-    def same_program(self) -> bool: return True
     def on_prepared(self, run, args, kwargs): "Called after a comparison."
     def on_misfit(self, e): self.refuse(str(e))
     def reason_of(self, e) -> str: return str(e)
@@ -84,7 +79,7 @@ class PredictionCallback(StandInCallback):
         else:
             if not same and not self._refresh(): return self._prepare(key, [], forward, args, kwargs)
             out = self._run(work.runs[key], forward, args, kwargs)
-        work.checked = True
+        work.checked = work.inside
         return out
 
     def _run(self, run, forward, args, kwargs):
@@ -106,7 +101,8 @@ class PredictionCallback(StandInCallback):
         state = self.work.state
         if state is None: return True
         if state.model is self.model and state.has_more_hooks(): return False
-        if state.model is not self.model or not state.same_structure() or not self.same_program(): self.drop()
+        if state.model is not self.model or not state.same_structure(): self.drop()
+        elif not self.work.checked and not state.same_program(): self.drop()
         elif not state.same_versions() or not (self.work.checked or state.same_memory()): self._refresh()
         return True
 
@@ -120,15 +116,13 @@ class PredictionCallback(StandInCallback):
         if not done: self.drop()
         return done
 
-    def _modes(self): return [(m, m.training) for m in self.model.modules()], self.setting()
+    def _modes(self): return [(m, type(m), m.training) for m in self.model.modules()], self.setting()
 
     def refuse(self, reason):
         "Predict as without the callback until the model's modules or modes change."
         self.drop()
         self.work.refused = self._modes()
         self.warn(reason)
-
-    def warn(self, reason): warnings.warn(f'{type(self).__name__}: {type(self.model).__name__} {reason}', stacklevel=2)
 
     def _prepare(self, key, own, forward, args, kwargs):
         "Output of `forward`. If that pass changes nothing, a copy is prepared on this input."
@@ -138,7 +132,7 @@ class PredictionCallback(StandInCallback):
         except CantCopy as e:
             self.refuse(str(e))
             return forward(*args, **kwargs)
-        if state.foreign_hooks(not self.copies_functions): return forward(*args, **kwargs)
+        if state.foreign_hooks(): return forward(*args, **kwargs)
         inputs = tensors_of((args, kwargs))
         with ExitStack() as start:
             start.enter_context(restore_random_states())
@@ -146,7 +140,7 @@ class PredictionCallback(StandInCallback):
             with self.watch(): truth = forward(*args, **kwargs)
             reason = '' if state.is_unchanged() else CHANGES
             if versions != versions_of(inputs): reason = 'it changes its buffers or inputs'
-            if draws != python_state() and not self.copies_functions: reason = 'it draws random numbers of Python or NumPy'
+            if draws != python_state() and not self.may_draw: reason = 'it draws random numbers of Python or NumPy'
             with restore_random_states():
                 start.close()  # more passes from the same random states
                 if reason: self._changes(reason)
@@ -176,7 +170,7 @@ class PredictionCallback(StandInCallback):
             if new: self.drop()
             if not isinstance(e, Exception): raise
             return self.refuse(self.reason_of(e))
-        work.runs[key], work.checked, work.writes = run, True, 0
+        work.runs[key], work.checked, work.writes = run, work.inside, 0
         if run: self.on_prepared(run, args, kwargs)
 
     def _error(self, run, truth, args, kwargs) -> float:
