@@ -5,8 +5,10 @@ import warnings
 from contextlib import contextmanager
 from types import FunctionType
 
+from .devices import unwrap_model
 from .module_hooks import LOCK
 from .nested_tensors import tensors_of
+from .random_state import python_state
 
 __all__ = ['CHANGES', 'compiling_quietly', 'own_code', 'print_compiled', 'reason_of', 'why_uncompiled']
 
@@ -27,14 +29,17 @@ def compiling_quietly():
 
 
 def own_code(f):
-    "A copy of `f` with its own code object and names: PyTorch limits compilations per code object, and keeps their code."
+    "A copy of `f` with its own code object, per which PyTorch limits compilations, and its own names."
     return FunctionType(f.__code__.replace(co_name='compiled'), dict(f.__globals__), f.__name__, None, f.__closure__)
 
 
-def why_uncompiled(cb, model, rewritten) -> str: # `''` if it may be compiled
-    "Why a callback leaves a model uncompiled, after a pass in which these convolutions were `rewritten`."
+def why_uncompiled(cb, model, rewritten, draws) -> str: # `''` if it may be compiled
+    "Why a callback leaves a model uncompiled after a pass: rewritten convolutions, `python_state()` before the pass."
     if rewritten: return "oneDNN's kernels compute one of its convolutions wrongly"
-    if getattr(getattr(cb.learn, 'mixed_precision', None), 'fp32_layers', ()): return 'some of its layers are kept in fp32'
+    if draws != python_state(): return 'it draws random numbers of Python or NumPy'
+    if unwrap_model(model) is not model: return 'it is compiled already, or wrapped for several devices'
+    mp = getattr(cb.learn, 'mixed_precision', None)
+    if getattr(mp, 'fp32_layers', ()): return 'some of its layers are kept in fp32'
     return 'the forward of a module was replaced' if any('forward' in vars(m) for m in model.modules()) else ''
 
 

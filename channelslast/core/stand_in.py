@@ -6,6 +6,9 @@ from weakref import WeakKeyDictionary
 from fastai.callback.core import Callback
 from torch import nn
 
+from .devices import is_out_of_memory
+from .exception_note import add_note
+
 __all__ = ['StandIn', 'StandInCallback', 'Work', 'model_of', 'running_fits']
 
 running_fits = WeakKeyDictionary()  # number of fits that run, by Learner
@@ -37,6 +40,7 @@ class StandInCallback(Callback):
     speeds_up = True  # `to_contiguous(to_fp32=True)` removes it
     measured = False  # True if `to_fastest` added it, so that a later call removes it
     quiet = False  # True while `format_find` measures
+    error_note = ''  # on how the current batch runs
 
     _work = None
 
@@ -57,7 +61,10 @@ class StandInCallback(Callback):
         if not self.quiet: warnings.warn(f'{type(self).__name__}: {type(self.model).__name__} {message}.', stacklevel=2)
 
     def trust(self): "Called after the weights were moved, but not changed."
-    def explain(self, e): "Called with an error of a batch."
+    def explain(self, e):
+        "Add the note, if there is one, to an error of a batch."
+        if self.error_note and isinstance(e, RuntimeError) and not is_out_of_memory(e): add_note(e, self.error_note)
+
     def after_cancel_batch(self): self.learn.model = model_of(self.learn)
 
     def __setattr__(self, name, value):

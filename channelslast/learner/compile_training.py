@@ -5,8 +5,6 @@ import torch
 from fastai.callback.core import Callback
 
 from ..core.compiling import CHANGES, compiling_quietly, own_code, print_compiled, reason_of, why_uncompiled
-from ..core.devices import is_out_of_memory, unwrap_model
-from ..core.exception_note import add_note
 from ..core.nested_tensors import tensors_of
 from ..core.compiling import note_rewritten  # TEMPORARY
 from ..core.pickle_as import pickle_as
@@ -17,6 +15,7 @@ from ..core.undo import undo_on_error
 __all__ = ['CompileTraining']
 
 MAX_SETTINGS = 4  # to compile for: modes, frozen layers, precision, format
+NOTE = 'This step ran code compiled by `CompileTraining`. `learn.remove_cb(CompileTraining)` removes it.'
 
 
 @pickle_as(Callback)
@@ -25,12 +24,10 @@ class CompileTraining(StandInCallback):
 
     The second batch of a fit is compiled, which takes seconds to minutes and needs a C++ compiler (on GPUs Triton).
     Later batches of the same shape run compiled, others as without this callback. Another precision or format, and
-    freezing or unfreezing layers, compile once more, for up to four settings. `forget()` frees the compiled code. A
-    model that can't be compiled, or draws random numbers of Python or NumPy, runs uncompiled, with a warning.
-
-    Compiled code differs in three ways: dropout draws other numbers, batch norms inside `torch.utils.checkpoint` update
-    their running statistics once per step instead of twice, and a second backward pass through the same graph fails
-    (`create_graph=True`, `retain_graph=True`). An error in a compiled step says so.
+    other frozen layers, compile again, up to four times. `forget()` frees the compiled code. A model that can't be
+    compiled, or draws random numbers of Python or NumPy, runs uncompiled, with a warning. Compiled, dropout draws other
+    numbers, batch norms inside `torch.utils.checkpoint` update their statistics once per step instead of twice, and a
+    second backward pass (`create_graph`, `retain_graph`) fails, which the error says.
 
     >>> from fastai.vision.all import *; from channelslast import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
@@ -45,34 +42,32 @@ class CompileTraining(StandInCallback):
     @property
     def compiled(self) -> int: return sum(c.run is not None for c in self.work.codes.values())
 
-    def takes_part(self) -> bool:
-        self.work.code = None
-        return self.training
+    def takes_part(self) -> bool: return self.training
 
     def run_model(self, forward, *args, **kwargs):
         work, model, tensors = self.work, self.model, tensors_of((args, kwargs))
-        if work.shapes is None: work.shapes = [t.shape for t in tensors]
+        work.code, work.shapes, self.error_note = None, work.shapes or [t.shape for t in tensors], ''
         if not torch.is_grad_enabled() or work.shapes != [t.shape for t in tensors]: return forward(*args, **kwargs)
         casts = [torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in {t.device.type for t in tensors}]
         params = [(p.requires_grad, p.stride()) for p in model.parameters()]
         setting = *casts, *params, *((m, m.training) for m in model.modules())
+        is_new = setting not in work.codes and len(work.codes) < MAX_SETTINGS
+        if is_new: work.codes[setting] = Work(run=None, started=None, refused=False, misses=0, no_grad=())
         code = work.code = work.codes.get(setting)
-        if code is None and len(work.codes) < MAX_SETTINGS: return self._look(setting, forward, args, kwargs)
         if code is None or code.refused: return forward(*args, **kwargs)
+        if is_new: return self._look(model, forward, args, kwargs)
         if code.run is None: return self._compile(code, model, forward, args, kwargs)
+        self.error_note = NOTE
         with torch.compiler.set_stance('eager_on_recompile'): out = code.run(*args, **kwargs)
         if code.misses: self._refuse(CHANGES)
         return out
 
-    def _look(self, setting, forward, args, kwargs):
+    def _look(self, model, forward, args, kwargs):
         "Output of a setting's first batch, which runs uncompiled."
-        model, rewritten, draws = self.model, [], python_state()
-        self.work.code = self.work.codes[setting] = Work(run=None, started=None, refused=False, misses=0, no_grad=())
+        rewritten, draws = [], python_state()
         with note_rewritten(rewritten): out = forward(*args, **kwargs)
-        reason = why_uncompiled(self, model, rewritten)
-        if unwrap_model(model) is not model: reason = 'it is compiled already, or wrapped for several devices'
+        reason = why_uncompiled(self, model, rewritten, draws)
         if any(hasattr(m, '__del__') for m in model.modules()): reason = 'a module has a finalizer'  # compiling runs it
-        if draws != python_state(): reason = 'it draws random numbers of Python or NumPy'
         if reason: self._refuse(reason)
         return out
 
@@ -81,7 +76,7 @@ class CompileTraining(StandInCallback):
         def _forward(*args, **kwargs):
             if not torch.compiler.is_compiling(): code.misses += 1
             return model(*args, **kwargs)
-        code.started = time.perf_counter(), args, kwargs
+        code.started, self.error_note = (time.perf_counter(), args, kwargs), NOTE
         code.run = torch.compile(own_code(_forward), fullgraph=True, dynamic=False)
         try:
             with compiling_quietly(), undo_on_error(model): return code.run(*args, **kwargs)
@@ -90,12 +85,11 @@ class CompileTraining(StandInCallback):
 
     def _refuse(self, reason):
         vars(self.work.code).update(refused=True, run=None, started=None)
-        self.reason = reason
+        self.reason, self.error_note = reason, ''
         self.warn(f'stays uncompiled: {reason}')
 
     def after_backward(self):
-        code = self.work.code
-        if code is None: return
+        code = self.work.code or Work(run=True, started=None, no_grad=())
         if not code.run: code.no_grad = [p for p in self.model.parameters() if p.requires_grad and p.grad is None]
         for p in code.no_grad:  # compiled code gives zeros where the loss does not depend on a parameter
             if p.grad is not None and not p.grad.any(): p.grad = None
@@ -103,7 +97,3 @@ class CompileTraining(StandInCallback):
             self.reason, self.seconds = '', time.perf_counter() - code.started[0]
             print_compiled(self, self.model, self.seconds, *code.started[1:], again=self.compiled > 1)
             code.started = None
-
-    def explain(self, e):
-        if self.work.code and self.work.code.run and isinstance(e, RuntimeError) and not is_out_of_memory(e):
-            add_note(e, 'This step ran code compiled by `CompileTraining`. `learn.remove_cb(CompileTraining)` removes it.')

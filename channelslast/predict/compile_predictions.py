@@ -14,8 +14,9 @@ from ..core.compiling import CHANGES, compiling_quietly, own_code, print_compile
 from ..core.nested_tensors import map_tensors, tensors_of
 from ..core.compiling import note_rewritten  # TEMPORARY
 from ..core.pickle_as import pickle_as
+from ..core.random_state import python_state
 from ..core.stand_in import running_fits
-from .model_state import is_plain
+from ..core.model_copy import is_plain
 from .prepared_model import NotPrepared, PredictionCallback, input_key
 
 __all__ = ['CompilePredictions']
@@ -111,7 +112,7 @@ class CompilePredictions(PredictionCallback):
 
     def prepare(self, copy, truth, args, kwargs):
         state = self.work.state
-        if reason := why_uncompiled(self, copy.model, self.work.rewritten): raise NotPrepared(reason)
+        if reason := why_uncompiled(self, copy.model, self.work.rewritten, python_state()): raise NotPrepared(reason)
         for m in copy.model.modules():
             if type(m) is ToTensorBase: m.forward = noop  # the output is cast afterwards
         run = FrozenModel(copy.model, args, kwargs, {type(t) for t in tensors_of(truth)})

@@ -8,7 +8,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..core.pickle_as import pickle_as
 from .fold_trace import STATISTICS, WEIGHTS, Cast, ForwardTrace, Pair, layer_tensors
-from .model_state import HOOKS, own_dicts
+from ..core.model_copy import HOOKS, own_dicts
 from .prepared_model import NotPrepared, PredictionCallback
 
 __all__ = ['FoldBatchNorm']

@@ -10,7 +10,7 @@ from ..core.nested_tensors import leaves_of, tensors_of
 from ..core.random_state import python_state, restore_random_states
 from ..core.stand_in import StandInCallback, Work
 from ..core.undo import restore_dict
-from .model_state import CantCopy, ModelCopy, ModelState, has_global_hooks, versions_of
+from ..core.model_copy import CantCopy, ModelCopy, ModelState, has_global_hooks, versions_of
 
 __all__ = ['NotPrepared', 'PredictionCallback', 'input_key']
 
