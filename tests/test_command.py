@@ -81,13 +81,14 @@ def test_demo_of_own_images_with_models_of_both_libraries(run, images, arch): ch
 
 
 class Timed(nn.Module):
-    "A small classifier whose pass takes `times[key]` ms: `key` is such as `'channels last, bf16'`, in predictions `'predict, channels last, bf16'`."
+    """A small classifier whose pass takes `times[key]` ms: `key` is such as `'channels last, bf16'`, in predictions
+    `'predict, channels last, bf16'`. It is wrong in the setting `times['wrong']`."""
     def __init__(self, clock, times): super().__init__(); self.net, self.clock, self.times = convnet(n=2), clock, times
     def forward(self, x):
         key = 'contiguous, ' if self.net[0].weight.is_contiguous() else 'channels last, '
         key += 'bf16' if torch.is_autocast_enabled('cpu') else 'fp32'
         self.clock.pass_ms(self.times.get(key if torch.is_grad_enabled() else f'predict, {key}', 100.))
-        return self.net(x)
+        return self.net(x)*(3 if self.times.get('wrong') == key else 1)
 
 
 THIS_LINE = 'In your code, this line measures your Learner and switches it to the fastest:\n'
@@ -101,10 +102,12 @@ CONTIGUOUS, LAST, LAST_BF16, BF16 = 'contiguous, fp32', 'channels last, fp32', '
      'Predictions in channels last, fp32: 2.00× as fast as contiguous fp32.\n' + THIS_LINE + 'learn.to_fastest(train=False)'),
     ({LAST: 90., LAST_BF16: 60., BF16: 50.}, [CONTIGUOUS, LAST_BF16, BF16],
      'Training in contiguous, bf16: 2.00× as fast as contiguous fp32.\n' + THIS_LINE + 'learn.to_fastest()'),
+    ({LAST: 80., LAST_BF16: 10., BF16: 150., 'wrong': LAST_BF16}, [CONTIGUOUS, LAST],
+     'Training in channels last, fp32: 1.25× as fast as contiguous fp32.\n' + THIS_LINE + 'learn.to_fastest()'),
     ({LAST: 40., LAST_BF16: 60., BF16: 80., 'predict, ' + LAST: 50.}, [CONTIGUOUS, LAST],
      'Training in channels last, fp32: 2.50× as fast as contiguous fp32.\n'
      'Predictions in channels last, fp32: 2.00× as fast as contiguous fp32.\n' + THIS_LINE +
-     'learn.to_fastest()  # before predicting: learn.to_fastest(train=False)')], ids=['nothing', 'predictions', 'training', 'both'])
+     'learn.to_fastest()  # before predicting: learn.to_fastest(train=False)')], ids=['nothing', 'predictions', 'training', 'wrong', 'both'])
 def test_demo_trains_contiguous_fp32_channels_last_and_the_fastest_and_ends_with_the_code_to_copy(run, images, monkeypatch, clock, has, times, trained, says):
     has('bf16')
     use_small_models(monkeypatch, resnet18=lambda: Timed(clock, times))

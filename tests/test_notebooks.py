@@ -3,6 +3,7 @@ import re
 from io import BytesIO
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,11 +20,11 @@ def page(name): return nbformat.read(folder/f'{name}.ipynb', as_version=4)
 def cells(nb, kind): return [c for c in nb.cells if c.cell_type == kind]
 
 
-def test_pytest_runs_them(pytestconfig): assert pytestconfig.pluginmanager.hasplugin('nbmake') and pytestconfig.option.nbmake
+def test_pytest_runs_the_notebooks(pytestconfig): assert pytestconfig.pluginmanager.hasplugin('nbmake') and pytestconfig.option.nbmake
 
 
 @pytest.mark.parametrize('path', PAGES, ids=lambda p: p.stem)
-def test_stored_outputs(path):
+def test_a_notebook_starts_with_a_title_asserts_something_and_has_tidy_outputs(path):
     nb = nbformat.read(path, as_version=4)
     assert problems(nb) == []
     assert cells(nb, 'markdown')[0].source.startswith('# ') and nb.cells[0].cell_type == 'markdown'
@@ -42,20 +43,20 @@ def _nb(**output):
     (dict(output_type='display_data', data={'text/html': '<a href="C:\\Users">'}), 'a path, C:\\Users'),
     (dict(output_type='display_data', data={'text/html': '<progress value=1>'}), 'a progress bar'),
     (dict(output_type='stream', text=' 50%|█████     |'), 'a progress bar')])
-def test_problems_are_seen(output, problem): assert problems(_nb(**output)) == [f'cell 1: {problem}']
+def test_problems_finds_what_a_stored_output_must_not_hold(output, problem): assert problems(_nb(**output)) == [f'cell 1: {problem}']
 
 
 @pytest.mark.parametrize('text', ['1/2', 'ms/step', 'https://docs.pytorch.org/docs/stable/amp.html', 'forward / backward', '8×3×224×224'])
-def test_no_problem(text): assert problems(_nb(output_type='stream', text=text)) == []
+def test_problems_accepts_harmless_text(text): assert problems(_nb(output_type='stream', text=text)) == []
 
 
-def test_cells_run_in_order():
+def test_problems_finds_cells_that_were_not_run_in_order():
     nb = _nb(output_type='stream', text='')
     nb.cells[0].execution_count = 2
     assert problems(nb) == ['not run from top to bottom']
 
 
-def test_tidy():
+def test_tidy_removes_progress_bars_metadata_and_warnings_of_other_packages():
     nb = _nb(output_type='display_data', data={'text/html': '<progress value=1>'})
     nb.cells[0].metadata['execution'] = dict(started='now')
     tidy(nb)
@@ -66,28 +67,28 @@ def test_tidy():
     assert [o.text for o in nb.cells[0].outputs] == ['UserWarning: ours']
 
 
-def test_the_readmes_picture_is_the_notebooks(): assert picture.read_bytes() == plots(page('index'))[0]
-def test_charts_are_opaque():
-    "They stay readable on a page with a dark background."
+def test_the_readmes_picture_is_that_of_the_notebook(): assert picture.read_bytes() == plots(page('index'))[0]
+
+def test_charts_are_opaque_so_that_they_are_readable_on_a_dark_background():
     for path in PAGES:
         for plot in plots(nbformat.read(path, as_version=4)): assert Image.open(BytesIO(plot)).convert('RGBA').getextrema()[3] == (255, 255), path
 
 
-def test_links_lead_somewhere():
+def test_links_of_notebooks_and_readme_lead_to_files():
     for path in *PAGES, *folder.glob('*.md'):
         for link in re.findall(r'\]\(([\w./]+\.(?:ipynb|md))\)', path.read_text(encoding='utf-8')): assert (folder/link).exists(), (path, link)
     readme = folder.parent/'README.md'
     for link in re.findall(r'\]\(([\w./]+)\)', readme.read_text(encoding='utf-8')): assert (readme.parent/link).exists(), link
 
 
-def test_the_reference_is_complete():
+def test_the_reference_shows_each_public_name_and_method():
     shown = '\n'.join(c.source for c in cells(page('06_reference'), 'code'))
-    methods = {k for k, v in vars(Learner).items() if getattr(v, '__module__', '').startswith('channelslast')} - {'one_batch', '_do_fit'}
+    methods = {k for k, v in vars(Learner).items() if getattr(v, '__module__', '').startswith('channelslast') and k[0] != '_'} - {'one_batch'}
     assert methods == {'to_channelslast', 'to_contiguous', 'to_fp16', 'to_bf16', 'load', 'format_summary', 'format_find', 'to_fastest'}
     for name in [*channelslast.__all__, *(f'Learner.{m}' for m in methods)]: assert f'show({name}' in shown, name
 
 
-def test_the_reference_is_of_this_version():
+def test_the_reference_was_printed_by_this_version():
     printed = {v for c in cells(page('06_reference'), 'code') for o in c.outputs for v in re.findall(r'channelslast (\d+\.\S+)', text(o))}
     assert printed == {settings()['version']}, 'run `pip install -e .` and `python -m tests.notebooks 06_reference`'
 
@@ -102,20 +103,20 @@ def no_download(monkeypatch):
 def is_odd(i): return i % 2  # at the top level, since an export pickles it
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
-def test_readme_runs(no_download, tmp_path, monkeypatch):
+def test_the_readmes_code_runs(no_download, tmp_path, monkeypatch):
     "Every fenced Python block runs, and then the calls in the sentences, one after the other, as for a reader."
     monkeypatch.chdir(tmp_path)
     readme = (folder.parent/'README.md').read_text(encoding='utf-8')
     blocks = re.findall(r'```python\n(.*?)```', readme, re.S)
     calls = re.findall(r'`((?:assert )?(?:Learner\(|learn\.|dl=learn\.|from ).*?)`', readme.split('```python')[1].split('```', 1)[1])
     assert len(blocks) + len(calls) >= 7, calls
-    import numpy as np
     images = np.random.default_rng(0).integers(0, 255, (32, 40, 40, 3), np.uint8)
     dls = DataBlock((ImageBlock, CategoryBlock), get_items=noop, get_x=images.__getitem__, get_y=is_odd,
                     item_tfms=Resize(32)).dataloaders(range(32), bs=8, device=torch.device('cpu'), num_workers=0)
-    names = dict(dls=dls, files=[PILImage.create(o) for o in images[:4]], model=torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.LazyLinear(4)))
-    names['model'](torch.randn(1, 3, 32, 32))
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4*30*30, 4))
+    names = dict(dls=dls, files=[PILImage.create(o) for o in images[:4]], model=model)
     for block in blocks:
         exec(compile(block, 'README.md', 'exec'), names)
     assert not names['learn'].format_timings.train

@@ -1,7 +1,7 @@
 """Compare each torchvision architecture, and one per timm family, in channels last with itself in contiguous format.
 
-`pytest -m zoo` runs all, a plain `pytest` every tenth (see conftest.py), and both compile a twentieth. No weights are loaded.
-Dropout and stochastic depth are off, since PyTorch draws their masks in memory order."""
+`pytest -m zoo` runs all, `pytest -m slow` every tenth (see conftest.py) and compiles a twentieth, a plain `pytest` a few small
+ones. No weights are loaded. Dropout and stochastic depth are off, since PyTorch draws their masks in memory order."""
 import gc
 import math
 import re
@@ -17,12 +17,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import channelslast
-from channelslast import FoldBatchNorm
+from channelslast import CompilePredictions, FoldBatchNorm
 from channelslast.core.compare import relative_error
-from channelslast.find.candidates import apply_timing
-from channelslast.find.results import Timing
-from .conftest import shake, strides
-from .test_number_check import checked
+from .helpers import find, shake, strides
 
 SEGMENTATION, VIDEO = (torchvision.models.list_models(module=m) for m in (torchvision.models.segmentation, torchvision.models.video))
 # the smallest model of each family (module) of timm 1.0.31, except timm's own test models
@@ -41,10 +38,13 @@ samvit_base_patch16_224 vitamin_small_224 volo_d1_224 ese_vovnet19b_slim_dw lega
 ZOO = ([f'torchvision/{n}' for n in torchvision.models.list_models(module=torchvision.models)]
        + [f'segmentation/{n}' for n in SEGMENTATION] + [f'video/{n}' for n in VIDEO] + [f'timm/{n}' for n in TIMM])
 
+FAST = 'torchvision/resnet18', 'torchvision/mobilenet_v3_small', 'timm/convnext_zepto_rms'
+def architectures(fast): return [*(pytest.param(n, id=f'fast-{n}') for n in fast), *(pytest.param(n, marks=pytest.mark.zoo) for n in ZOO)]
 # a twentieth of the zoo that compiles quickly, one of each kind: a whole slice of it, with DenseNets and Swins, took a quarter of an hour
 QUICK = [f'torchvision/{n}' for n in ('mobilenet_v3_small', 'resnet18', 'squeezenet1_1')] + [
-    'segmentation/fcn_resnet50', 'video/r3d_18', *(f'timm/{n}' for n in ('convnext_zepto_rms', 'deit_tiny_patch16_224', 'fasternet_t0', 'resnet10t', 'starnet_s050'))]
-assert {*QUICK} <= {*ZOO}
+    'segmentation/fcn_resnet50', 'video/r3d_18',
+    *(f'timm/{n}' for n in ('convnext_zepto_rms', 'deit_tiny_patch16_224', 'fasternet_t0', 'resnet10t', 'starnet_s050'))]
+assert {*QUICK, *FAST} <= {*ZOO}
 
 LARGE = 60e6       # parameters; larger models run only in float32, to save memory
 EXACT = 1e-6       # float64: relative error of the loss and of each gradient (relative to the largest, for those near zero); some cast to float32
@@ -153,10 +153,13 @@ def each_error(found, truth) -> float:
     return max(((a - b).norm()/max(b.norm().item(), 1e-3*largest)).item() for a, b in pairs)
 
 
-@pytest.mark.zoo
-@pytest.mark.parametrize('name', ZOO)
-def test_same_numbers(name, zoo_report):
+def skip_unknown(name):
     if name.startswith('timm/') and not timm.is_model(name.split('/')[1]): pytest.skip(f'timm {timm.__version__} does not have it')
+
+
+@pytest.mark.parametrize('name', architectures(FAST))
+def test_training_in_channels_last_has_the_loss_and_gradients_of_contiguous(name, zoo_report):
+    skip_unknown(name)
     try:
         model, x = fitting(name)
         params = sum(p.numel() for p in model.parameters())
@@ -217,11 +220,10 @@ def folding(model, x) -> tuple:
     return learn.fold_batch_norm.folded, learn.fold_batch_norm.found, off
 
 
-@pytest.mark.zoo
-@pytest.mark.parametrize('name', ZOO)
-def test_same_predictions(name, zoo_report):
-    "With folded batch norms, which have random running statistics and weights here."
-    if name.startswith('timm/') and not timm.is_model(name.split('/')[1]): pytest.skip(f'timm {timm.__version__} does not have it')
+@pytest.mark.parametrize('name', architectures(FAST))
+def test_predictions_with_folded_batch_norms_are_the_same(name, zoo_report):
+    "The batch norms have random running statistics and weights here."
+    skip_unknown(name)
     model, x = fitting(name)
     shake(model.eval())
     rough = exact = None
@@ -238,17 +240,18 @@ def test_same_predictions(name, zoo_report):
     gc.collect()
 
 
-@pytest.mark.zoo('always')  # a twentieth, with and without `-m zoo`
+@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize('name', QUICK)
-def test_same_compiled_predictions(name, zoo_report):
-    "As `to_fastest(train=False, compile=True)` sets it. A model that is not compiled warns. No weight changes."
-    if name.startswith('timm/') and not timm.is_model(name.split('/')[1]): pytest.skip(f'timm {timm.__version__} does not have it')
+def test_compiled_predictions_are_the_same(name, zoo_report):
+    "In channels last with folded batch norms. A model that is not compiled warns. No weight changes."
+    skip_unknown(name)
     model, x = fitting(name)
     learn = learner(shake(model.eval()), x)
     truth, before = predictions(learn), {k: v.clone() for k, v in model.state_dict().items()}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        apply_timing(learn, Timing('channels_last', 'fp32', pred_diff=0., folded=True, compiled=True))
+        learn.to_channelslast(to_fp16=False).add_cbs([FoldBatchNorm(), CompilePredictions()])
         off = max(relative_error(predictions(learn), truth) for _ in range(2))  # the second one runs compiled
     cb = learn.compile_predictions
     zoo_report(COMPILED, name, '×'.join(map(str, x.shape)), f'{cb.seconds:.0f} s' if cb.compiled else cb.reason, brief(off),
@@ -258,25 +261,22 @@ def test_same_compiled_predictions(name, zoo_report):
     gc.collect()
 
 
-@pytest.mark.zoo
-@pytest.mark.parametrize('name', ZOO)
-def test_no_candidate_is_refused(name, zoo_report, has):
-    "The number check accepts each format and precision, as all are right here, however much rounding is amplified."
-    if name.startswith('timm/') and not timm.is_model(name.split('/')[1]): pytest.skip(f'timm {timm.__version__} does not have it')
-    has('bf16')
+@pytest.mark.parametrize('name', architectures(FAST[1:]))
+def test_format_find_accepts_the_numbers_of_each_format_and_precision(name, zoo_report, has, fake_steps):
+    "All are right here, however much rounding is amplified. Fake times: where bf16 is emulated, its steps would be too slow."
+    skip_unknown(name)
+    has('bf16'); fake_steps({})
     model, x = fitting(name)
     if sum(p.numel() for p in model.parameters()) > LARGE/2: pytest.skip('too large for bf16 on a CPU that may emulate it')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        candidates = [c for c in checked(learner(model, x)).values() if not c.is_baseline]
-    refused = [f'{c.memory_format} {c.precision}: {c.note}' for c in candidates if not c.valid]
-    zoo_report(NUMBERS, name, *(brief(c.grad_diff) for c in candidates), '; '.join(refused) or 'equal')
+        rows = find(learner(model, x), num_it=1, optimizer=False).rows[1:]
+    refused = [f'{r.memory_format} {r.precision}: {r.note}' for r in rows if not r.valid]
+    zoo_report(NUMBERS, name, *(brief(r.grad_diff) for r in rows), '; '.join(refused) or 'equal')
     assert refused == []
     gc.collect()
 
 
-@pytest.mark.zoo
-def test_every_family():
-    "`TIMM` has one model of each family in the installed timm."
+def test_the_zoo_has_one_model_of_each_family_of_timm():
     have = {timm.models.model_entrypoint(n).__module__.split('.')[-1] for n in TIMM if timm.is_model(n)}
     assert timm.__version__ > '1.0.31' or have == set(timm.list_modules()), set(timm.list_modules()) - have
