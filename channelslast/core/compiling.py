@@ -1,6 +1,7 @@
 "Compiling: silence meanwhile, functions with code objects of their own, the reason of a failure, the line printed."
 import logging
 import sys
+import time
 import warnings
 from contextlib import contextmanager
 from types import FunctionType
@@ -10,7 +11,7 @@ from .module_hooks import LOCK
 from .nested_tensors import tensors_of
 from .random_state import python_state
 
-__all__ = ['CHANGES', 'compiling_quietly', 'own_code', 'print_compiled', 'reason_of', 'why_uncompiled']
+__all__ = ['CHANGES', 'compiling_quietly', 'note_reasons', 'own_code', 'print_compiled', 'reason_of']
 
 CHANGES = 'its state changes, or it depends on more than its input'  # a reason to stay uncompiled
 COMPILERS = dict(linux='g++ (such as `apt install g++`)', darwin="Xcode's tools (`xcode-select --install`)",
@@ -33,14 +34,17 @@ def own_code(f):
     return FunctionType(f.__code__.replace(co_name='compiled'), dict(f.__globals__), f.__name__, None, f.__closure__)
 
 
-def why_uncompiled(cb, model, rewritten, draws) -> str: # `''` if it may be compiled
-    "Why a callback leaves a model uncompiled after a pass: rewritten convolutions, `python_state()` before the pass."
-    if rewritten: return "oneDNN's kernels compute one of its convolutions wrongly"
-    if draws != python_state(): return 'it draws random numbers of Python or NumPy'
-    if unwrap_model(model) is not model: return 'it is compiled already, or wrapped for several devices'
-    mp = getattr(cb.learn, 'mixed_precision', None)
-    if getattr(mp, 'fp32_layers', ()): return 'some of its layers are kept in fp32'
-    return 'the forward of a module was replaced' if any('forward' in vars(m) for m in model.modules()) else ''
+@contextmanager
+def note_reasons(cb, model, reasons):
+    "Append to `reasons` why a callback's model, which runs a pass in this block, must stay uncompiled."
+    rewritten, draws = [], python_state()
+    with note_rewritten(rewritten): yield
+    if rewritten: reasons.append("oneDNN's kernels compute one of its convolutions wrongly")
+    if draws != python_state(): reasons.append('it draws random numbers of Python or NumPy')
+    if unwrap_model(model) is not model: reasons.append('it is compiled already, or wrapped for several devices')
+    if getattr(getattr(cb.learn, 'mixed_precision', None), 'fp32_layers', ()):
+        reasons.append('some of its layers are kept in fp32')
+    if any('forward' in vars(m) for m in model.modules()): reasons.append('the forward of a module was replaced')
 
 
 def reason_of(e) -> str:
@@ -53,12 +57,12 @@ def reason_of(e) -> str:
     return f'{type(e).__name__}: {line[:100]}'
 
 
-def print_compiled(cb, model, seconds, args, kwargs, again=False):
-    "Print the line of a callback that compiled the model, unless it is quiet."
-    if cb.quiet: return
+def print_compiled(cb, model, start, args, kwargs, again=False):
+    "Record that a callback compiled the model since `start`, and print it unless the callback is quiet."
+    cb.reason, cb.seconds = '', time.perf_counter() - start
     shapes = ', '.join(str(tuple(t.shape)) for t in tensors_of((args, kwargs)))
-    print(f"{type(cb).__name__}: {type(model).__name__} compiled {'again ' if again else ''}in {seconds:.0f} s, "
-          f"for inputs of {shapes}.")
+    if not cb.quiet: print(f"{type(cb).__name__}: {type(model).__name__} compiled {'again ' if again else ''}in "
+                           f"{cb.seconds:.0f} s, for inputs of {shapes}.")
 
 
 @contextmanager

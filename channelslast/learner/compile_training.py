@@ -4,11 +4,9 @@ import time
 import torch
 from fastai.callback.core import Callback
 
-from ..core.compiling import CHANGES, compiling_quietly, own_code, print_compiled, reason_of, why_uncompiled
+from ..core.compiling import CHANGES, compiling_quietly, note_reasons, own_code, print_compiled, reason_of
 from ..core.nested_tensors import tensors_of
-from ..core.compiling import note_rewritten  # TEMPORARY
 from ..core.pickle_as import pickle_as
-from ..core.random_state import python_state
 from ..core.stand_in import StandInCallback, Work
 from ..core.undo import undo_on_error
 
@@ -38,11 +36,10 @@ class CompileTraining(StandInCallback):
     reason, seconds = '', None # Why it is uncompiled; seconds of the last compilation
 
     def new_work(self): return Work(codes={}, shapes=None, code=None)
+    def takes_part(self) -> bool: return self.training
 
     @property
     def compiled(self) -> int: return sum(c.run is not None for c in self.work.codes.values())
-
-    def takes_part(self) -> bool: return self.training
 
     def run_model(self, forward, *args, **kwargs):
         work, model, tensors = self.work, self.model, tensors_of((args, kwargs))
@@ -51,32 +48,27 @@ class CompileTraining(StandInCallback):
         casts = [torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in {t.device.type for t in tensors}]
         params = [(p.requires_grad, p.stride()) for p in model.parameters()]
         setting = *casts, *params, *((m, m.training) for m in model.modules())
-        is_new = setting not in work.codes and len(work.codes) < MAX_SETTINGS
-        if is_new: work.codes[setting] = Work(run=None, started=None, refused=False, misses=0, no_grad=())
         code = work.code = work.codes.get(setting)
+        if code is None and len(work.codes) < MAX_SETTINGS: return self._first_batch(setting, model, forward, args, kwargs)
         if code is None or code.refused: return forward(*args, **kwargs)
-        if is_new: return self._look(model, forward, args, kwargs)
-        if code.run is None: return self._compile(code, model, forward, args, kwargs)
+        if code.run is None: return self._second_batch(code, model, forward, args, kwargs)
         self.error_note = NOTE
         with torch.compiler.set_stance('eager_on_recompile'): out = code.run(*args, **kwargs)
         if code.misses: self._refuse(CHANGES)
         return out
 
-    def _look(self, model, forward, args, kwargs):
-        "Output of a setting's first batch, which runs uncompiled."
-        rewritten, draws = [], python_state()
-        with note_rewritten(rewritten): out = forward(*args, **kwargs)
-        reason = why_uncompiled(self, model, rewritten, draws)
-        if any(hasattr(m, '__del__') for m in model.modules()): reason = 'a module has a finalizer'  # compiling runs it
-        if reason: self._refuse(reason)
+    def _first_batch(self, setting, model, forward, args, kwargs):
+        self.work.code = self.work.codes[setting] = Work(run=None, started=None, refused=False, misses=0, no_grad=())
+        reasons = ['a module has a finalizer'] if any(hasattr(m, '__del__') for m in model.modules()) else []
+        with note_reasons(self, model, reasons): out = forward(*args, **kwargs)
+        if reasons: self._refuse(reasons[0])
         return out
 
-    def _compile(self, code, model, forward, args, kwargs):
-        "Output of a setting's second batch."
+    def _second_batch(self, code, model, forward, args, kwargs):
         def _forward(*args, **kwargs):
             if not torch.compiler.is_compiling(): code.misses += 1
             return model(*args, **kwargs)
-        code.started, self.error_note = (time.perf_counter(), args, kwargs), NOTE
+        code.started, self.error_note = (time.perf_counter(), args, kwargs), NOTE  # the backward pass compiles, too
         code.run = torch.compile(own_code(_forward), fullgraph=True, dynamic=False)
         try:
             with compiling_quietly(), undo_on_error(model): return code.run(*args, **kwargs)
@@ -93,7 +85,5 @@ class CompileTraining(StandInCallback):
         if not code.run: code.no_grad = [p for p in self.model.parameters() if p.requires_grad and p.grad is None]
         for p in code.no_grad:  # compiled code gives zeros where the loss does not depend on a parameter
             if p.grad is not None and not p.grad.any(): p.grad = None
-        if code.started:
-            self.reason, self.seconds = '', time.perf_counter() - code.started[0]
-            print_compiled(self, self.model, self.seconds, *code.started[1:], again=self.compiled > 1)
-            code.started = None
+        if code.started: print_compiled(self, self.model, *code.started, again=self.compiled > 1)
+        code.started = None

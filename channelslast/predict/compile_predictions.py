@@ -10,11 +10,9 @@ from fastai.torch_core import TensorBase
 from fastcore.basics import noop
 from torch import Tensor
 
-from ..core.compiling import CHANGES, compiling_quietly, own_code, print_compiled, reason_of, why_uncompiled
+from ..core.compiling import CHANGES, compiling_quietly, note_reasons, own_code, print_compiled, reason_of
 from ..core.nested_tensors import map_tensors, tensors_of
-from ..core.compiling import note_rewritten  # TEMPORARY
 from ..core.pickle_as import pickle_as
-from ..core.random_state import python_state
 from ..core.stand_in import running_fits
 from ..core.model_copy import is_plain
 from .prepared_model import NotPrepared, PredictionCallback, input_key
@@ -41,7 +39,7 @@ class FrozenModel:
         from torch._dynamo.eval_frame import remove_from_cache  # PyTorch keeps compiled code and its constants
         from torch._inductor.codecache import PyCodeCache  # for the life of the process
         if len(types) > 1: raise NotPrepared('its outputs are tensors of several types')
-        start, self.types, self.constants, is_compiled = time.perf_counter(), types, [], []
+        self.start, self.types, self.constants, is_compiled = time.perf_counter(), types, [], []
         def _forward(*args, **kwargs):
             if not torch.compiler.is_compiling(): raise Misfit('`torch.compile` is disabled')
             return model(*args, **kwargs)
@@ -59,7 +57,6 @@ class FrozenModel:
             for m in PyCodeCache.modules[n:]: sys.modules.pop(m.__name__, None)
             del PyCodeCache.modules[n:]
         is_compiled.append(True)
-        self.seconds = time.perf_counter() - start
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -88,7 +85,7 @@ class CompilePredictions(PredictionCallback):
     >>> with learn.no_bar(): preds, targs = learn.get_preds() # doctest: +ELLIPSIS
     CompilePredictions: Sequential compiled in ... s, for inputs of (4, 3, 32, 32)."""
     order = PredictionCallback.order + 1  # other shapes run folded
-    max_copies, may_draw, exact, half = 1, False, {torch.float64: 1e-3, torch.float32: 1e-3}, 1e-1
+    max_copies, exact, half = 1, {torch.float64: 1e-3, torch.float32: 1e-3}, 1e-1
     differs = 'its outputs differ when compiled (relative difference {})'
     reason, seconds = '', None  # Why the model is not compiled; seconds that the last compilation took
 
@@ -108,11 +105,11 @@ class CompilePredictions(PredictionCallback):
 
     def may_prepare(self) -> bool: return not running_fits.get(self.learn)
     def setting(self): return getattr(getattr(self.learn, 'mixed_precision', None), 'fp32_layers', ())
-    def watch(self): return note_rewritten(self.work.rewritten)
+    def watch(self): return note_reasons(self, self.model, self.work.reasons)
 
     def prepare(self, copy, truth, args, kwargs):
         state = self.work.state
-        if reason := why_uncompiled(self, copy.model, self.work.rewritten, python_state()): raise NotPrepared(reason)
+        if self.work.reasons: raise NotPrepared(self.work.reasons[0])
         for m in copy.model.modules():
             if type(m) is ToTensorBase: m.forward = noop  # the output is cast afterwards
         run = FrozenModel(copy.model, args, kwargs, {type(t) for t in tensors_of(truth)})
@@ -133,8 +130,8 @@ class CompilePredictions(PredictionCallback):
         if self.work.misses == MAX_MISSES: self.drop()
 
     def on_prepared(self, run, args, kwargs):
-        self.reason, self.seconds, self.work.misses, self.work.unused = '', run.seconds, 0, self.work.unused + 1
-        print_compiled(self, self.model, run.seconds, args, kwargs, self.work.again)
+        self.work.misses, self.work.unused = 0, self.work.unused + 1
+        print_compiled(self, self.model, run.start, args, kwargs, self.work.again)
         if self.work.unused > MAX_UNUSED: self.refuse(CHANGES)
 
     def reason_of(self, e): return str(e) if isinstance(e, NotPrepared) else reason_of(e)

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..core.compare import HALF_ERROR, numbers_of, perturb, relative_error, rounding_error
 from ..core.compiling import CHANGES
 from ..core.nested_tensors import leaves_of, tensors_of
-from ..core.random_state import python_state, restore_random_states
+from ..core.random_state import restore_random_states
 from ..core.stand_in import StandInCallback, Work
 from ..core.undo import restore_dict
 from ..core.model_copy import CantCopy, ModelCopy, ModelState, has_global_hooks, versions_of
@@ -44,11 +44,11 @@ class PredictionCallback(StandInCallback):
 
     `prepare(copy, truth, args, kwargs)` returns a function or None. `refresh(run)` makes it current after the values
     changed; False if that takes a new copy."""
-    max_copies, may_draw = 4, True # copies; True: the copy draws Python's random numbers as the model does
+    max_copies = 4
     exact, half = {torch.float64: 1e-10, torch.float32: 1e-5}, HALF_ERROR # relative error allowed in the outputs
 
     def new_work(self): # `runs`: functions by kind and shapes of the input, None where nothing can be prepared
-        return Work(state=None, runs={}, refused=None, checked=False, inside=False, again=False, rewritten=[], writes=0, misses=0, unused=0)
+        return Work(state=None, runs={}, refused=None, checked=False, inside=False, again=False, reasons=[], writes=0, misses=0, unused=0)
 
     def drop(self): self.work.state, self.work.runs = None, {}
     def before_validate(self): self.work.checked, self.work.inside = False, True
@@ -136,11 +136,10 @@ class PredictionCallback(StandInCallback):
         inputs = tensors_of((args, kwargs))
         with ExitStack() as start:
             start.enter_context(restore_random_states())
-            versions, draws = versions_of(inputs), python_state()
+            versions, self.work.reasons = versions_of(inputs), []
             with self.watch(): truth = forward(*args, **kwargs)
             reason = '' if state.is_unchanged() else CHANGES
             if versions != versions_of(inputs): reason = 'it changes its buffers or inputs'
-            if draws != python_state() and not self.may_draw: reason = 'it draws random numbers of Python or NumPy'
             with restore_random_states():
                 start.close()  # more passes from the same random states
                 if reason: self._changes(reason)
