@@ -18,7 +18,6 @@ from ..core.random_state import restore_random_states
 from ..core.undo import restore_dict
 from ..learner.step_callbacks import is_part_of_step
 from .candidates import Eliminated
-from .step_replay import Record, Replay
 
 __all__ = ['TOLERANCE', 'PREDICTION_TOLERANCE', 'StopBeforeStep', 'not_finite', 'check_numbers', 'check_compiled',
            'check_predictions']
@@ -127,6 +126,8 @@ class Comparison:
         self.learn, self.baseline, self.batch, self.stop = learn, baseline, batch, StopBeforeStep(learn)
         self.callbacks = [self.stop, *filter(is_part_of_step, callbacks)]
         self.params, self.fp32_precision = dict(learn.model.named_parameters()), fp32_precision(fit_device(learn))
+        from . import step_replay  # needs a private module of PyTorch, so it is imported where it is used
+        self.Record, self.Replay = step_replay.Record, step_replay.Replay
 
     def step(self, c, make_mode) -> tuple: # Loss, gradients, the mode
         c.activate(self.learn, self.callbacks)
@@ -136,7 +137,7 @@ class Comparison:
         "Take the step of contiguous fp32 in eval mode, or in training mode for detectors: they have no eval-mode loss."
         for training in False, True:
             _set_mode(self.learn.model, training)
-            try: self.baseline_loss, grads, self.counts = self.step(self.baseline, partial(Record, keep=False))
+            try: self.baseline_loss, grads, self.counts = self.step(self.baseline, partial(self.Record, keep=False))
             except Exception:
                 if training: raise
             else:
@@ -150,7 +151,7 @@ class Comparison:
         """Set `loss_diff` and `grad_diff`. Infinity, NaN or a failing metric eliminates a candidate, and so does a loss
         or a product that differs from contiguous fp32's by more than rounding explains. The baseline's step is replayed
         with the candidate's values, since rounding alone drives gradients of deep networks far apart."""
-        loss, grads, record = self.step(c, Record)
+        loss, grads, record = self.step(c, self.Record)
         self.set_differences(c, loss, grads)
         if not math.isfinite(loss): raise Eliminated('loss is not finite')
         name = not_finite(zip(self.params, grads))
@@ -185,7 +186,8 @@ class Comparison:
         generator = torch.Generator(fit_device(self.learn)).manual_seed(0)  # leaves the step's own random numbers alone
         _round = partial(perturb, eps=ROUNDING[precision], generator=generator)
         def _mode(model):
-            return Replay(model, record, self.counts, _round, TOLERANCE[precision].result, ROUNDING_FACTOR, rounded)
+            return self.Replay(model, record, self.counts, _round, TOLERANCE[precision].result, ROUNDING_FACTOR,
+                               rounded)
         _, grads, mode = self.step(self.baseline, _mode)
         return grads, mode.wrong
 

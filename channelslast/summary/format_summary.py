@@ -17,7 +17,6 @@ from fastcore.foundation import L
 from ..core.devices import fit_device
 from ..core.nested_tensors import tensors_of
 from ..learner.preserve_learner import check_model, preserve_learner
-from .format_trace import Conversion, FormatTrace
 
 __all__ = ['FormatSummary']
 
@@ -66,6 +65,7 @@ class FormatSummary:
 
     def to_frame(self) -> pd.DataFrame:
         "One row per `Conversion`, as in `.rows`."
+        from .format_trace import Conversion
         return pd.DataFrame([vars(r) for r in self.rows], columns=[f.name for f in fields(Conversion)])
 
     @property
@@ -199,6 +199,7 @@ def format_summary(self:Learner,
         self._split(batch)
         self.opt = None  # it takes no step
         xb = self.xb
+        from .format_trace import FormatTrace  # needs a private module of PyTorch
         trace = FormatTrace(self.model, batch, getattr(self.loss_func, '__name__', type(self.loss_func).__name__))
         self.add_cb(_OneStep(trace, stack))
         self('before_fit'); self('before_epoch'); self('before_train')
