@@ -2,6 +2,7 @@
 import os
 import re
 import time
+from copy import deepcopy
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from fastai.vision.all import Learner, ProgressCallback, defaults
 
 from channelslast import less_random
 from channelslast.core import devices
-from .helpers import Clock, setting_of
+from .helpers import Clock, Compilations, setting_of
 from .helpers import *  # noqa  temporary
 from .helpers import strides, shake, names_library, Mixed, Breaks, Steep  # noqa  temporary
 
@@ -130,3 +131,25 @@ def fake_steps(clock, monkeypatch):
         monkeypatch.setattr(Learner, 'one_batch', _one_batch)
     settings = _fake.settings = []
     return _fake
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    "The calls of each function that `torch.compile` compiled: see `Compilations`. Needs a C++ compiler, and minutes."
+    return Compilations(monkeypatch, torch.compile)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    "Like `compilations`, but functions run as they are: for tests of everything but the compiler."
+    return Compilations(monkeypatch)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Like `compilations`, but without code in C++: PyTorch traces functions, checks guards, and keeps constants as they
+    were. It differentiates as compiled code does."""
+    real = torch.compile
+    monkeypatch.setattr(torch._inductor, 'compile', lambda graph, inputs, **kwargs: deepcopy(graph))
+    def _compile(f, backend, **kwargs): return real(f, backend='aot_eager' if backend == 'inductor' else backend, **kwargs)
+    return Compilations(monkeypatch, _compile)

@@ -3,6 +3,7 @@ import multiprocessing
 import random
 import re
 import sys
+import threading
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from channelslast import ChannelsLast, CompilePredictions, CompileTraining, FoldBatchNorm
 from channelslast.__main__ import cli
+from channelslast.core.devices import torch_version
 
 
 # models and Learners
@@ -292,6 +294,7 @@ def run_command(monkeypatch, capsys, *args) -> tuple: # Exit status or message, 
     code = 0
     try: cli()
     except SystemExit as e: code = e.code
+    except KeyboardInterrupt: code = 'KeyboardInterrupt'  # would end pytest
     return code, *capsys.readouterr()
 
 
@@ -312,3 +315,66 @@ class Load:
     def __init__(self, *args, **kwargs): Load.running += 1
     def kill(self): Load.running -= 1
     def wait(self): pass
+
+
+# predictions and compilations
+
+REFUSED = 'Unsupported' if torch_version() >= (2, 7) else 'UserError'  # the compiler's error for `Breaks`
+
+
+def block(i, o, act=True, **kwargs): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, **kwargs), nn.BatchNorm2d(o), *([nn.ReLU(True)] if act else []))
+
+
+class Pairs(nn.Module):
+    "Two pairs of convolution and batch norm, a third pair connected by `between(self, x)`, which a test may set, and a head."
+    def __init__(self, between=None, c=3):
+        super().__init__()
+        self.one, self.two = block(c, 8, bias=False), block(8, 8, act=False)
+        self.conv, self.norm, self.head = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.between = between or pair_alone
+        shake(self)
+    def forward(self, x): return self.head(self.between(self, self.two(self.one(x))).mean((2, 3)))
+
+
+def pair_alone(self, x): return self.norm(self.conv(x))  # a lambda could not be pickled
+
+
+def preds_of(learn, **kwargs):
+    "The Learner's predictions, without the loss function's activation."
+    with learn.no_bar(): return learn.get_preds(act=lambda x: x, **kwargs)[0]
+
+
+def truth_of(learn):
+    "What the model itself gives for the Learner's validation set now, in eval mode."
+    training = [m for m in learn.model.modules() if m.training]
+    learn.model.eval()
+    with torch.no_grad(): out = torch.cat([learn.model(b[0]) for b in learn.dls.valid])
+    for m in training: m.training = True
+    return out
+
+
+class Compilations(list):
+    """Stands in for `torch.compile`. A list with the calls of each compiled function, and these with the shape of the first
+    input. Without `real`, functions run as they are, and no compiler is needed. Tests of such functions may set
+    `.output(out)`, which changes each output, and `.fits(n)`: False if the guards don't hold in the n-th call."""
+    def __init__(self, monkeypatch, real=None):
+        self.real, self.output, self.fits, self.running = real, lambda out: out, lambda n: True, threading.local()
+        monkeypatch.setattr(torch, 'compile', self.compile)
+        if not real: monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: getattr(self.running, 'compiled', False))
+
+    def compile(self, f, backend='inductor', **kwargs):
+        calls = []
+        self.append(calls)
+        run = self.real(f, backend=backend, **kwargs) if self.real else lambda *args, **kw: self._run(f, backend, calls, args, kw)
+        def _run(*args, **kw):
+            calls.append(tuple(next(o.shape for o in (*args, *kw.values()) if isinstance(o, torch.Tensor))))
+            return run(*args, **kw)
+        return _run
+
+    def _run(self, f, backend, calls, args, kwargs):
+        if not self.fits(len(calls)):  # then PyTorch traces and compiles again, or does not, depending on its stance
+            if callable(backend): backend(None, [])
+            return f(*args, **kwargs)
+        self.running.compiled = True
+        try: return self.output(f(*args, **kwargs))
+        finally: self.running.compiled = False
