@@ -177,7 +177,7 @@ def test_bench_of_predictions_measures_squeezenet_unet_and_video_models(run):
 def test_bench_of_compiled_predictions_shows_the_best_eager_and_compiled_candidates_or_why_none_was_compiled(run, monkeypatch):
     "The compiler is replaced by the traced operations themselves."
     real = torch.compile
-    monkeypatch.setattr(torch, 'compile', lambda f, fullgraph, dynamic, options=None: real(f, fullgraph=fullgraph, dynamic=dynamic, backend='eager'))
+    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: real(f, fullgraph=True, dynamic=False, backend='eager'))
     use_small_models(monkeypatch, vgg11=Breaks)
     code, out, err = run('bench', '--predict', '--compile', '--models', 'resnet18,vgg11', *BENCH)
     assert code == 0 and 'CompilePredictions' not in out, err  # its line for each compilation would stand in the table
