@@ -162,6 +162,7 @@ def test_a_checkpoint_of_the_other_format_loads_with_the_strides_of_the_paramete
     class Look(Callback):
         def before_batch(self): self.seen = strides(self.learn)
     other.load('a')
+    for a, b in zip(learn.model.parameters(), other.model.parameters()): assert torch.equal(a, b)
     other.fit(1, cbs=(look := Look()))
     ps, _, ss = look.seen
     assert all(s == p for p, s in zip([p.stride() for p in other.model.parameters()], ss) for s in s)

@@ -65,6 +65,23 @@ def test_mixed_precision_keeps_the_types_of_outputs_and_casts_half_precision_onl
     assert first(held).dtype == torch.float32
 
 
+class Sized(tuple):
+    "A tuple with an attribute, as images with their size."
+
+
+def sized(t):
+    o = Sized((t,))
+    o.size = 8
+    return o
+
+
+def test_mixed_precision_keeps_the_attributes_of_tuples(has):
+    has('bf16')
+    learn = Learner(loaders(n=8), Gives(sized), loss_of, cbs=(seen := Seen())).to_channelslast(amp_mode='bf16')
+    learn.fit(1)
+    assert type(seen.got) is Sized and seen.got.size == 8 and first(seen.got).dtype == torch.float32
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 def test_googlenet_trains_with_its_named_tuple_of_outputs(has):

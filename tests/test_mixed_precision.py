@@ -134,7 +134,7 @@ def autocast_on(): return torch.is_autocast_enabled('cpu')
 
 
 @pytest.mark.parametrize('where', ['model', 'loss', 'callback', 'cancel', 'interrupt'])
-def test_autocast_ends_with_the_batch_even_if_it_raises_or_is_canceled(has, where):
+def test_autocast_and_fp32_layers_end_with_the_batch_even_if_it_raises_or_is_canceled(has, where):
     "fastai leaves autocast on if the model or the loss raises: the rest of the session runs in half precision."
     has('bf16')
     class Boom(nn.Module):
@@ -148,10 +148,11 @@ def test_autocast_ends_with_the_batch_even_if_it_raises_or_is_canceled(has, wher
             if where == 'callback': raise RuntimeError('boom')
             if where == 'cancel': raise CancelBatchException
     def loss(p, y): raise RuntimeError('boom') if where == 'loss' else None
-    learn = Learner(loaders(n=8), nn.Sequential(convnet(), Boom()), loss, cbs=Cb()).to_channelslast(amp_mode='bf16')
-    try: learn.fit(1)
-    except (RuntimeError, KeyboardInterrupt): assert where != 'cancel'
-    assert not autocast_on()
+    learn = Learner(loaders(n=8), nn.Sequential(convnet(), Boom()), loss, cbs=Cb()).to_channelslast(amp_mode='bf16', fp32_layers=nn.Linear)
+    if where == 'cancel': learn.fit(1)
+    else:
+        with pytest.raises((RuntimeError, KeyboardInterrupt)): learn.fit(1)
+    assert not autocast_on() and not any('forward' in vars(m) for m in learn.model.modules())
 
 
 @pytest.mark.parametrize('how', ['second', 'removed', 'fastai'])
