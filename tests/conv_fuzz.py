@@ -9,14 +9,14 @@ import os
 import random
 import sys
 import time
+from contextlib import nullcontext
 from copy import deepcopy
 
 import torch
 from torch import nn
 
 from channelslast.core.memory_format import convert_module, convert_nested
-from channelslast.core.onednn_workarounds import hits_onednn_6035, pads_in_kernel, safe_forward
-from channelslast.core.undo import ForwardPatch
+from channelslast.core.onednn_workarounds import SafeConvolutions, needs_safe_convolutions
 
 CONVS = {(1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,
          (1, True): nn.ConvTranspose1d, (2, True): nn.ConvTranspose2d, (3, True): nn.ConvTranspose3d}
@@ -44,29 +44,28 @@ def convolution(rng):
     return (m, x, torch.randn(y.shape).bfloat16()) if 0 < y.numel() < 2e5 else None
 
 
-def trained(m, x, g, half=False, last=False, replaced=True):
+def trained(m, x, g, half=False, last=False, safe=True):
     "Output, and gradients of input, weights and bias."
     m, x = deepcopy(m), x.clone().to(next(m.parameters()).dtype)
     if last: convert_module(m); x = convert_nested(x)
     x.requires_grad_()
-    faulty = replaced and (pads_in_kernel(m) or (last and hits_onednn_6035(m)))
-    with ForwardPatch([m] if faulty else [], safe_forward):
+    with SafeConvolutions() if safe and needs_safe_convolutions([m]) else nullcontext():
         with torch.autocast('cpu', torch.bfloat16, enabled=half): y = m(x)
         y.backward(g.to(y.dtype))
     return [t.detach().double() for t in (y, x.grad, m.weight.grad, m.bias.grad)]
 
 
-def errors(seed, replaced=True) -> dict:
+def errors(seed, safe=True) -> dict:
     "Names of the wrong tensors, by format and precision."
     rng = random.Random(seed)
     torch.manual_seed(seed)
     case = convolution(rng)
     if case is None: return {}
     m, x, g = case
-    truth, found = trained(deepcopy(m).double(), x.double(), g, replaced=False), {}
+    truth, found = trained(deepcopy(m).double(), x.double(), g, safe=False), {}
     for last in False, True:
         for p in 'fp32', 'bf16':
-            parts = zip(('result', 'dx', 'dw', 'db'), trained(m, x, g, p == 'bf16', last, replaced), truth)
+            parts = zip(('result', 'dx', 'dw', 'db'), trained(m, x, g, p == 'bf16', last, safe), truth)
             offs = {k: ((a - b).abs().max()/b.abs().max().clamp_min(1e-30)).item() for k, a, b in parts}
             found['channels last' if last else 'contiguous', p] = [k for k, off in offs.items() if not off <= TOLERANCE[p]]
     return {f'{k}, {m}, {tuple(x.shape)}': v for k, v in found.items()}

@@ -9,6 +9,7 @@ from types import FunctionType
 from .devices import unwrap_model
 from .module_hooks import LOCK
 from .nested_tensors import tensors_of
+from .onednn_workarounds import note_rewritten
 from .random_state import python_state
 
 __all__ = ['CHANGES', 'compiling_quietly', 'note_reasons', 'own_code', 'print_compiled', 'reason_of']
@@ -63,7 +64,3 @@ def print_compiled(cb, model, start, args, kwargs, again=False):
     shapes = ', '.join(str(tuple(t.shape)) for t in tensors_of((args, kwargs)))
     if not cb.quiet: print(f"{type(cb).__name__}: {type(model).__name__} compiled {'again ' if again else ''}in "
                            f"{cb.seconds:.0f} s, for inputs of {shapes}.")
-
-
-@contextmanager
-def note_rewritten(rewritten): yield  # TEMPORARY

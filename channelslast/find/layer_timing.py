@@ -1,5 +1,6 @@
 "Find the layers that are slower in half precision: each is timed alone, with inputs as in a training step."
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 
 from ..core.autocast import fp32_forward
 from ..core.devices import elapsed_ms
-from ..core.onednn_workarounds import hits_onednn_6035, pads_in_kernel, safe_forward
+from ..core.onednn_workarounds import SafeConvolutions, needs_safe_convolutions
 from .selection import fastest
 
 __all__ = ['LayerTiming', 'record_inputs', 'layer_key', 'time_layers', 'fp32_names']
@@ -51,11 +52,11 @@ def layer_ms(m, x, device, half, in_fp32) -> float:
     """Milliseconds of one forward and backward pass of a layer in autocast, or in fp32 with the casts that it needs
     there. On a GPU the mean of several passes, since one is computed while the next one is launched."""
     forward, n = m.forward, 1 if device.type == 'cpu' else PASSES
-    if device.type == 'cpu' and (hits_onednn_6035(m) or pads_in_kernel(m)): forward = safe_forward(m, forward)
+    safe = SafeConvolutions() if device.type == 'cpu' and needs_safe_convolutions([m]) else nullcontext()
     if in_fp32: forward = fp32_forward(forward, device.type, half)
     def _passes():
         for _ in range(n):
-            with torch.autocast(device.type, half): out = forward(x)
+            with safe, torch.autocast(device.type, half): out = forward(x)
             if out.requires_grad: out.backward(torch.ones_like(out))
             x.grad = None
             m.zero_grad(set_to_none=True)

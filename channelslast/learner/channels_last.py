@@ -10,10 +10,8 @@ from fastcore.meta import delegates
 
 from ..core.devices import fit_device, known_problem, model_device
 from ..core.memory_format import align_optimizer, convert_module, convert_nested, kernel_dims, unique_modules
-from ..core.onednn_workarounds import hits_onednn_6035, pads_in_kernel, safe_forward
 from ..core.pickle_as import pickle_as
 from ..core.stand_in import StandInCallback
-from ..core.undo import ForwardPatch
 from .fused_optimizer import restore_optimizer
 from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler, resolve_layers
 
@@ -37,16 +35,13 @@ class ChannelsLast(_FastaiChannelsLast):
     True"""
     order, dims = -1, ()  # before any callback that wraps or copies the model
     measured = False  # True if `format_find` made this callback: it compares numbers and speed, so no warning is needed
-    _warned, _patch = (), ForwardPatch()
+    _warned = ()
 
     def before_fit(self):
         if convert_module(self.model): align_optimizer(self.learn.opt)
-        modules, device = unique_modules(self.model), model_device(self.model).type
-        self.dims = {*kernel_dims(modules).values()}
-        layers = [m for m in modules if device == 'cpu' and (hits_onednn_6035(m) or pads_in_kernel(m))]
-        self._patch = self._patch.renew(layers, safe_forward)  # a batch of an outer fit may be running
+        self.dims = {*kernel_dims(unique_modules(self.model)).values()}
         cudnn = torch.backends.cudnn
-        if device == 'cuda' and cudnn.deterministic and not cudnn.benchmark:
+        if model_device(self.model).type == 'cuda' and cudnn.deterministic and not cudnn.benchmark:
             self._warn_once("cuDNN is set to deterministic without benchmarking, as by fastai's `no_random`: "
                             "convolutions in channels last can fail. Use `channelslast.less_random` instead.")
 
@@ -60,17 +55,7 @@ class ChannelsLast(_FastaiChannelsLast):
         self._warned += (message,)
         warnings.warn(message, stacklevel=3)
 
-    def before_batch(self):
-        self.learn.xb = convert_nested(self.xb, self.dims)
-        self._patch.apply()
-
-    def leave(self):
-        "Restore the layers' own forwards."
-        self._patch.undo()
-
-    def after_fit(self):
-        self.leave()
-        self._patch = ForwardPatch()  # the old one holds layers of the model
+    def before_batch(self): self.learn.xb = convert_nested(self.xb, self.dims)
 
 
 @patch

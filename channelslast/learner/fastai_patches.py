@@ -3,11 +3,12 @@
 | method | fastai's | here |
 |---|---|---|
 | `one_batch` | leaves autocast on for the session if the model or the loss raises | autocast ends with the batch |
+| `one_batch` | runs convolutions that CPU kernels compute wrongly | correct kernels compute them |
 | `to_fp16`, `to_bf16` | add a second mixed precision to an existing one: the loss is scaled twice | replace it |
 | `load` | gives the optimizer's state the strides that it was saved with | the strides of the current parameters |
 | `EXPLAINED_METHODS` | raise `view` errors without mentioning channels last | a note says where, why, what to do |"""
+from contextlib import nullcontext
 from functools import wraps
-from weakref import WeakKeyDictionary
 
 import torch
 from fastai.callback.fp16 import AMPMode, MixedPrecision
@@ -18,8 +19,7 @@ from fastcore.meta import delegates
 from ..core.autocast import restore_autocast
 from ..core.devices import fit_device
 from ..core.memory_format import align_optimizer, unique_modules
-from ..core.onednn_workarounds import pads_in_kernel, safe_forward
-from ..core.undo import ForwardPatch
+from ..core.onednn_workarounds import SafeConvolutions, needs_safe_convolutions, pause_safe_convolutions
 from ..core.stand_in import StandInCallback, model_of, running_fits
 from .channels_last import ChannelsLast
 from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler
@@ -29,30 +29,29 @@ __all__ = []
 
 # together these run every model, loss function, metric, callback and optimizer; fastai's other methods call them
 EXPLAINED_METHODS = 'fit', 'validate', 'get_preds', 'predict', 'tta', 'show_results', 'one_batch', 'create_opt'
-_one_batch, _fit, _load = Learner.one_batch, Learner.fit, Learner.load
-_forward_caches = WeakKeyDictionary()  # per Learner
+_one_batch, _optimizer_step, _fit, _load = Learner.one_batch, Learner._step, Learner.fit, Learner.load
 
 
 @patch
 def one_batch(self:Learner, i, b):
     "Train or evaluate `self.model` on batch `(xb,yb)`"
-    # If the model or the loss raises, no event turns autocast off. Patched forwards stay for the backward pass, where
-    # checkpointing calls them again. They are undone in the reverse order.
-    kinds = DeviceMixedPrecision, ChannelsLast  # the last one that patched is first
-    cbs = [cb for kind in kinds for cb in reversed([*self._grab_cbs(kind)])]
-    device, patched = fit_device(self).type, any(isinstance(cb, (DeviceMixedPrecision, ChannelsLast)) for cb in cbs)
-    # PyTorch's CPU kernels compute some 3-D convolutions wrongly, even in contiguous fp32
-    modules = unique_modules(self.model) if device == 'cpu' and not patched else ()
-    layers = [m for m in modules if isinstance(m, (torch.nn.Conv3d, torch.nn.ConvTranspose3d)) and pads_in_kernel(m)]
-    cache = _forward_caches.setdefault(self, {}) if layers else {}
-    with restore_autocast(device), ForwardPatch(layers, safe_forward, cache):
+    # if the model or the loss raises, no event turns autocast off or removes the hooks of layers in fp32
+    device, mixed = fit_device(self).type, [*self._grab_cbs(DeviceMixedPrecision)]
+    plain = not mixed and not self._grab_cbs(ChannelsLast)
+    unsafe = device == 'cpu' and needs_safe_convolutions(unique_modules(self.model), only_3d=plain)
+    with restore_autocast(device), SafeConvolutions() if unsafe else nullcontext():
         try: _one_batch(self, i, b)
         except Exception as e:
             for cb in self._grab_cbs(StandInCallback): cb.explain(e)
             raise
         finally:
             self.model = model_of(self)
-            for cb in cbs: cb.leave()
+            for cb in mixed: cb.leave()
+
+
+@patch
+def _step(self:Learner):
+    with pause_safe_convolutions(): _optimizer_step(self)
 
 
 @wraps(_fit)

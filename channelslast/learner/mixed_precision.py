@@ -15,10 +15,7 @@ from torch import nn
 from ..core import devices
 from ..core.autocast import DTYPES, HALF_DTYPES, cast_floats, run_in_fp32
 from ..core.devices import model_device, unwrap_model
-from ..core.memory_format import unique_modules
-from ..core.onednn_workarounds import pads_in_kernel, safe_forward
 from ..core.pickle_as import pickle_as
-from ..core.undo import ForwardPatch
 
 __all__ = ['check_amp_mode', 'check_scaler', 'resolve_layers', 'DeviceMixedPrecision']
 
@@ -84,7 +81,7 @@ class DeviceMixedPrecision(MixedPrecision):
     """fastai's `MixedPrecision`, but on the model's device (fastai's uses `'cuda'` on every device) and with every
     `GradScaler` argument respected. If the dtype is slow on the device, it trains in fp32 and warns once."""
     name, fp32_layers = 'mixed_precision', ()
-    _warned, _entered, _patch, _in_fp32, _handles = False, ExitStack(), ForwardPatch(), (), ()
+    _warned, _entered, _in_fp32, _handles = False, ExitStack(), (), ()
 
     def __init__(self,
         amp_mode: str|AMPMode = AMPMode.FP16, # `'fp16'` or `'bf16'`
@@ -102,7 +99,6 @@ class DeviceMixedPrecision(MixedPrecision):
         self.autocast = torch.autocast(kind, DTYPES[self.amp_mode], enabled=fast)
         names = resolve_layers(self.model, self.fp32_layers, 'DeviceMixedPrecision') if fast else ()
         self._in_fp32 = [unwrap_model(self.model).get_submodule(n) for n in names]
-        self._patch = ForwardPatch([m for m in unique_modules(self.model) if kind == 'cpu' and pads_in_kernel(m)], safe_forward)
         enabled = fast and self.amp_mode is AMPMode.FP16 and self.kwargs.get('enabled', True)  # bf16 has fp32's range
         self.learn.scaler, self.scales = torch.amp.GradScaler(kind, **{**self.kwargs, 'enabled': enabled}), L()
 
@@ -122,7 +118,6 @@ class DeviceMixedPrecision(MixedPrecision):
         self.leave()  # a callback may have canceled the previous batch before its loss
         self._entered = ExitStack()
         self._entered.enter_context(self.autocast)
-        self._patch.apply()
         half = DTYPES[self.amp_mode]  # hooks exist only in a batch: between batches the model is as without them
         self._handles = [h for m in self._in_fp32 for h in run_in_fp32(m, self.autocast.device, half)]
 
@@ -136,11 +131,10 @@ class DeviceMixedPrecision(MixedPrecision):
         self.after_loss()
         for h in self._handles: h.remove()
         self._handles = ()
-        self._patch.undo()
 
     after_cancel_batch = leave
 
     def after_fit(self):
         self.leave()
-        self._patch, self._in_fp32 = ForwardPatch(), ()
+        self._in_fp32 = ()
         super().after_fit()

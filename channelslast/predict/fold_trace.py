@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode  # no public name
 
 from ..core.nested_tensors import tensors_of
-from ..core.model_copy import HOOKS, is_plain, own_dicts
+from ..core.model_copy import HOOKS, own_dicts
 
 __all__ = ['WEIGHTS', 'STATISTICS', 'Pair', 'Cast', 'ForwardTrace', 'layer_tensors']
 

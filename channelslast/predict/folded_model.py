@@ -39,8 +39,10 @@ class Pairing:
 
 def trace_pass(model, args, kwargs) -> tuple: # The plan of `Pair`s and `Cast`s; number of batch norms after convolutions
     "Trace one pass of a private copy."
-    with ForwardTrace(model) as trace: out = model(*args, **kwargs)  # kept while the plan is made
-    return trace.plan(), trace.found
+    with ForwardTrace(model) as trace: out = model(*args, **kwargs)
+    plan = trace.plan()
+    del out  # only now: what the pass still holds is read by others
+    return plan, trace.found
 
 
 class FoldedModel:
