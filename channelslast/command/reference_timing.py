@@ -21,11 +21,10 @@ from torch import nn
 
 from .. import less_random
 from ..predict.compile_predictions import CompilePredictions
-from ..core.autocast import fp32_forward
+from ..core.autocast import run_in_fp32
 from ..core.devices import elapsed_ms, synchronize
 from ..core.glibc_malloc import keep_memory
 from ..core.memory_format import CHANNELS_LAST_FORMATS
-from ..core.undo import ForwardPatch
 from ..find.candidates import apply_timing
 from ..find.layer_timing import fp32_names
 from ..find.results import label
@@ -66,7 +65,7 @@ def plain_loop(learn, batch, row, layers=()):
         if p.dim() == x.dim(): p.data = p.data.to(memory_format=fmt)
     opt = learn.opt_func(learn.splitter(model), lr=0.)
     in_fp32 = [model.get_submodule(n) for n in fp32_names(layers, half)] if tuned else ()
-    ForwardPatch(in_fp32, lambda m, forward: fp32_forward(forward, device.type, dtype)).apply()
+    for m in in_fp32: run_in_fp32(m, device.type, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=half == 'fp16')
     scale = None
     def _step():

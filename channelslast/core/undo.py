@@ -1,49 +1,12 @@
-"Temporary changes to modules and dictionaries, and their undo."
+"Restore dictionaries and modules after a block."
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from types import FunctionType
 
 import torch
 
 from .random_state import restore_random_states
 
-__all__ = ['ForwardPatch', 'restore_dict', 'undo_on_error']
-
-
-class ForwardPatch:
-    "Replaces the forwards of module instances from `apply()` to `undo()`. Also a context manager."
-    def __init__(self,
-        modules=(),
-        wrap=None, # `wrap(module, forward)` returns the new forward
-        cache=None, # Dictionary of new forwards to reuse: a compiled model would recompile for a new function
-    ):
-        self.modules, self.wrap, self.replaced = list(modules), wrap, []
-        self.cache = {} if cache is None else cache
-
-    def apply(self):
-        self.undo()
-        self.replaced = [(m, vars(m).get('forward')) for m in self.modules]
-        for m in self.modules:
-            key = m, m.forward
-            if key not in self.cache:
-                self.cache[key] = self.wrap(m, m.forward)
-                if isinstance(self.cache[key], FunctionType): self.cache[key].replaced = vars(m).get('forward')
-            vars(m)['forward'] = self.cache[key]
-
-    def undo(self):
-        for m, forward in self.replaced:
-            if forward is None: vars(m).pop('forward', None)
-            else: vars(m)['forward'] = forward
-        self.replaced = []
-
-    def renew(self, modules, wrap):
-        "A patch of other modules, whose next `apply()` or `undo()` also undoes this one."
-        new = ForwardPatch(modules, wrap)
-        new.replaced = self.replaced
-        return new
-
-    def __enter__(self): self.apply()
-    def __exit__(self, *exc): self.undo()
+__all__ = ['restore_dict', 'undo_on_error']
 
 
 def restore_dict(undo, d):
