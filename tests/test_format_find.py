@@ -42,8 +42,8 @@ def test_format_find_with_fewer_precisions_or_formats_measures_these_and_contigu
     assert [*rows_of(find(**kwargs))] == names
 
 
-def test_each_candidate_runs_in_its_format_and_dtype(has):
-    has('bf16')
+def test_each_candidate_runs_in_its_format_and_dtype(has, fake_steps):
+    has('bf16'); fake_steps({})
     seen = set()
     class Probe(nn.Conv2d):
         def forward(self, x):
@@ -198,8 +198,8 @@ def test_candidates_with_wrong_numbers_are_never_chosen(has, fake_steps, bad, wr
 
 
 @pytest.mark.parametrize('fast', [('fp16',), ('bf16', 'fp16')])
-def test_candidates_of_an_ordinary_model_are_valid_in_every_format_and_dtype(has, fast):
-    has(*fast)
+def test_candidates_of_an_ordinary_model_are_valid_in_every_format_and_dtype(has, fake_steps, fast):
+    has(*fast); fake_steps({})
     t = find(learner(head(nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout())), num_it=1)
     rows = rows_of(t)
     assert all(r.valid for r in t.rows) and rows[ALL[0]].loss_diff == rows[ALL[0]].grad_diff == 0.

@@ -264,13 +264,13 @@ def test_a_layer_stays_in_fp32_only_where_that_is_clearly_faster(net, fp32, kept
     assert t.layers[1].kept == kept and ('channels last, bf16+fp32' in rows_of(t)) == (kept == 'fp32')
 
 
-def test_layers_that_cannot_run_alone_or_have_inputs_of_several_shapes_are_not_timed(has):
+def test_layers_that_cannot_run_alone_or_have_inputs_of_several_shapes_are_not_timed(has, fake_steps):
     class Odd(nn.Linear):
         def forward(self, x, more): return super().forward(x)
     class Net(nn.Module):
         def __init__(self): super().__init__(); self.c, self.o, self.l = nn.Conv2d(3, 3, 3), Odd(3, 4), nn.Linear(4, 4)
         def forward(self, x): return self.l(self.l(self.o(self.c(x).mean((2, 3)), 1)).repeat(2, 1))[:len(x)]  # `l` gets two shapes
-    has('bf16')
+    has('bf16'); fake_steps({})
     t = find(learner(Net()), layers=True, num_it=1)
     assert [r.names for r in t.layers] == [('c',)] and all(r.valid for r in t.rows)
 
