@@ -1,4 +1,5 @@
 "How the suite runs: processes, markers, notebooks and doctests; fixtures. Models, Learners and states are in helpers.py."
+import gc
 import os
 import re
 import time
@@ -11,8 +12,6 @@ from fastai.vision.all import Learner, ProgressCallback, defaults
 from channelslast import less_random
 from channelslast.core import devices
 from .helpers import Clock, Compilations, setting_of
-from .helpers import *  # noqa  temporary
-from .helpers import strides, shake, names_library, Mixed, Breaks, Steep  # noqa  temporary
 
 collect_ignore = ['two_processes.py', 'conv_fuzz.py', 'notebooks.py', 'helpers.py']  # doctest would import the scripts
 MAX_PROCESSES = 8  # each takes 1 to 2 GB; more would wait for the longest tests
@@ -22,7 +21,7 @@ MAX_PROCESSES = 8  # each takes 1 to 2 GB; more would wait for the longest tests
 def pytest_cmdline_main(config):
     "Run whole folders in one process per core, with one thread each. Tests that share a GPU run in one process."
     whole = all(os.path.isdir(o) for o in config.args)
-    if getattr(config.option, 'numprocesses', 0) is not None or not whole: return
+    if getattr(config.option, 'numprocesses', 0) is not None or not whole or hasattr(config, 'workerinput'): return
     config.option.numprocesses = config.option.maxprocesses = min(os.cpu_count() or 1, MAX_PROCESSES)
     config.option.dist = 'loadgroup'
     os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')  # read by the processes that start now
@@ -80,6 +79,12 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section('zoo')
         for row in [heading, re.sub(r'[^|]+', '---', heading), *rows]: terminalreporter.write_line(row)
         terminalreporter.write_line(f"{sum(o.endswith('| equal |') for o in rows)} of {len(rows)} architectures equal")
+
+
+def pytest_collection_finish():
+    "The package collects garbage often, which takes half as long without all that is imported by now."
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
