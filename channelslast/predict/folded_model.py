@@ -42,6 +42,7 @@ def trace_pass(model, args, kwargs) -> tuple: # The plan of `Pair`s and `Cast`s;
     with ForwardTrace(model) as trace: out = model(*args, **kwargs)
     plan = trace.plan()
     del out  # only now: what the pass still holds is read by others
+    for c in (*trace.calls, *trace.stack): vars(c).clear()  # calls and operations name each other, and hold modules
     return plan, trace.found
 
 
