@@ -31,7 +31,7 @@ def fp32_forward(forward, device_type: str, half: torch.dtype):
     return _forward
 
 
-_running = threading.local()  # `.calls`: modules that run in fp32 in this thread, with their autocast context or None
+_calls = threading.local()  # `.left`: modules of this thread that run in fp32, and True if they left autocast
 
 
 class _Fp32Hook:
@@ -44,22 +44,19 @@ class _Fp32Hook:
 class _LeaveAutocast(_Fp32Hook):
     "Forward pre-hook: leave autocast and cast the inputs to fp32."
     def __call__(self, module, args, kwargs):
-        on = torch.is_autocast_enabled(self.device_type)
-        context = torch.autocast(self.device_type, enabled=False) if on else None
-        vars(_running).setdefault('calls', []).append((module, context))
-        if not on: return None
-        context.__enter__()
+        leaves = torch.is_autocast_enabled(self.device_type)
+        vars(_calls).setdefault('left', []).append((module, leaves))
+        if not leaves: return None
+        torch.set_autocast_enabled(self.device_type, False)
         return cast_floats((args, kwargs), torch.float32, HALF_DTYPES)
 
 
 class _ReturnToAutocast(_Fp32Hook):
     "Forward hook: return to autocast and cast the output back. Also called after an error, maybe of an earlier hook."
     def __call__(self, module, args, out):
-        calls = vars(_running).get('calls')
-        if not calls or calls[-1][0] is not module: return None
-        context = calls.pop()[1]
-        if context is None: return None
-        context.__exit__(None, None, None)
+        left = vars(_calls).get('left')
+        if not left or left[-1][0] is not module or not left.pop()[1]: return None
+        torch.set_autocast_enabled(self.device_type, True)
         return cast_floats(out, self.half, (torch.float32,))
 
 
