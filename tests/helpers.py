@@ -1,9 +1,11 @@
 "What several test files need: small models and Learners, all that a Learner holds, a clock under the test's control."
+import gc
 import multiprocessing
 import random
 import re
 import sys
 import threading
+import weakref
 
 import numpy as np
 import torch
@@ -355,10 +357,10 @@ def truth_of(learn):
 
 class Compilations(list):
     """Stands in for `torch.compile`. A list with the calls of each compiled function, and these with the shape of the first
-    input. Without `real`, functions run as they are, and no compiler is needed. Tests of such functions may set
-    `.output(out)`, which changes each output, and `.fits(n)`: False if the guards don't hold in the n-th call."""
+    input. `alive()` counts those that exist. Without `real`, functions run as they are, and no compiler is needed. Tests of
+    such functions may set `.output(out)`, which changes each output, and `.fits(n)`: False if the guards fail in the n-th call."""
     def __init__(self, monkeypatch, real=None):
-        self.real, self.output, self.fits, self.running = real, lambda out: out, lambda n: True, threading.local()
+        self.refs, self.real, self.output, self.fits, self.running = [], real, lambda out: out, lambda n: True, threading.local()
         monkeypatch.setattr(torch, 'compile', self.compile)
         if not real: monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: getattr(self.running, 'compiled', False))
 
@@ -369,7 +371,12 @@ class Compilations(list):
         def _run(*args, **kw):
             calls.append(tuple(next(o.shape for o in (*args, *kw.values()) if isinstance(o, torch.Tensor))))
             return run(*args, **kw)
+        self.refs.append(weakref.ref(_run))
         return _run
+
+    def alive(self) -> int:
+        gc.collect()
+        return sum(r() is not None for r in self.refs)
 
     def _run(self, f, backend, calls, args, kwargs):
         if not self.fits(len(calls)):  # then PyTorch traces and compiles again, or does not, depending on its stance

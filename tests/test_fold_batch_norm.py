@@ -456,7 +456,8 @@ class Diverges(Pairs):
 WAYS = {'something between': lambda self, x, y: self.norm(y + 1),
         'the norm twice': lambda self, x, y: self.norm(self.norm(y)),
         'no norm': lambda self, x, y: y,
-        'another conv': lambda self, x, y: self.conv(y), 'the conv twice': lambda self, x, y: self.norm(self.conv(y)), 'no conv': lambda self, x, y: self.norm(x)}
+        'another conv': lambda self, x, y: self.conv(y),
+        'the conv twice': lambda self, x, y: self.norm(self.conv(y)), 'no conv': lambda self, x, y: self.norm(x)}
 
 
 @pytest.mark.parametrize('way', WAYS)
