@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from fastai.callback.fp16 import AMPMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from .nested_tensors import map_tensors
 
@@ -63,8 +64,15 @@ class _ReturnToAutocast(_Fp32Hook):
 def run_in_fp32(module, device_type: str, half: torch.dtype) -> list: # Handles, whose `remove()` undoes it
     """Have a module run outside autocast: half-precision inputs are cast to fp32, and fp32 outputs back to `half`. Hooks
     get the module that runs, so copies and replicas of the module do the same, each in its own thread."""
-    return [module.register_forward_pre_hook(_LeaveAutocast(device_type, half), with_kwargs=True),
-            module.register_forward_hook(_ReturnToAutocast(device_type, half), always_call=True)]
+    leave, back = _LeaveAutocast(device_type, half), _ReturnToAutocast(device_type, half)
+    if not isinstance(module, torch.jit.ScriptModule):
+        return [module.register_forward_pre_hook(leave, with_kwargs=True),
+                module.register_forward_hook(back, always_call=True)]
+    def _before(m, args): # scripts take hooks of all modules only
+        changed = leave(m, args, {}) if m is module else None
+        return changed and changed[0]
+    return [register_module_forward_pre_hook(_before), register_module_forward_hook(
+        lambda m, args, out: back(m, args, out) if m is module else None, always_call=True)]
 
 
 def _open_contexts() -> int:

@@ -15,6 +15,7 @@ PLAIN = 'input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups'
 TRANSPOSED = 'input', 'weight', 'bias', 'stride', 'padding', 'output_padding', 'groups', 'dilation'
 ARGUMENTS = {torch.conv1d: PLAIN, torch.conv2d: PLAIN, torch.conv3d: PLAIN, torch.conv_transpose1d: TRANSPOSED,
              torch.conv_transpose2d: TRANSPOSED, torch.conv_transpose3d: TRANSPOSED}
+HALF, ONES, ZEROS = (torch.bfloat16, torch.float16), (1, (1, 1), (1, 1, 1)), (0, (0, 0), (0, 0, 0))
 BACKWARD = {Tensor.backward: torch.autograd.backward, **{f: f for f in (torch.autograd.backward, torch.autograd.grad)}}
 
 
@@ -44,12 +45,13 @@ def _other_call(a, transposed, avx512) -> tuple: # Changed arguments, or None; p
 
     The input is padded before the call, or the output of a transposed one cropped after it. A result of one column is
     computed with stride 1 from the columns that it reads. A transposed input of one column gets a second one, zeros."""
-    x, w, groups, p = a.get('input'), a.get('weight'), a.get('groups', 1), a.get('padding', 0)
-    if not all(isinstance(t, Tensor) and t.layout is torch.strided and not t.is_nested for t in (x, w)):
-        return None, None
-    n, k = w.ndim - 2, w.shape[2:]
-    if x.device.type != 'cpu' or x.ndim not in (n + 1, n + 2): return None, None
-    s, d = _per_dim(a.get('stride', 1), n), _per_dim(a.get('dilation', 1), n)
+    x, w, s, p, groups = a.get('input'), a.get('weight'), a.get('stride', 1), a.get('padding', 0), a.get('groups', 1)
+    if not isinstance(x, Tensor) or not isinstance(w, Tensor): return None, None
+    n, half = w.ndim - 2, x.dtype in HALF or torch.is_autocast_enabled('cpu')
+    if s in ONES and (p in ZEROS or (n < 3 and not half)): return None, None  # most calls: no condition can hold
+    if any(t.layout is not torch.strided or t.is_nested for t in (x, w)) or x.device.type != 'cpu': return None, None
+    if x.ndim not in (n + 1, n + 2): return None, None
+    k, s, d = w.shape[2:], _per_dim(s, n), _per_dim(a.get('dilation', 1), n)
     reach = [d*(k - 1) + 1 for d, k in zip(d, k)]
     if isinstance(p, str): sides = [((r - 1)//2, r//2) if p == 'same' else (0, 0) for r in reach]
     else: sides = [(p, p) for p in _per_dim(p, n)]
@@ -58,7 +60,6 @@ def _other_call(a, transposed, avx512) -> tuple: # Changed arguments, or None; p
         o = _per_dim(a.get('output_padding', 0), n)
         result, size = size, [(i - 1)*s - p + r + o for i, s, p, r, o in zip(size, s, sums, reach, o)]
     else: result = [(i + p - r)//s + 1 for i, s, p, r in zip(size, s, sums, reach)]
-    half = torch.is_autocast_enabled('cpu') or x.dtype in (torch.bfloat16, torch.float16)
     column = avx512 and misreads_column(k, s, result, w.shape[1] == 1 == groups, half)
     padded = misses_input(k, s, before, d, size) or (avx512 and misreads_padding(k, s, before, size, half))
     if not column and not padded:
