@@ -2,7 +2,7 @@
 import sys
 import threading
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import torch
 from fastai.callback.fp16 import AMPMode
@@ -44,12 +44,12 @@ class _Fp32Hook:
 
 class _LeaveAutocast(_Fp32Hook):
     "Forward pre-hook: leave autocast and cast the inputs to fp32."
-    def __call__(self, module, args, kwargs):
+    def __call__(self, module, args, kwargs=None): # Without `kwargs` while another thread registers or removes it
         leaves = torch.is_autocast_enabled(self.device_type)
         vars(_calls).setdefault('left', []).append((module, leaves))
         if not leaves: return None
         torch.set_autocast_enabled(self.device_type, False)
-        return cast_floats((args, kwargs), torch.float32, HALF_DTYPES)
+        return cast_floats(args if kwargs is None else (args, kwargs), torch.float32, HALF_DTYPES)
 
 
 class _ReturnToAutocast(_Fp32Hook):
@@ -61,18 +61,21 @@ class _ReturnToAutocast(_Fp32Hook):
         return cast_floats(out, self.half, (torch.float32,))
 
 
+@cache
+def _fp32_hooks(device_type, half) -> tuple: # The same objects in each batch: a copy of the model has them, too
+    return _LeaveAutocast(device_type, half), _ReturnToAutocast(device_type, half)
+
+
 def run_in_fp32(module, device_type: str, half: torch.dtype) -> list: # Handles, whose `remove()` undoes it
     """Have a module run outside autocast: half-precision inputs are cast to fp32, and fp32 outputs back to `half`. Hooks
     get the module that runs, so copies and replicas of the module do the same, each in its own thread."""
-    leave, back = _LeaveAutocast(device_type, half), _ReturnToAutocast(device_type, half)
+    leave, back = _fp32_hooks(device_type, half)
     if not isinstance(module, torch.jit.ScriptModule):
         return [module.register_forward_pre_hook(leave, with_kwargs=True),
                 module.register_forward_hook(back, always_call=True)]
-    def _before(m, args): # scripts take hooks of all modules only
-        changed = leave(m, args, {}) if m is module else None
-        return changed and changed[0]
-    return [register_module_forward_pre_hook(_before), register_module_forward_hook(
-        lambda m, args, out: back(m, args, out) if m is module else None, always_call=True)]
+    def _own(hook): return lambda m, *args: hook(m, *args) if m is module else None
+    return [register_module_forward_pre_hook(_own(leave)),  # scripts take hooks of all modules only
+            register_module_forward_hook(_own(back), always_call=True)]
 
 
 def _open_contexts() -> int:

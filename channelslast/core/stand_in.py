@@ -1,4 +1,5 @@
 "A function in the place of a Learner's model, from the end of `before_batch` to the call of the model."
+import sys
 import warnings
 from types import SimpleNamespace
 from weakref import WeakKeyDictionary
@@ -36,7 +37,7 @@ class Work(SimpleNamespace):
 class StandInCallback(Callback):
     """Runs `run_model(forward, *args, **kwargs)` instead of the model in the batches that it `takes_part` in. `forward`
     is the model, or what another callback puts in its place. No other callback meets anything but the model."""
-    order = 1_000_000  # the last one before the model runs
+    order = sys.float_info.max  # the last one before the model runs
     speeds_up = True  # `to_contiguous(to_fp32=True)` removes it
     measured = False  # True if `to_fastest` added it, so that a later call removes it
     quiet = False  # True while `format_find` measures

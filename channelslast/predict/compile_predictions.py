@@ -1,5 +1,7 @@
 "`CompilePredictions`: predict with the model compiled and its weights frozen."
+import math
 import sys
+import threading
 import time
 import weakref
 
@@ -33,30 +35,37 @@ def _plain(args):
     return map_tensors(lambda t: _f(t.clone() if t.is_inference() else t), args)
 
 
+_compiling = threading.local()  # `.constants`: tensors that the code which this thread compiles holds
+
+
+def _backend(graph, inputs): # PyTorch keeps each backend for the life of the process
+    constants = vars(_compiling).get('constants')
+    if constants is None: raise Misfit(CHANGES)  # a later call that the code does not fit
+    constants += [getattr(graph, n.target) for n in graph.graph.nodes if n.op == 'get_attr']
+    return torch._inductor.compile(graph, inputs)  # its entrance for graphs
+
+
 class FrozenModel:
-    "A model compiled for one kind of input. `.constants` lists the tensors that the compiled code holds."
-    def __init__(self, model, args, kwargs, types): # `types`: those of the tensors that the model gives uncompiled
+    "A model compiled for one kind of input. `constants` gets the tensors that the compiled code holds."
+    def __init__(self, model, args, kwargs, types, constants): # `types` of the tensors that the model gives uncompiled
         from torch._dynamo.eval_frame import remove_from_cache  # PyTorch keeps compiled code and its constants
         from torch._inductor.codecache import PyCodeCache  # for the life of the process
         if len(types) > 1: raise NotPrepared('its outputs are tensors of several types')
-        self.start, self.types, self.constants, is_compiled = time.perf_counter(), types, [], []
+        self.start, self.types = time.perf_counter(), types
         def _forward(*args, **kwargs):
             if not torch.compiler.is_compiling(): raise Misfit('`torch.compile` is disabled')
             return model(*args, **kwargs)
-        def _backend(graph, inputs):
-            if is_compiled: raise Misfit(CHANGES)
-            self.constants += [getattr(graph, n.target) for n in graph.graph.nodes if n.op == 'get_attr']
-            return torch._inductor.compile(graph, inputs)  # its entrance for graphs
         forward, n = own_code(_forward), len(PyCodeCache.modules)
         weakref.finalize(forward, remove_from_cache, forward.__code__)
         self.run = torch.compile(forward, fullgraph=True, dynamic=False, backend=_backend)
         try:
+            _compiling.constants = constants
             # `options` come too late: the weights would be inputs of the compiled code
             with compiling_quietly(), torch._inductor.config.patch(freezing=True): self(*args, **kwargs)
         finally:
+            _compiling.constants = None
             for m in PyCodeCache.modules[n:]: sys.modules.pop(m.__name__, None)
             del PyCodeCache.modules[n:]
-        is_compiled.append(True)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -84,7 +93,7 @@ class CompilePredictions(PredictionCallback):
     ...                 cbs=CompilePredictions())
     >>> with learn.no_bar(): preds, targs = learn.get_preds() # doctest: +ELLIPSIS
     CompilePredictions: Sequential compiled in ... s, for inputs of (4, 3, 32, 32)."""
-    order = PredictionCallback.order + 1  # other shapes run folded
+    order = math.inf  # after `FoldBatchNorm`, which runs other shapes
     max_copies, exact, half = 1, {torch.float64: 1e-3, torch.float32: 1e-3}, 1e-1
     differs = 'its outputs differ when compiled (relative difference {})'
     reason, seconds = '', None  # Why the model is not compiled; seconds that the last compilation took
@@ -112,8 +121,8 @@ class CompilePredictions(PredictionCallback):
         if self.work.reasons: raise NotPrepared(self.work.reasons[0])
         for m in copy.model.modules():
             if type(m) is ToTensorBase: m.forward = noop  # the output is cast afterwards
-        run = FrozenModel(copy.model, args, kwargs, {type(t) for t in tensors_of(truth)})
-        others = {id(t): t for t in run.constants if t.data_ptr() not in {t.data_ptr() for t in state.watched}}
+        run = FrozenModel(copy.model, args, kwargs, {type(t) for t in tensors_of(truth)}, constants := [])
+        others = {id(t): t for t in constants if t.data_ptr() not in {t.data_ptr() for t in state.watched}}
         if not all(map(is_plain, others.values())): raise NotPrepared('it depends on tensors of other types')
         state.tensors += others.values()  # compared from now on
         state.take_values()

@@ -113,7 +113,7 @@ class ForwardTrace(TorchDispatchMode):
         layers = [c for c in self.calls if isinstance(c.module, AUTOCAST) and c.module not in folded]
         for c, k in product(layers, WEIGHTS):
             p = own_dicts(c.module)[0].get(k)
-            if p is not None: casts[c.module, k] |= {o.dtype if o.name in COPIES else None for o in c.ops if id(p) in o.ins}
+            if p is not None: casts[c.module, k] |= {o.dtype if o.name in COPIES else None for o in self.reads[id(p)]}
         return *pairs, *(Cast(*o, *to) for o, to in casts.items() if to in ({float16}, {bfloat16}))
 
     def _pair(self, conv, norm):
@@ -121,6 +121,7 @@ class ForwardTrace(TorchDispatchMode):
         pair = Pair(conv.module, norm.module, tuple(c.module for c in norm.inner), conv.dtype)
         if pair.norm.training or not _is_complete(pair) or conv.inner: return None
         if any(m in self.hooked or 'forward' in vars(m) for m in pair[:2]): return None
+        if any(o.call is not conv for t in layer_tensors(pair.conv).values() for o in self.reads[id(t)]): return None
         ops = self._operations(pair, conv, norm)
         if not ops or not self._ends_with(norm, ops[1], conv.dtype) or not self._unseen(conv, norm, *ops): return None
         return pair._replace(dtype=ops[0].dtype)

@@ -116,7 +116,10 @@ class PredictionCallback(StandInCallback):
         if not done: self.drop()
         return done
 
-    def _modes(self): return [(m, type(m), m.training) for m in self.model.modules()], self.setting()
+    def _modes(self): # Without numbers, which the model may count in
+        own = [(m, type(m), vars(m)) for m in self.model.modules()]
+        switches = [v for *_, d in own for v in d.values() if isinstance(v, (bool, str, type(None)))]
+        return [(m, cls, d.get('forward')) for m, cls, d in own], switches, self.setting()
 
     def refuse(self, reason):
         "Predict as without the callback until the model's modules or modes change."
