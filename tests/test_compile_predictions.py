@@ -119,7 +119,7 @@ def test_predictions_inside_a_fit_are_not_compiled_also_after_a_fit_that_failed(
             self.learn.get_preds(inner=True)
             self.learn.validate()
     class Fail(Callback):
-        def after_train(self): raise ZeroDivisionError
+        def after_train(self): raise ZeroDivisionError('now')
     learn = compiling()
     learn.fit(2, cbs=Predict())
     assert uncompiled == []

@@ -35,13 +35,15 @@ def net(n=4):
                                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, n)))
 
 
-SETTINGS = { # what is done with a Learner
-    'channels last': lambda learn: learn.to_channelslast(to_fp16=False), 'bf16': lambda learn: learn.to_channelslast(amp_mode='bf16'),
-    'fp32_layers': lambda learn: learn.to_channelslast(amp_mode='bf16', fp32_layers=['0', '1', '7']),
-    'folded': lambda learn: learn.add_cb(FoldBatchNorm()), 'compiled predictions': lambda learn: learn.add_cb(CompilePredictions()),
-    'compiled training': lambda learn: learn.add_cb(CompileTraining()),
-    'all but fp32_layers': lambda learn: learn.to_channelslast(amp_mode='bf16').add_cbs([FoldBatchNorm(), CompilePredictions(), CompileTraining()]),
-    'all': lambda learn: learn.to_channelslast(amp_mode='bf16', fp32_layers='1').add_cbs([FoldBatchNorm(), CompilePredictions(), CompileTraining()])}
+def all_but_fp32_layers(learn): return learn.to_channelslast(amp_mode='bf16').add_cbs([FoldBatchNorm(), CompilePredictions(), CompileTraining()])
+
+
+SETTINGS = { # what is done with a Learner, and with these layers
+    'channels last': lambda learn, layers=(): learn.to_channelslast(to_fp16=False), 'bf16': lambda learn, layers=(): learn.to_channelslast(amp_mode='bf16'),
+    'fp32_layers': lambda learn, layers=('0', '1', '7'): learn.to_channelslast(amp_mode='bf16', fp32_layers=layers),
+    'folded': lambda learn, layers=(): learn.add_cb(FoldBatchNorm()), 'compiled predictions': lambda learn, layers=(): learn.add_cb(CompilePredictions()),
+    'compiled training': lambda learn, layers=(): learn.add_cb(CompileTraining()), 'all but fp32_layers': lambda learn, layers=(): all_but_fp32_layers(learn),
+    'all': lambda learn, layers=('1',): all_but_fp32_layers(learn).to_channelslast(amp_mode='bf16', fp32_layers=layers)}
 settings = pytest.mark.parametrize('setting', [pytest.param(o, marks=pytest.mark.slow if o in ('bf16', 'all but fp32_layers') else ()) for o in SETTINGS])
 
 
@@ -345,12 +347,12 @@ def test_a_model_that_catches_an_error_of_a_layer_in_fp32_goes_on_in_half_precis
 # interrupts
 
 def raises_now():
-    "A function that raises in its k-th call after `.arm(k, error)`. No attribute of a model shows that it counts."
+    "A function that raises from its k-th call after `.arm(k, error)`; `k` 0: never. No attribute of a model shows that it counts."
     k, calls, error = 0, 0, None
     def _now():
         nonlocal calls
         calls += 1
-        if calls == k: raise error('now')
+        if k and calls >= k: raise error('now')
     def _arm(new_k, new_error=KeyboardInterrupt):
         nonlocal k, calls, error
         k, calls, error = new_k, 0, new_error
@@ -382,8 +384,7 @@ def test_an_interruption_leaves_the_model_as_it_was(setting, where, error):
         order = 100
         def after_batch(self): where == 'callback' and now()
     learn.add_cb(Interrupt())
-    if setting == 'fp32_layers': learn.to_channelslast(amp_mode='bf16', fp32_layers=['net.0', 'head'])
-    else: SETTINGS[setting](learn)
+    SETTINGS[setting](learn, ['net.0', 'head'])
     model = learn.model
     with learn.no_bar(), learn.no_logging():
         preds_of(learn)  # converts the model
