@@ -1,5 +1,6 @@
 "Convolutions that PyTorch computes wrongly on a CPU, and `SafeConvolutions`, which computes them with correct kernels."
 import copy
+import itertools
 import json
 import os
 import pickle
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from channelslast import CompilePredictions, CompileTraining
 from channelslast.core import onednn_workarounds as workarounds
 from channelslast.core.memory_format import convert_module, convert_nested, unique_modules
-from channelslast.core.misread_convolutions import hits_onednn_6035, misreads_padding, misses_input
+from channelslast.core.misread_convolutions import hits_onednn_6035, misreads_column, misreads_padding, misses_input
 from channelslast.core.onednn_workarounds import SafeConvolutions, needs_safe_convolutions, pause_safe_convolutions
 from .conv_fuzz import errors
 from .helpers import convnet, image_folder, learner, loaders, names_library
@@ -44,6 +45,13 @@ def run_python(code):
 
 @pytest.fixture
 def avx512(monkeypatch): monkeypatch.setattr(torch.cpu, '_is_avx512_supported', lambda: True)
+
+
+@pytest.fixture
+def padded_is_misread(monkeypatch, avx512):
+    "Pretend that kernels misread each padded convolution, in float64 too."
+    monkeypatch.setattr(workarounds, 'misreads_padding', lambda k, s, padding, size, half: any(padding))
+    monkeypatch.setattr(workarounds, 'HALF', (torch.float64,))
 
 
 @pytest.fixture
@@ -100,6 +108,15 @@ def test_misses_input_finds_each_recorded_crash_and_few_others():
     found = [misses_input(*((v,) for v in c[:5])) for c in cases]
     crashes = sum(c[5] for c in cases)
     assert all(f for f, c in zip(found, cases) if c[5]) and 20 < crashes < sum(found) < 1.7*crashes
+
+
+def test_no_condition_holds_without_a_stride_in_fp32_nor_without_stride_and_padding():
+    "`SafeConvolutions` relies on it to leave most calls at once."
+    for n, k, p, size in itertools.product((1, 2, 3), (1, 2, 3, 7), (0, 1, 3), (1, 2, 5)):
+        for half in [False] + [True]*(p == 0):
+            same = [(v,)*n for v in (k, 1, p, size)]
+            assert not misreads_padding(*same, half) and not misreads_column(same[0], same[1], same[3], True, half)
+            assert not misses_input(same[0], same[1], same[2], (2,)*n, same[3]) and not hits_onednn_6035(same[0], same[1], same[2], 1, 1)
 
 
 # the mode: which calls it computes in another way, and that they are the same
@@ -177,14 +194,11 @@ LAYERS = [
 @pytest.mark.parametrize('m, shape', LAYERS, ids=str)
 @pytest.mark.parametrize('last', [False, True])
 @pytest.mark.filterwarnings('ignore:Using padding')
-def test_mode_pads_first_and_crops_last(avx512, monkeypatch, m, shape, last):
-    monkeypatch.setattr(workarounds, 'misreads_padding', lambda k, s, padding, size, half: any(padding))
-    assert_same(m, shape, last)
+def test_mode_pads_first_and_crops_last(padded_is_misread, m, shape, last): assert_same(m, shape, last)
 
 
 @pytest.mark.parametrize('size', [(7, 8), [8, 7]])
-def test_mode_crops_to_an_output_size(avx512, monkeypatch, size):
-    monkeypatch.setattr(workarounds, 'misreads_padding', lambda k, s, padding, size, half: any(padding))
+def test_mode_crops_to_an_output_size(padded_is_misread, size):
     m, x = nn.ConvTranspose2d(3, 4, 3, padding=1, stride=2).double(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
     with SafeConvolutions(): y = m(x, output_size=size)
     torch.testing.assert_close(y, m(x, output_size=size))
@@ -278,8 +292,12 @@ def test_mode_raises_pytorchs_own_errors(avx512, args, kwargs):
     with SafeConvolutions(), pytest.raises(plain.type, match=re.escape(str(plain.value)[:200])): F.conv2d(*args, **kwargs)
 
 
-def test_mode_leaves_symbolic_tracing_as_it_is(shallow):
-    "Its proxies are no tensors."
+def test_mode_leaves_objects_that_are_no_tensors_as_they_are(shallow):
+    "Such as the proxies of symbolic tracing."
+    class Like:
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None): return func
+    with SafeConvolutions(): assert F.conv3d(Like(), torch.ones(4, 3, 7, 1, 1), None, 2, 3) is torch.conv3d
     with SafeConvolutions(): graph = torch.fx.symbolic_trace(Functional(lambda x, w: F.conv3d(x, w, None, 2, 3), 4, 3, 7, 1, 1)).graph
     assert [n.target for n in graph.nodes if n.op == 'call_function'] == [torch.conv3d]
 
@@ -430,11 +448,14 @@ def test_learner_computes_misread_layers_in_another_way(has, avx512, use, wrap):
         assert seen == {(0,)*len(m.padding) if name in wanted else m.padding}, name
 
 
-@pytest.mark.parametrize('change', [lambda learn: learn, lambda learn: learn.to_channelslast(to_fp16=False)])
-def test_learner_leaves_correct_layers_as_they_are(avx512, change):
-    learn = change(learner())
-    with Kernels() as kernels: learn.fit(1)
-    assert {padding for *_, padding in kernels.calls} == {(1, 1), (0, 0)}
+@pytest.mark.parametrize('change, mode', [(lambda learn: learn, None), (lambda learn: learn.to_channelslast(to_fp16=False), SafeConvolutions)])
+def test_learner_leaves_correct_layers_as_they_are(avx512, change, mode):
+    "A plain one with 2-D layers does not enter the mode."
+    learn, modes = change(learner()), []
+    class Look(Callback):
+        def after_pred(self): modes.append(torch.overrides._get_current_function_mode())
+    with Kernels() as kernels: learn.fit(1, cbs=Look())
+    assert {padding for *_, padding in kernels.calls} == {(1, 1), (0, 0)} and {m and type(m) for m in modes} == {mode}
 
 
 def state(model):

@@ -48,7 +48,7 @@ def _other_call(a, transposed, avx512) -> tuple: # Changed arguments, or None; p
     x, w, s, p, groups = a.get('input'), a.get('weight'), a.get('stride', 1), a.get('padding', 0), a.get('groups', 1)
     if not isinstance(x, Tensor) or not isinstance(w, Tensor): return None, None
     n, half = w.ndim - 2, x.dtype in HALF or torch.is_autocast_enabled('cpu')
-    if s in ONES and (p in ZEROS or (n < 3 and not half)): return None, None  # most calls: no condition can hold
+    if s in ONES and (p in ZEROS or not half): return None, None  # most calls: no condition can hold
     if any(t.layout is not torch.strided or t.is_nested for t in (x, w)) or x.device.type != 'cpu': return None, None
     if x.ndim not in (n + 1, n + 2): return None, None
     k, s, d = w.shape[2:], _per_dim(s, n), _per_dim(a.get('dilation', 1), n)
