@@ -313,6 +313,74 @@ def test_a_batch_that_is_canceled_while_compiled_leaves_the_next_ones_as_without
     assert learn.compile_training.compiled == 1
 
 
+HOOKS = {'forward hook': lambda layer: layer.register_forward_hook(lambda m, i, o: o*2),
+         'pre-hook': lambda layer: layer.register_forward_pre_hook(lambda m, i: i[0]*2),
+         'backward hook': lambda layer: layer.register_full_backward_hook(lambda m, i, o: (i[0]*2,)),
+         'hook of a weight': lambda layer: layer.weight.register_hook(lambda g: g*2)}
+
+
+@pytest.mark.parametrize('kind', [pytest.param(o, marks=slow if o == 'pre-hook' else ()) for o in HOOKS])
+def test_hooks_registered_after_the_compilation_work_as_without_the_callback(traced, kind):
+    def _change(learn):
+        learn.fit(1, 0.1)
+        h = HOOKS[kind](learn.model[3])
+        learn.fit(1, 0.1)
+        h.remove()
+        learn.fit(1, 0.1)
+    plain = trained(False, change=lambda learn: learn.fit(3, 0.1), opt_func=SGD)
+    learn = check(change=_change, opt_func=SGD)
+    assert not torch.allclose(learn.model[0].weight, plain.model[0].weight, rtol=1e-3)
+
+
+def test_a_hook_registered_after_the_compilation_sees_each_batch(traced):
+    "As fastai's `Hook` and `ActivationStats` register them."
+    seen = [[], []]
+    for compiled in False, True:
+        def _change(learn):
+            learn.fit(1)
+            with learn.model[3].register_forward_hook(lambda m, i, o: seen[compiled].append(o.detach().mean())): learn.fit(1)
+        trained(compiled, change=_change)
+    torch.testing.assert_close(*map(torch.stack, seen), rtol=1e-3, atol=1e-4)
+
+
+class Inner(nn.Module):
+    def helper(self, x): return x
+    def forward(self, x): return self.helper(x)
+
+
+@pytest.mark.parametrize('name', ['forward', 'helper'])
+def test_methods_redefined_between_fits_train_as_without_the_callback(traced, name, monkeypatch):
+    def _change(learn):
+        with monkeypatch.context() as m:
+            learn.fit(1, 0.1)
+            m.setattr(Inner, name, lambda self, x: x*3)
+            learn.fit(1, 0.1)
+    check(model=lambda: nn.Sequential(convnet(), Inner()), change=_change, opt_func=SGD)
+
+
+class Constants(nn.Module):
+    shared = torch.ones(4)
+    def __init__(self): super().__init__(); self.net, self.t, self.held, self.p = convnet(), torch.ones(4), [torch.ones(4)], 1.
+    def forward(self, x): return self.net(x)*self.t*self.held[0]*self.shared*self.p
+
+
+CHANGED = {'number': lambda m, i: setattr(m, 'p', 1. + i), 'tensor': lambda m, i: m.t.fill_(1. + i),
+           'tensor, assigned': lambda m, i: setattr(m, 't', torch.full((4,), 1. + i)),
+           'tensor in a list': lambda m, i: m.held[0].fill_(1. + i), 'tensor of the class': lambda m, i: m.shared.fill_(1. + i),
+           'momentum': lambda m, i: setattr(m.net[1], 'momentum', .1 + .1*i), 'dilation': lambda m, i: setattr(m.net[5], 'dilation', (1 + i % 2,)*2),
+           'weight through data': lambda m, i: setattr(m.net[3].weight, 'data', m.net[3].weight.data*1.1)}
+
+
+@pytest.mark.filterwarnings('ignore:.*stays uncompiled')
+@pytest.mark.parametrize('what', [pytest.param(o, marks=() if o in ('number', 'tensor of the class', 'momentum') else slow) for o in CHANGED])
+def test_values_that_change_before_each_batch_train_as_without_the_callback(traced, what):
+    class Change(Callback):
+        def before_batch(self):
+            if self.training: CHANGED[what](self.model, self.iter)
+    check(model=Constants, cbs=[Change()], opt_func=SGD)
+    Constants.shared.fill_(1)
+
+
 def test_on_a_CPU_with_AVX512_a_padded_2D_network_in_fp32_is_compiled(monkeypatch, uncompiled):
     "Its kernels compute some padded 3-D convolutions wrongly, but no 2-D ones in fp32."
     monkeypatch.setattr(torch.cpu, '_is_avx512_supported', lambda: True)

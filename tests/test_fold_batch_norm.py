@@ -253,6 +253,25 @@ def test_active_dropout_and_random_passes_draw_the_same_numbers():
     assert learn.fold_batch_norm.folded == 3 and all(relative_error(a, b) < 1e-5 for a, b in zip(*got))
 
 
+GENERATORS = {'torch': (lambda: torch.Generator().manual_seed(0), lambda g: torch.rand((), generator=g)),
+              'random': (lambda: random.Random(0), lambda g: g.random()),
+              'numpy': (lambda: np.random.default_rng(0), lambda g: g.random()), 'old numpy': (lambda: np.random.RandomState(0), lambda g: g.rand())}
+
+
+@pytest.mark.parametrize('kind', GENERATORS)
+@pytest.mark.filterwarnings('ignore:.*stays un')
+def test_a_model_with_a_random_generator_of_its_own_draws_the_same_numbers(kind):
+    make, draw = GENERATORS[kind]
+    class Noisy(Pairs):
+        def forward(self, x): return super().forward(x)*(1 + float(draw(self.generator)))
+    model, dls, got = Noisy(), loaders(), []
+    for fold in False, True:
+        model.generator = make()
+        learn = learner(model, dls, cbs=FoldBatchNorm() if fold else None)
+        got.append(torch.cat([preds_of(learn) for _ in range(3)]))
+    torch.testing.assert_close(*got, rtol=1e-4, atol=1e-4)
+
+
 def test_modules_that_end_in_another_thread_during_the_first_batch_are_no_part_of_it():
     started, tracing = threading.Event(), threading.Event()
     class InThread(nn.Module):
@@ -417,6 +436,23 @@ def test_later_predictions_take_one_pass_per_batch_also_after_training():
         preds_of(learn)
         assert len(passes) == 4
     assert learn.fold_batch_norm.folded == 3 and is_right(learn)
+
+
+@pytest.mark.parametrize('used', [False, True])
+def test_an_attribute_that_changes_before_each_batch_costs_few_passes(used):
+    passes = []
+    class Steps(CountsPasses):
+        step = 1.
+        def forward(self, x): return super().forward(x)*(self.step if used else 1)
+    class Step(Callback):
+        def before_batch(self): self.model.step = 1. + self.iter
+    learn = learner(Steps(passes), loaders(n=80), cbs=[Step(), FoldBatchNorm()])
+    for _ in range(3): preds_of(learn)
+    passes.clear()
+    preds = preds_of(learn)
+    assert len(passes) < 20  # for ten batches
+    learn.remove_cb(FoldBatchNorm)
+    assert relative_error(preds, preds_of(learn)) < 1e-5
 
 
 def test_a_model_that_runs_other_layers_for_other_sizes_predicts_each_right():
@@ -719,16 +755,26 @@ def test_compiled_scripted_and_parallel_models_stay_unfolded(wrap):
 
 
 class CantBeCopied(Pairs):
-    def __init__(self): super().__init__(); self.lock = threading.Lock(); self.inside = [self.head, self.lock]
     def __deepcopy__(self, memo): raise TypeError('not copyable')
+class SharesItself(Pairs):
+    "Copies of models share it, as users write for large frozen networks."
+    def __deepcopy__(self, memo): return self
 
 
-def test_a_model_that_cannot_be_copied_stays_unfolded():
-    learn = learner(CantBeCopied(), cbs=FoldBatchNorm())
+@pytest.mark.parametrize('make', [CantBeCopied, SharesItself, lambda: nn.Sequential(SharesItself())])
+def test_a_model_that_cannot_be_copied_stays_as_it_is_and_unfolded(make):
+    learn = learner(make(), cbs=FoldBatchNorm())
+    before = model_state(learn.model.eval())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for _ in range(2): assert is_right(learn, 1e-12)
-    assert not learn.fold_batch_norm.folded
+    assert difference(before, model_state(learn.model)) == '' and not learn.fold_batch_norm.folded
+
+
+def test_a_model_that_holds_objects_that_cannot_be_copied_is_folded():
+    m = Pairs()
+    m.inside = [m.head, threading.Lock(), (o for o in 'abc')]
+    check(m, 3)
 
 
 # memory, copies, exports
