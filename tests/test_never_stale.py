@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import Callback, Learner, SGD
+from fastai.vision.all import Callback, CancelValidException, Learner, SGD
 from torch import nn
 from torch.nn.utils import prune
 
@@ -558,6 +558,36 @@ def test_predictions_in_a_fit_follow_the_weights_of_each_epoch(callback, epochs)
     learn = Learner(loaders(n=16), Pairs(), mean_square, cbs=[callback(), Predict()], opt_func=SGD)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 0.1)
     assert max(seen) < 1e-4 and len(seen) == epochs
+
+
+@cases('how', ['one_batch'], [])
+def test_batches_that_the_user_runs_one_by_one_are_predicted_with_the_weights_of_each(callback, how):
+    learn = learner(Pairs(), loaders(n=16), cbs=callback())
+    assert is_right(learn)
+    b = learn.dls.valid.one_batch()
+    learn.model.eval()
+    learn.training = False
+    for _ in range(3):
+        through_data(learn.model)
+        with torch.no_grad():
+            learn.one_batch(0, b)
+            assert relative_error(learn.pred, learn.model(b[0])) < 1e-4
+
+
+@cases('how', ['canceled'], [])
+def test_weights_changed_after_a_canceled_validation_are_predicted_with(callback, how):
+    class Cancel(Callback):
+        def after_batch(self): raise CancelValidException
+    learn = learner(Pairs(), loaders(n=16), cbs=callback())
+    assert is_right(learn)
+    learn.validate(cbs=Cancel())
+    through_data(learn.model)
+    learn.model.eval()
+    learn.training, b = False, learn.dls.valid.one_batch()
+    with torch.no_grad():
+        learn.one_batch(0, b)
+        assert relative_error(learn.pred, learn.model(b[0])) < 1e-4
+    assert is_right(learn)
 
 
 # dtypes and devices
