@@ -1,4 +1,5 @@
 "A model's structure and values, compared with those of a moment ago, and private copies of it."
+import random
 from collections import deque
 from copy import deepcopy
 from functools import partial
@@ -6,17 +7,20 @@ from itertools import chain
 from operator import is_
 from types import FunctionType, MethodType, ModuleType
 
+import numpy as np
 import torch
 from fastai.learner import Learner
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ['HOOKS', 'CantCopy', 'ModelCopy', 'ModelState', 'has_global_hooks', 'is_plain', 'own_dicts', 'versions_of']
+__all__ = ['HOOKS', 'CantCopy', 'ModelCopy', 'ModelState', 'all_hooks_of', 'generators_of', 'has_global_hooks', 'is_plain',
+           'own_dicts', 'program_of', 'versions_of']
 
 INTERNAL = {*vars(nn.Module())}  # attributes that each module has
 GLOBAL_HOOKS = '_global_forward_pre_hooks', '_global_forward_hooks'  # no public name lists hooks
 HOOKS = '_forward_pre_hooks', '_forward_hooks'  # likewise
+ALL_HOOKS = *HOOKS, '_backward_pre_hooks', '_backward_hooks'
 ATOMS = bool, int, float, complex, str, bytes, type(None), type, FunctionType, ModuleType, Tensor, torch.dtype
 LIBRARY = __name__.partition('.')[0]
 SAMPLE = 8  # elements of each tensor that are compared
@@ -36,7 +40,27 @@ def own_dicts(m) -> tuple: # The public methods take ten times as long
 
 def hooks_of(modules) -> list: return [h for m in modules for k in HOOKS for h in vars(m)[k].values()]
 def has_global_hooks() -> bool: return any(getattr(global_hooks, k) for k in GLOBAL_HOOKS)
-def all_is(a, b) -> bool: return len(a) == len(b) and all(map(is_, a, b))
+def all_hooks_of(modules) -> list: return [h for m in modules for k in ALL_HOOKS for h in vars(m)[k].values()]
+
+
+def all_is(a, b) -> bool:
+    "True if the elements are the same objects, or equal numbers."
+    if len(a) != len(b): return False
+    return all(map(is_, a, b)) or all(x is y or type(x) is type(y) in (int, float) and x == y for x, y in zip(a, b))
+
+
+def program_of(classes) -> list:
+    "Methods and attributes of classes, except PyTorch's. Notebooks define them again."
+    own = [vars(c) for c in classes if top_package(c) not in ('torch', 'builtins')]
+    return [getattr(v, '__code__', v) for d in own for k, v in d.items() if k != '__slotnames__']  # set by copies
+
+
+def generators_of(objects) -> list: # Functions that set, and the states
+    "How to restore the random generators among objects."
+    states = [(o.setstate, o.getstate()) for o in objects if isinstance(o, random.Random)]
+    states += [(o.set_state, o.get_state()) for o in objects if isinstance(o, (torch.Generator, np.random.RandomState))]
+    bits = [o.bit_generator for o in objects if isinstance(o, np.random.Generator)]
+    return states + [(partial(setattr, o, 'state'), o.state) for o in bits]
 
 
 def is_plain(t) -> bool:
@@ -77,7 +101,7 @@ class ModelState:
         if not all(map(is_plain, self.weights)): raise CantCopy('its weights are inference tensors, or of other types')
         self.dicts = [d for m in self.modules for d in (vars(m), *own_dicts(m), *(vars(m)[k] for k in HOOKS))]
         self.structure, self.hooks = self._structure(), {*map(id, hooks_of(self.modules))}
-        self.program = self._program()
+        self.program = program_of(self.classes)
         self.take_values()
 
     def _reach(self, model):
@@ -99,10 +123,6 @@ class ModelState:
         values = chain.from_iterable(d.values() for d in self.dicts)
         return [*map(type, self.modules), *values, *chain.from_iterable(map(children_of, self.objects))]
 
-    def _program(self) -> list: # Methods and attributes of the classes, except PyTorch's
-        own = [vars(c) for c in self.classes if top_package(c) not in ('torch', 'builtins')]
-        return [getattr(v, '__code__', v) for d in own for k, v in d.items() if k != '__slotnames__']  # set by copies
-
     def _memory(self) -> list: return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in self.watched]
 
     def _values(self) -> list: # As bytes: NaN equals itself
@@ -121,7 +141,7 @@ class ModelState:
         self.values = self._values()
 
     def same_structure(self) -> bool: return all_is(self._structure(), self.structure)
-    def same_program(self) -> bool: return all_is(self._program(), self.program)  # notebooks define methods again
+    def same_program(self) -> bool: return all_is(program_of(self.classes), self.program)  # notebooks define methods again
     def has_more_hooks(self) -> bool: return any(id(h) not in self.hooks for h in hooks_of(self.modules))
     def same_versions(self) -> bool: return versions_of(self.watched) == self.versions
     def same_memory(self) -> bool: return self._memory() == self.memory

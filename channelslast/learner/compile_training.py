@@ -5,6 +5,7 @@ import torch
 from fastai.callback.core import Callback
 
 from ..core.compiling import CHANGES, compiling_quietly, note_reasons, own_code, print_compiled, reason_of
+from ..core.model_copy import all_hooks_of, program_of
 from ..core.nested_tensors import tensors_of
 from ..core.pickle_as import pickle_as
 from ..core.stand_in import StandInCallback, Work
@@ -35,8 +36,12 @@ class CompileTraining(StandInCallback):
     CompileTraining: Sequential compiled in ... s, for inputs of (4, 3, 32, 32)."""
     reason, seconds = '', None # Why it is uncompiled; seconds of the last compilation
 
-    def new_work(self): return Work(codes={}, shapes=None, code=None)
+    def new_work(self): return Work(codes={}, shapes=None, code=None, program=(), objects=())
     def takes_part(self) -> bool: return self.training
+
+    def before_train(self):  # notebooks define methods again
+        self.work.objects = program_of({c: None for m in self.model.modules() for c in type(m).__mro__})
+        self.work.program = tuple(map(id, self.work.objects))
 
     @property
     def compiled(self) -> int: return sum(c.run is not None for c in self.work.codes.values())
@@ -47,7 +52,7 @@ class CompileTraining(StandInCallback):
         if not torch.is_grad_enabled() or work.shapes != [t.shape for t in tensors]: return forward(*args, **kwargs)
         casts = [torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in {t.device.type for t in tensors}]
         params = [(p.requires_grad, p.stride()) for p in model.parameters()]
-        setting = *casts, *params, *((m, m.training) for m in model.modules())
+        setting = *casts, *params, *((m, m.training) for m in model.modules()), *all_hooks_of(model.modules()), *work.program
         code = work.code = work.codes.get(setting)
         if code is None and len(work.codes) < MAX_SETTINGS: return self._first_batch(setting, model, forward, args, kwargs)
         if code is None or code.refused: return forward(*args, **kwargs)

@@ -10,7 +10,7 @@ from ..core.nested_tensors import leaves_of, tensors_of
 from ..core.random_state import restore_random_states
 from ..core.stand_in import StandInCallback, Work
 from ..core.undo import restore_dict
-from ..core.model_copy import CantCopy, ModelCopy, ModelState, has_global_hooks, versions_of
+from ..core.model_copy import CantCopy, ModelCopy, ModelState, generators_of, has_global_hooks, versions_of
 
 __all__ = ['NotPrepared', 'PredictionCallback', 'input_key']
 
@@ -86,7 +86,7 @@ class PredictionCallback(StandInCallback):
         "Output of `run`, or of `forward` if the call does not fit or fails: the error is then the model's own."
         try:
             out = run(*args, **kwargs) if run else forward(*args, **kwargs)
-            self.work.misses = self.work.unused = 0
+            self.work.misses = self.work.unused = self.work.writes = 0
             return out
         except Exception as e:
             if run is None: raise
@@ -101,7 +101,11 @@ class PredictionCallback(StandInCallback):
         state = self.work.state
         if state is None: return True
         if state.model is self.model and state.has_more_hooks(): return False
-        if state.model is not self.model or not state.same_structure(): self.drop()
+        if state.model is not self.model: self.drop()
+        elif not state.same_structure():
+            self.drop()
+            self._changes(CHANGES)
+            return self.work.refused is None
         elif not self.work.checked and not state.same_program(): self.drop()
         elif not state.same_versions() or not (self.work.checked or state.same_memory()): self._refresh()
         return True
@@ -166,13 +170,14 @@ class PredictionCallback(StandInCallback):
                 if not numbers_of(truth): raise NotPrepared("it gives outputs without numbers, which can't be compared")
                 copy = ModelCopy(work.state)
                 for o in copy.shared: restore_dict(undo, vars(o) if hasattr(o, '__dict__') else dict(own=o))
+                for restore, old in generators_of(work.state.owned.values()): undo.callback(restore, old)
                 with restore_random_states(): run = self.prepare(copy, truth, args, kwargs)
                 if run: self._compare(run, key[0], truth, args, kwargs)
         except BaseException as e:
             if new: self.drop()
             if not isinstance(e, Exception): raise
             return self.refuse(self.reason_of(e))
-        work.runs[key], work.checked, work.writes = run, work.inside, 0
+        work.runs[key], work.checked = run, work.inside
         if run: self.on_prepared(run, args, kwargs)
 
     def _error(self, run, truth, args, kwargs) -> float:
