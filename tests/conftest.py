@@ -109,12 +109,6 @@ def accelerates(pytestconfig, has):
     return asked
 
 
-@pytest.fixture(autouse=True)
-def memory_is_kept(monkeypatch):
-    "`format_find` does not measure `keep_memory()`, which takes more steps and changes the process."
-    monkeypatch.setenv('MALLOC_TRIM_THRESHOLD_', str(2**30))
-
-
 @pytest.fixture
 def clock(monkeypatch):
     "Time passes only where the test says so: `clock.pass_ms(5)`."

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from channelslast import ChannelsLast, CompilePredictions, CompileTraining, FoldBatchNorm
 from channelslast.__main__ import cli
-from channelslast.core.devices import torch_version
+from channelslast.learner.fused_optimizer import FusedOptimizer
 
 
 # models and Learners
@@ -123,12 +123,12 @@ class Fails(nn.Module):
 
 def find(learn=None, **kwargs):
     "`format_find` with few steps, without single layers."
-    return (learn or learner()).format_find(**dict(num_it=4, show_plot=False, layers=False) | kwargs)
+    return (learn or learner()).format_find(**dict(num_it=4, show_plot=False, layers=False, optimizer=False) | kwargs)
 
 
 def rows_of(timings) -> dict:
     "The rows of a result of `format_find` by their setting, named as in `setting_of`."
-    def _name(r): return ', '.join([r.memory_format.replace('_', ' '), r.precision] + ['folded']*r.folded + ['compiled']*r.compiled)
+    def _name(r): return ', '.join([r.memory_format.replace('_', ' '), r.precision] + ['folded']*r.folded + ['fused']*r.fused + ['compiled']*r.compiled)
     return {_name(r): r for r in timings.rows}
 
 
@@ -278,6 +278,7 @@ def setting_of(learn) -> str:
     precision = mp.amp_mode.value + '+fp32'*bool(getattr(mp, 'fp32_layers', ())) if mp else 'fp32'
     parts = ['channels last' if learn._grab_cbs(ChannelsLast) else 'contiguous', precision]
     parts += ['folded']*bool(learn._grab_cbs(FoldBatchNorm))
+    parts += ['fused']*(learn.training and isinstance(learn.opt, FusedOptimizer))
     return ', '.join(parts + ['compiled']*bool(learn._grab_cbs(CompileTraining if learn.training else CompilePredictions)))
 
 
@@ -321,7 +322,7 @@ class Load:
 
 # predictions and compilations
 
-REFUSED = 'Unsupported' if torch_version() >= (2, 7) else 'UserError'  # the compiler's error for `Breaks`
+REFUSED = 'Unsupported'  # the compiler's error for `Breaks`
 
 
 def block(i, o, act=True, **kwargs): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, **kwargs), nn.BatchNorm2d(o), *([nn.ReLU(True)] if act else []))

@@ -12,7 +12,6 @@ from fastai.vision.all import Callback, ConvLayer, CrossEntropyLossFlat, Dynamic
 from torch import nn
 
 from channelslast import CompilePredictions, FoldBatchNorm
-from channelslast.core.devices import torch_version
 from .helpers import (REFUSED, Breaks, convnet, difference, find, image_folder, learner, learner_state, loaders, model_state, preds_of, rows_of,
                       shake, truth_of)
 
@@ -44,7 +43,7 @@ def test_really_compiled_predictions_are_the_same_and_the_frozen_weights_are_fre
     with torch.inference_mode(): assert_right(learn)
     assert difference(before, model_state(model)) == '' and len(compilations) == 1 and cb.compiled
     learn.remove_cb(cb)
-    if torch_version() >= (2, 7): assert alive(33*77) == n_alive  # PyTorch 2.6 keeps the constants
+    assert alive(33*77) == n_alive
 
 
 @pytest.mark.slow
@@ -281,8 +280,7 @@ def test_a_unet_is_compiled_keeps_its_hooks_and_gives_the_same_type_of_tensor(tr
             preds = preds_of(learn)
             torch.testing.assert_close(preds, expected)
             assert type(preds) is type(expected)
-    if torch_version() >= (2, 7): assert len(traced) == 2 and learn.compile_predictions.compiled
-    else: assert 'setattr' in learn.compile_predictions.reason  # PyTorch 2.6 can't compile it
+    assert len(traced) == 2 and learn.compile_predictions.compiled
     assert [h.removed for h in model.sfs] == hooks and vars(DynamicUnet)['__del__'].__module__.startswith('fastai')
 
 

@@ -400,7 +400,7 @@ def fast(fake_steps):
 
 
 def to_fastest(learn, **kwargs):
-    with learn.no_bar(): return learn.to_fastest(compile=True, num_it=3, layers=False, **kwargs)
+    with learn.no_bar(): return learn.to_fastest(compile=True, num_it=3, layers=False, optimizer=False, **kwargs)
 
 
 def compiled_row(learn):
@@ -411,7 +411,7 @@ def compiled_row(learn):
 def test_to_fastest_trains_with_the_code_that_was_measured(fast, uncompiled, capsys):
     learn = to_fastest(learner(shake(convnet())))
     n = len(uncompiled)
-    assert ', compiled' in capsys.readouterr().out and n == 2 and learn.compile_training.measured
+    assert ', compiled' in capsys.readouterr().out and n == 2 and learn.compile_training.compiled == 1
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert len(uncompiled) == n and learn.compile_training.compiled == 1  # in eval mode, to compare numbers, and in training mode
     assert 'The compilation took ' in learn.format_timings.verdict
@@ -442,10 +442,11 @@ def test_a_compilation_that_an_epoch_does_not_earn_back_is_not_chosen_and_the_ve
     uncompiled.output = _compile
     learn = to_fastest(learner(shake(convnet())))
     row = compiled_row(learn)
-    assert not learn._grab_cbs(CompileTraining) and row.valid and row.note == '112 batches earn the compilation back'
-    assert 'the compilation takes 100 s: 112 batches earn it back, and an epoch has 4.' in learn.format_timings.verdict
-    assert 'Compiled, a step would be 10.00× as fast, but' in learn.format_timings.verdict
-    assert to_fastest(learner(shake(convnet()), loaders((3, 4, 4), n=112*8))).compile_training.measured
+    assert not learn._grab_cbs(CompileTraining) and row.valid and row.note == '28 epochs earn the compilation back'
+    said = ('Compiled, a step would be 10.00× as fast: 28 epochs earn back the 100 s of the compilation. '
+            'For a longer training, `learn.add_cb(CompileTraining())`.')
+    assert said in learn.format_timings.verdict
+    assert to_fastest(learner(shake(convnet()), loaders((3, 4, 4), n=112*8))).compile_training.compiled
 
 
 @pytest.mark.parametrize('wrong, what', [(lambda out: out*1.5, r'\(loss\)'), (lambda out: (out.register_hook(lambda g: g*1.5), out)[1], r'\(gradient of .*\)')],
@@ -468,7 +469,7 @@ def test_a_gradient_that_compiled_code_does_not_compute_is_a_row_with_a_note(fas
 def test_to_fastest_with_the_compiler_trains_with_the_measured_code(fast, compilations):
     learn = to_fastest(learner(shake(convnet())))
     n = len(compilations)
-    assert n == 2 and learn.compile_training.measured
+    assert n == 2 and learn.compile_training.compiled == 1
     with learn.no_bar(), learn.no_logging(): learn.fit(2)
     assert len(compilations) == n and learn.compile_training.compiled == 1 and not learn.compile_training.reason
 

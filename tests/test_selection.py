@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from pytest import approx
 
-from channelslast.find.selection import Decision, decide, eliminated, fastest, should_stop, too_early, uncertainty, wins_sign_test
+from channelslast.find import race as module
+from channelslast.find.race import Decision, decide, eliminated, fastest, should_stop, too_early, uncertainty, wins_sign_test
 
 recorded = Path(__file__).parent/'recorded'
 busy = json.loads((recorded/'busy-steps-avx512-bf16.json').read_text())['models']
@@ -20,13 +21,9 @@ SIMPLE = ['contiguous, fp32', 'channels last, fp32', 'contiguous, bf16', 'channe
 
 def race(step, keys, num_it=15, incumbent='contiguous, fp32'):
     "The decision and the number of steps that it took; `step(key, round)` returns milliseconds."
-    times, steps = {k: [] for k in keys}, 0
-    for i in range(num_it):
-        for k in list(reversed(times) if i % 2 else times): times[k].append(step(k, i))
-        steps += len(times)
-        for k in eliminated(times): del times[k]
-        if should_stop(decide(times, incumbent), times): break
-    return decide(times, incumbent), steps
+    taken = []
+    def _step(k, i): taken.append(k); return step(k, i)
+    return module.race(_step, keys, incumbent, num_it).decision, len(taken)
 
 
 def starts(model):

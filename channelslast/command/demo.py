@@ -11,10 +11,10 @@ from fastcore.basics import uniqueify
 from .. import less_random
 from ..core import devices
 from ..core.devices import synchronize
-from ..find.candidates import apply_timing
-from ..find.results import BEST, LABELS, OTHER, bars, label
-from ..find.selection import TIE, fastest
-from ..find.train_benchmark import step_was_skipped
+from ..find.race import TIE, fastest
+from ..find.results import BEST, OTHER, bars
+from ..find.steps import step_was_skipped
+from ..learner.setting import LABELS
 from .common import UsageError, build, check, digits, folder, pick_device, unreadable
 
 
@@ -55,7 +55,7 @@ def precisions(device, amp_mode):
 
 def to_train(timings) -> list: # `Timing`s
     "Contiguous fp32, the fastest candidate in channels last, and the best one if it is neither of them."
-    channels_last = [r for r in timings.rows if r.memory_format == 'channels_last' and r.valid]
+    channels_last = [r for r in timings.rows if r.setting.is_channels_last and r.valid]
     return uniqueify([timings.rows[0], *sorted(channels_last, key=lambda r: r.ms)[:1], timings.best])
 
 
@@ -67,7 +67,7 @@ def advice(rows, predictions) -> str:
     nothing = f'nothing else was more than {TIE:.0%} faster here.'
     if not faster: return f'Keep contiguous fp32: {nothing}'
     texts = [] if 'Training' in faster else [f'Keep contiguous fp32 for training: {nothing}']
-    texts += [f'{k} in {label(o)}: {gain:.2f}× as fast as contiguous fp32.' for k, (gain, o) in faster.items()]
+    texts += [f'{k} in {o.setting}: {gain:.2f}× as fast as contiguous fp32.' for k, (gain, o) in faster.items()]
     lines = {'Training': 'learn.to_fastest()', 'Predictions': 'learn.to_fastest(train=False)'}
     code = '  # before predicting: '.join(lines[k] for k in faster)
     return '\n'.join([*texts, 'In your code, this line measures your Learner and switches it to the fastest:', code])
@@ -79,9 +79,9 @@ def save_chart(rows, predictions, path):
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 0.9 + 0.5*len(rows)), layout='constrained')
     speedups, images = [rows[0]['ms']/r['ms'] for r in rows], [rows[0]['images'], rows[-1]['images']]
     def _colors(values): return [BEST if v == max(values) else OTHER for v in values]
-    bars(left, [label(r['timing']) for r in rows], speedups,
+    bars(left, [str(r['timing'].setting) for r in rows], speedups,
          [f'{s:.2f}×' for s in speedups], _colors(speedups))
-    bars(right, ['contiguous, fp32', label(predictions.best)], images, [f'{i:.0f}' for i in images], _colors(images))
+    bars(right, ['contiguous, fp32', str(predictions.best.setting)], images, [f'{i:.0f}' for i in images], _colors(images))
     left.set(xlabel='speedup of a training step over contiguous fp32', xlim=(0, 1.2*max(speedups)))
     right.set(xlabel='images predicted per second')
     fig.savefig(path, dpi=144)
@@ -128,9 +128,9 @@ def main(
     print(timings)
     rows = []
     for timing in to_train(timings):
-        print(f'\nTraining {label(timing)}', flush=True)
+        print(f'\nTraining {timing.setting}', flush=True)
         with less_random():
-            learn, timer = apply_timing(make_learn(), timing, timings.layers), StepTimer()
+            learn, timer = timing.setting.apply(make_learn()), StepTimer()
             try: learn.fit_one_cycle(epochs, lr, cbs=timer)
             except OSError as e: raise unreadable(e)
         rows.append(dict(timing=timing, ms=fastest(timer.ms)))

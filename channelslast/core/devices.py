@@ -54,9 +54,8 @@ def autocast_is_fast(
     the weight gradient (oneDNN's `src/cpu/cpu_convolution_list.cpp`). As these also have bf16, this returns False for
     fp16 on every CPU. CUDA: GPUs without tensor cores gain nothing from fp16, and the GTX 16 series gives NaN
     (https://github.com/pytorch/pytorch/issues/77955). MPS: Apple's M1 and M2 lack bf16 instructions
-    (https://github.com/huggingface/transformers/issues/40458). XPU and MPS: fp16 needs a gradient scaler, which
-    computes in fp64. It raises on Intel GPUs without fp64, and on MPS before PyTorch 2.8
-    (https://github.com/pytorch/pytorch/issues/142397)."""
+    (https://github.com/huggingface/transformers/issues/40458). XPU: fp16 needs a gradient scaler, which
+    computes in fp64 and raises on Intel GPUs without it."""
     device = torch.device(device)
     if not torch.amp.is_autocast_available(device.type): return False
     if device.type == 'cpu':
@@ -73,8 +72,7 @@ def autocast_is_fast(
             return capability >= (7, 0) and not NO_TENSOR_CORES.search(name)
     if device.type == 'xpu' and amp_mode is AMPMode.FP16: return torch.xpu.get_device_properties(device).has_fp64
     if device.type != 'mps': return True
-    if amp_mode is AMPMode.FP16: return torch_version() >= (2, 8)
-    return not _apple_chip().startswith(('Apple M1', 'Apple M2'))
+    return amp_mode is AMPMode.FP16 or not _apple_chip().startswith(('Apple M1', 'Apple M2'))
 
 
 def torch_version() -> tuple: # Such as `(2, 14)`

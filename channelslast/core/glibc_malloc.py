@@ -1,15 +1,12 @@
 "Keep freed memory in the process (glibc only)."
 import ctypes
-import os
-import sys
 
-__all__ = ['keep_memory', 'set_memory', 'memory_is_default', 'page_faults']
+__all__ = ['keep_memory']
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # as in glibc's malloc.h
 KEEP = (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)
 # glibc raises its thresholds while a process runs: these are their values after it has freed large tensors
 DEFAULT = (M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 32*2**20), (M_TRIM_THRESHOLD, 64*2**20)
-_kept = False  # the last call of `keep_memory`: glibc's settings can't be read
 
 
 def keep_memory(
@@ -27,35 +24,13 @@ def keep_memory(
     >>> supported = keep_memory()
     >>> keep_memory(False) == supported
     True"""
-    global _kept
-    supported = set_memory(keep)
-    _kept = supported and bool(keep)
-    return supported
-
-
-def _glibc():
-    try: libc = ctypes.CDLL(None)
-    except TypeError: return None  # Windows
-    return libc if hasattr(libc, 'mallopt') else None
-
-
-def set_memory(keep:bool) -> bool:
-    """`keep_memory`, but as a trial, which is not remembered as the user's choice.
-
-    glibc then no longer raises its thresholds by itself. `False` leaves them at the highest values that it reaches."""
     if not (libc := _glibc()): return False
     for name, value in KEEP if keep else DEFAULT: libc.mallopt(name, value)
     if not keep: libc.malloc_trim(0)
     return True
 
 
-def memory_is_default() -> bool:
-    "True if this is glibc, and neither `keep_memory` nor an environment variable has changed its settings."
-    variables = {'MALLOC_MMAP_MAX_', 'MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_', 'GLIBC_TUNABLES'}
-    return sys.platform == 'linux' and not _kept and not variables & {*os.environ} and _glibc() is not None
-
-
-def page_faults() -> int:
-    "Number of pages that the process has received so far (Linux)."
-    import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def _glibc():
+    try: libc = ctypes.CDLL(None)
+    except TypeError: return None  # Windows
+    return libc if hasattr(libc, 'mallopt') else None

@@ -88,11 +88,11 @@ def kernel_dims(modules: list) -> dict: # By module; the value of `None` is that
     A convolution module and its parametrizations hold kernels of the convolution's own dimensions. Another module may
     hold kernels for `F.conv2d`, or banks of kernels with one more dimension, which the model takes apart with `view`.
     So other modules get the smallest number among the model's 2-D and 3-D convolutions. Without convolution modules,
-    the parameters decide, except those whose first dimension is 1: these are usually added to activations."""
+    that is 4 if a parameter has so many, whose first dimension is not 1: such ones are usually added to activations."""
     # not `kernel_size`, which subclasses with their own forward may set to a number
     dims = {m: len(c.output_padding) + 2 for c in modules if isinstance(c, CONV) for m in unique_modules(c)}
     params = [] if dims else [p for m in modules for p in m._parameters.values()]
-    found = {*dims.values(), *(p.dim() for p in params if can_be_channels_last(p) and len(p) > 1)}
+    found = {*dims.values(), *(4 for p in params if can_be_channels_last(p) and p.dim() == 4 and len(p) > 1)}
     return {**dims, None: min(found & CHANNELS_LAST_FORMATS.keys(), default=None)}
 
 

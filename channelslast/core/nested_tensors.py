@@ -9,7 +9,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-__all__ = ['leaves_of', 'tensors_of', 'map_tensors', 'first_half']
+__all__ = ['leaves_of', 'tensors_of', 'map_tensors', 'first_items']
 
 SEQUENCES = tuple, list, deque
 OPAQUE = Tensor, str, bytes, type, ModuleType
@@ -81,11 +81,11 @@ def _rebuild_tuple(x, items):
     return new
 
 
-def first_half(batch, bs: int):
-    """The first half of a batch of `bs` items: each tensor whose first dimension is `bs` is halved. If there is none,
-    lists of that length are halved, as detectors take them. A batch without either is returned as it is."""
-    half = map_tensors(lambda t: t[:bs//2] if t.dim() and len(t) == bs else t, batch)
-    if half is not batch or not isinstance(batch, SEQUENCES): return half
+def first_items(batch, bs: int, n: int):
+    """The first `n` items of a batch of `bs`: of each tensor whose first dimension is `bs`. If there is none, of lists
+    of that length, as detectors take them. A batch without either is returned as it is."""
+    part = map_tensors(lambda t: t[:n] if t.dim() and len(t) == bs else t, batch)
+    if part is not batch or not isinstance(batch, SEQUENCES): return part
     def _has_all_items(o): return isinstance(o, SEQUENCES) and len(o) == bs
     if not any(map(_has_all_items, batch)): return batch
-    return tuple(o[:bs//2] if _has_all_items(o) else o for o in batch)
+    return tuple(o[:n] if _has_all_items(o) else o for o in batch)

@@ -8,7 +8,6 @@ from fastai.callback.core import Callback
 from torch import nn
 
 from .devices import is_out_of_memory
-from .exception_note import add_note
 
 __all__ = ['StandIn', 'StandInCallback', 'Work', 'model_of', 'running_fits']
 
@@ -38,8 +37,6 @@ class StandInCallback(Callback):
     """Runs `run_model(forward, *args, **kwargs)` instead of the model in the batches that it `takes_part` in. `forward`
     is the model, or what another callback puts in its place. No other callback meets anything but the model."""
     order = sys.float_info.max  # the last one before the model runs
-    speeds_up = True  # `to_contiguous(to_fp32=True)` removes it
-    measured = False  # True if `to_fastest` added it, so that a later call removes it
     quiet = False  # True while `format_find` measures
     error_note = ''  # on how the current batch runs
 
@@ -64,7 +61,7 @@ class StandInCallback(Callback):
     def trust(self): "Called after the weights were moved, but not changed."
     def explain(self, e):
         "Add the note, if there is one, to an error of a batch."
-        if self.error_note and isinstance(e, RuntimeError) and not is_out_of_memory(e): add_note(e, self.error_note)
+        if self.error_note and isinstance(e, RuntimeError) and not is_out_of_memory(e): e.add_note(self.error_note)
 
     def after_cancel_batch(self): self.learn.model = model_of(self.learn)
 

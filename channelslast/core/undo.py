@@ -6,19 +6,24 @@ import torch
 
 from .random_state import restore_random_states
 
-__all__ = ['restore_dict', 'undo_on_error']
+__all__ = ['Saved', 'restore_dict', 'undo_on_error']
+
+
+class Saved:
+    "What a dictionary holds now, and the dictionaries, lists and sets in it. `restore()` puts it back, as often as needed."
+    def __init__(self, d):
+        self.dict, self.items = d, dict(d)
+        self.containers = [(v, copy(v)) for v in d.values() if isinstance(v, (dict, list, set))]
+    def restore(self):
+        self.dict.clear(); self.dict.update(self.items)
+        for v, old in self.containers:
+            if isinstance(v, list): v[:] = old
+            else: v.clear(); v.update(old)
 
 
 def restore_dict(undo, d):
     "Register on `undo`, an `ExitStack`, to restore a dictionary and the dictionaries, lists and sets in it."
-    saved = dict(d)
-    saved_values = [(v, copy(v)) for v in d.values() if isinstance(v, (dict, list, set))]
-    def _restore():
-        d.clear(); d.update(saved)
-        for v, old in saved_values:
-            if isinstance(v, list): v[:] = old
-            else: v.clear(); v.update(old)
-    undo.callback(_restore)
+    undo.callback(Saved(d).restore)
 
 
 @contextmanager

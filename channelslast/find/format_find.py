@@ -1,30 +1,42 @@
-"`Learner.format_find` measures memory formats and precisions; `Learner.to_fastest` switches to the fastest one."
+"`Learner.format_find` measures settings; `Learner.to_fastest` switches to the fastest one."
+import math
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
 import torch
 from fastai.callback.fp16 import AMPMode, NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
-from fastcore.basics import noop, patch, uniqueify
+from fastcore.basics import patch, uniqueify
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 
 from ..core import devices
 from ..core.autocast import DTYPES
 from ..core.devices import fit_device, free_memory
-from ..core.distributed import broadcast_from_rank0
-from ..learner.fused_optimizer import fused_argument, restore_optimizer, use_fused
+from ..core.distributed import broadcast_from_rank0, is_single_process, together
+from ..learner.added import added_by_to_fastest
+from ..learner.compile_training import CompileTraining
+from ..learner.fused_optimizer import fused_argument, restore_optimizer
 from ..learner.mixed_precision import check_scaler
 from ..learner.preserve_learner import check_model, preserve_learner
-from .candidates import FORMATS, PRECISIONS, Candidate, apply_timing, current_setting
-from .predict_benchmark import ROUNDS_UNFOLDED, PredictBenchmark
-from .results import FormatTimings, label
-from .selection import TIE, fastest
-from .train_benchmark import TrainBenchmark, load_batches
+from ..learner.setting import FORMATS, PRECISIONS, Setting
+from ..predict.compile_predictions import CompilePredictions
+from . import proposals
+from .load import load_batches
+from .numbers import PredictionNumbers, TrainingNumbers
+from .race import MIN_ROUNDS, TIE, decide, fastest, race, uncertainty
+from .results import FormatTimings, Timing
+from .steps import SYNCHRONOUS, Steps, error_note
 
 __all__ = []
 
 MAX_ROUNDS, EXTRA_ROUNDS = 15, 45  # of steps; extra ones while all steps may lie in one slow phase of the machine
+FEW = 2  # rounds after which settings that are not far behind may get folded batch norms or layers in fp32
+PASSES = 2  # factor of the progress bar, for warm-up, comparisons and settings that join
 STEP_CALLBACKS = GradientAccumulation, GradientClip, MixHandler, BnFreeze  # part of a step, like all that change data
 MULTI_DEVICE = 'ParallelTrainer', 'DistributedTrainer'  # by name: importing `fastai.distributed` needs accelerate
 
@@ -72,12 +84,13 @@ def _choices(name, chosen, possible) -> list:
     return chosen
 
 
-def _pairs(device, formats, precisions) -> list:
-    "Formats and precisions to measure. The baseline, contiguous fp32, is always there and first."
+def _settings(learn, formats, precisions, fused) -> list:
+    "Settings to measure. The baseline, contiguous fp32, is always there and first."
+    device = fit_device(learn)
     fast = [p for p in PRECISIONS if p == 'fp32' or devices.autocast_is_fast(device, AMPMode(p))]
     precisions, formats = _choices('precisions', precisions, fast), _choices('formats', formats, FORMATS)
-    chosen = [(f, p) for f in FORMATS for p in PRECISIONS if f in formats and p in precisions]
-    return uniqueify([('contiguous', 'fp32'), *chosen])
+    chosen = [Setting(f, p, fused=fused) for f in FORMATS for p in PRECISIONS if f in formats and p in precisions]
+    return broadcast_from_rank0(uniqueify([Setting(fused=fused), *chosen]))
 
 
 def _frozen(opt) -> tuple:
@@ -86,68 +99,138 @@ def _frozen(opt) -> tuple:
     return sum(p.numel() for p in ps if not p.requires_grad), sum(p.numel() for p in ps)
 
 
-def _notes(learn, bs, used, wrapped) -> list:
-    "Sentences on how the measured step differs, or may differ, from steps of a later fit."
-    notes = []
-    if used != bs:
-        notes.append(f'Measured on {used} of the {bs} items of each batch: contiguous fp32 has no memory for more.')
-    if wrapped: notes.append(f'Measured in one process on one device, without `{wrapped[0]}` and its communication.')
-    if fit_device(learn).type == 'cuda' and not torch.backends.cudnn.benchmark:
-        notes.append('Measured with `torch.backends.cudnn.benchmark = False`. Measure again if you set it to True: '
-                     'cuDNN then chooses other kernels.')
-    return notes
+def _without_synchronization(model) -> bool: # True if there was any
+    "Have `SyncBatchNorm`s use their own process's batch only: if a step fails in one process, the others would wait."
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    if not norms or is_single_process(): return False
+    own, _ = torch.distributed.new_subgroups(group_size=1)
+    for m in norms: m.process_group = own
+    return True
 
 
-def _measure(learn, precisions=None, formats=None, num_it=None, layers=True, train=True, dl=None, compile=False,
-             optimizer=True, **scaler) -> tuple: # `FormatTimings`; the best candidate's compiled callback, or None
-    "Measure, as documented in `format_find`."
-    loader = _checked_loader(learn, train, num_it, dl, compile, optimizer)
-    wrapped = [type(o).__name__ for o in learn.cbs if type(o).__name__ in MULTI_DEVICE]  # callbacks that wrap the model
-    rounds, extra_rounds = (MAX_ROUNDS, EXTRA_ROUNDS) if num_it is None else (num_it, 0)
-    pairs, current = broadcast_from_rank0(_pairs(fit_device(learn), formats, precisions)), current_setting(learn, train)
-    current = *current[:3], current[3] and compile  # otherwise it is not measured
-    candidates = [Candidate(f, p, scaler) for f, p in pairs]
-    n = len(pairs) + len([p for f, p in pairs if layers and f == 'channels_last' and p != 'fp32'])
-    steps = n*(1 + rounds) if train else n*(2*(1 + rounds) + ROUNDS_UNFOLDED)  # unfolded and folded
-    bar = progress_bar(range(steps), leave=False) if hasattr(learn, 'progress') else None  # `no_bar` removes `progress`
-    on_step = (lambda i: bar.update(min(i, steps))) if bar else noop
-    on_step(0)
-    bs = getattr(loader, 'bs', None) or getattr(loader, 'batch_size', None)
-    with preserve_learner(learn, STEP_CALLBACKS if train else (), eager=False, loader=loader) as originals:
-        def _make_benchmark():
-            batches, loader_ms = _batches(learn, loader, train)
-            if train and optimizer: restore_optimizer(learn)  # measure from the Learner's own
-            if train and learn.opt is None: learn.create_opt()
-            if train: learn.opt.set_hypers(lr=0.) # keeps the weights the same for every candidate
-            learn.n_iter = steps
-            benchmark = TrainBenchmark if train else PredictBenchmark
-            return benchmark(learn, candidates, batches, originals, on_step, bs), loader_ms
-        with torch.set_grad_enabled(train):
-            benchmark, loader_ms = candidates[0].run_or_eliminate(learn, _make_benchmark)
-            frozen, advice = (_frozen(learn.opt), fused_argument(learn)) if train else (None, None)
-            benchmark.warm_up(candidates)
-            layer_timings = benchmark.add_mixed_precisions(scaler) if layers else []
-            benchmark.check_numbers()
-            if train: benchmark.time_optimizer(optimizer and advice is not None)
-            else: benchmark.add_folded(scaler)
-            if compile and not wrapped: benchmark.add_compiled(scaler)
-            decision, note = benchmark.run(rounds, current, extra_rounds), ''
-            if train and decision.best.compiled: decision, note = benchmark.reject_unearned(decision, current, loader)
-            if compile and wrapped: note = f'The model stays uncompiled, because `{wrapped[0]}` wraps it.'
-            memory_gain = benchmark.time_kept_memory(decision.best)
-    rows = {c: c.timing(fastest(benchmark.own_ms or candidates[0].ms)) for c in candidates}
-    result = FormatTimings(rows.values(), rows[decision.best], max(TIE, decision.max_gain), loader_ms, layer_timings,
-                           rows.get(decision.rival), benchmark.optimizer_ms, advice, train, frozen,
-                           [*filter(None, [note]), *_notes(learn, bs, benchmark.bs, wrapped)], benchmark.fused_ms,
-                           benchmark.fused is not None, memory_gain, current)
-    best = candidates[broadcast_from_rank0(candidates.index(decision.best))]
-    compiled = best.compile  # for the Learner: it is not compiled again
-    # free batches and folded weights
-    best = benchmark = candidates = rows = decision = originals = _make_benchmark = None
-    free_memory(fit_device(learn))
-    result.__dict__.update(broadcast_from_rank0(vars(result)))
-    if bar: bar.on_iter_end()
-    return result, compiled
+class Measurement:
+    "One call of `format_find`, with its arguments."
+    def __init__(self, learn, precisions=None, formats=None, num_it=None, layers=True, train=True, dl=None, compile=False,
+                 optimizer=True, **scaler):
+        self.learn, self.train, self.compile, self.optimizer, self.scaler = learn, train, compile, optimizer, scaler
+        self.loader = _checked_loader(learn, train, num_it, dl, compile, optimizer)
+        self.rounds, self.extra_rounds = (MAX_ROUNDS, EXTRA_ROUNDS) if num_it is None else (num_it, 0)
+        self.formats, self.precisions, self.layers = formats, precisions, [] if layers else None
+        self.wrapped = [type(o).__name__ for o in learn.cbs if type(o).__name__ in MULTI_DEVICE]  # callbacks that wrap the model
+        self.bs, self.notes = getattr(self.loader, 'bs', None) or getattr(self.loader, 'batch_size', None), []
+        self.current = Setting.of(learn, train)
+        kind = CompileTraining if train else CompilePredictions
+        if self.current.compiled and not compile:  # otherwise it is not measured
+            self.current = replace(self.current, compiled=False)
+            if {*learn._grab_cbs(kind)} - {*added_by_to_fastest(learn)['callbacks']}:
+                self.notes.append(f'Measured uncompiled: `{kind.__name__}` stays. Pass `compile=True` to measure it, too.')
+        own_fused = train and self.current.fused and not (optimizer and added_by_to_fastest(learn)['optimizer'])
+        self.settings = _settings(learn, formats, precisions, own_fused)
+
+    def run(self) -> tuple: # `FormatTimings`; the best candidate's compiled callback, or None
+        "Measure, as documented in `format_find`."
+        with preserve_learner(self.learn, STEP_CALLBACKS if self.train else (), eager=False, loader=self.loader) as originals:
+            with torch.set_grad_enabled(self.train):
+                race_result, steps = self.measure(originals)
+        timings, best = self.result(race_result, steps), broadcast_from_rank0(race_result.decision.best)
+        compiled = steps.candidates[best].prepared if best.compiled else None  # for the Learner: it is not compiled again
+        steps = race_result = originals = None  # free batches and prepared weights
+        free_memory(fit_device(self.learn))
+        vars(timings).update(broadcast_from_rank0(vars(timings)))
+        return timings, compiled
+
+    def prepare(self, originals) -> Steps:
+        learn = self.learn
+        batches, self.loader_ms = _batches(learn, self.loader, self.train)
+        if self.train and self.optimizer: restore_optimizer(learn)  # measure from the Learner's own
+        if self.train and learn.opt is None: learn.create_opt()
+        if self.train: learn.opt.set_hypers(lr=0.)  # keeps the weights the same for every candidate
+        learn.n_iter = MAX_ROUNDS + EXTRA_ROUNDS  # callbacks divide by it
+        self.frozen, self.advice = (_frozen(learn.opt), fused_argument(learn)) if self.train else (None, None)
+        return Steps(learn, self.train, batches, originals, self.bs, self.scaler)
+
+    def measure(self, originals) -> tuple: # The race's `Result`, `Steps`
+        if _without_synchronization(self.learn.model): self.notes.append('Measured without the communication of `SyncBatchNorm`.')
+        steps = together(partial(self.prepare, originals), error_note)
+        with self.progress(steps):
+            for s in self.settings: steps.warm_up(steps.add(s))
+            numbers = (TrainingNumbers if self.train else PredictionNumbers)(steps)
+            numbers.start()
+            numbers.run_checks(steps.running[1:])
+            result = race(lambda s, i: steps.timed_step(steps.candidates[s], i), [c.setting for c in steps.running], self.current,
+                          self.rounds, self.extra_rounds, self.stages(steps, numbers), lambda s: s.rank, broadcast_from_rank0)
+        self.notes += numbers.notes
+        if self.train and result.decision.best.compiled: self.judge_compilation(result, steps)
+        return result, steps
+
+    def stages(self, steps, numbers) -> list:
+        "Rounds, and a function that proposes more settings after them."
+        half = any(s.precision != 'fp32' for s in self.settings)
+        fused, compile = self.optimizer and self.advice is not None, self.compile and not self.wrapped
+        if self.train: more = [(MIN_ROUNDS, proposals.with_fused_optimizer, fused), (MIN_ROUNDS, proposals.compiled_training, compile)]
+        else: more = [(FEW, proposals.with_folded_batch_norms, True), (FEW, proposals.compiled_predictions, compile)]
+        layers = [(FEW, partial(proposals.with_fp32_layers, steps, numbers, self.layers))] if half and self.layers is not None else []
+        return layers + [(n, partial(f, steps, numbers)) for n, f, wanted in more if wanted]
+
+    @contextmanager
+    def progress(self, steps):
+        "A bar that counts passes. The race ends as soon as the choice is clear, so it may end early."
+        if not hasattr(self.learn, 'progress'):  # `no_bar` removes it
+            yield
+            return
+        total = PASSES*2*len(self.settings)*(1 + self.rounds)
+        bar = progress_bar(range(total), leave=False)
+        def _on_pass():
+            steps.passes += 1
+            bar.update(min(steps.passes, total - 1))
+        bar.update(0)
+        steps.on_pass = _on_pass
+        yield
+        bar.update(total)
+        bar.on_iter_end()
+
+    def judge_compilation(self, result, steps):
+        "Choose again without the compiled candidate if an epoch of the loader does not earn its compilation back."
+        best, eager = result.decision.best, {s: ms for s, ms in result.times.items() if ms and not s.compiled and steps.candidates[s].valid}
+        gain, seconds = min(map(fastest, eager.values())) - fastest(result.times[best]), steps.candidates[best].prepared.seconds
+        try: batches = len(self.loader)
+        except TypeError: return
+        if gain <= 0 or not batches: return  # the current setting, within a tie
+        epochs = math.ceil(1e3*seconds/gain/batches)
+        if epochs <= 1: return
+        result.decision = decide({s: eager[s] for s in sorted(eager, key=lambda s: (s != self.current, s.rank))}, self.current)
+        steps.candidates[best].note = f'{epochs:,} epochs earn the compilation back'
+        self.notes.append(f'Compiled, a step would be {1 + gain/fastest(result.times[best]):.2f}× as fast: {epochs:,} epochs earn back the '
+                          f'{seconds:.0f} s of the compilation. For a longer training, `learn.add_cb(CompileTraining())`.')
+
+    def result(self, race_result, steps) -> FormatTimings:
+        times, decision, base = race_result.times, race_result.decision, fastest(race_result.times[self.settings[0]])
+        def _timing(s, c):
+            ms, note = times.get(s), c.note
+            if s in race_result.far_behind: note = '; '.join(filter(None, [note, f'dropped after {len(ms)} steps: far slower']))
+            best = fastest(ms) if ms else None
+            return Timing(s, best, ms and base/best, c.loss_diff, c.grad_diff, c.memory, note, bool(ms) and c.valid,
+                          uncertainty(ms) if ms else None, c.pred_diff, c.prepared.seconds if s.compiled else None)
+        rows = {s: _timing(s, c) for s, c in steps.candidates.items()}
+        own, fused = steps.baseline, next((c for s, c in steps.candidates.items() if s.fused and not steps.baseline.setting.fused), None)
+        synchronous = fit_device(self.learn).type in SYNCHRONOUS
+        return FormatTimings(
+            [*rows.values()], rows[decision.best], max(TIE, decision.max_gain), rows.get(decision.rival), self.loader_ms,
+            layers=self.layers or [], optimizer_ms=own.optimizer_ms if synchronous else None,
+            fused_ms=fused.optimizer_ms if synchronous and fused else None, advice=self.advice, train=self.train, frozen=self.frozen,
+            notes=[*self.notes, *self.conditions(steps.bs)], current=self.current)
+
+    def conditions(self, used) -> list:
+        "Sentences on how the measured step differs, or may differ, from steps of a later fit."
+        notes = []
+        if self.compile and self.wrapped: notes.append(f'The model stays uncompiled, because `{self.wrapped[0]}` wraps it.')
+        if used != self.bs:
+            notes.append(f'Measured on {used} of the {self.bs} items of each batch: contiguous fp32 has no memory for more.')
+        if self.wrapped: notes.append(f'Measured in one process on one device, without `{self.wrapped[0]}` and its communication.')
+        if fit_device(self.learn).type == 'cuda' and not torch.backends.cudnn.benchmark:
+            notes.append('Measured with `torch.backends.cudnn.benchmark = False`. Measure again if you set it to True: '
+                         'cuDNN then chooses other kernels.')
+        return notes
 
 
 @patch
@@ -164,51 +247,19 @@ def format_find(self:Learner,
     optimizer:bool=True, # Also measure the fused step of the same optimizer (`fused`)? Training only
     **kwargs
 ) -> FormatTimings:
-    """Measure a training step, or predictions with `train=False`, in each memory format and precision. The Learner
-    stays bit for bit unchanged.
+    """Measure a training step, or predictions with `train=False`, in each setting. The Learner stays bit for bit
+    unchanged. Returns a `FormatTimings`: a row per setting, the best one, a verdict.
 
-    The steps are the Learner's own (its loss, optimizer, gradient clipping and accumulation, MixUp), at learning rate
-    0, on a few batches kept on the device. Candidates take turns, and the fastest step of each one counts, since other
-    work on the machine only adds time. Candidates that can no longer win are dropped. Measuring stops when the choice
-    is certain, or when the possible gain is not worth the time. The current setting is replaced only by one that is
-    clearly faster (contiguous fp32 counts as current if that is not measured). Steps that the gradient scaler skips are
-    repeated. The loader is timed separately. On a CPU the optimizer is, too, and its time is added to each step.
+    Settings are memory formats and precisions; then layers in fp32, the fused optimizer (training), folded batch norms
+    (predictions), and with `compile=True` the model compiled by `torch.compile`, which needs a C++ compiler. They take
+    turns on a few batches, and the fastest step of each counts. A setting whose loss, gradients or outputs differ from
+    those of contiguous fp32 by more than rounding explains is refused. The batch size affects which one is fastest.
+    `nbs/03_format_find.ipynb` shows how it works.
 
-    If the fused step of the same optimizer (`fused`) makes the step clearly faster, all candidates are measured with
-    it. Speedups are over contiguous fp32 with the Learner's own optimizer. On Linux, the steps of the fastest candidate
-    on a CPU are also measured with `keep_memory()`, unless it is in use.
-
-    Each candidate's loss, results and gradients are compared with contiguous fp32, which is always measured, and is
-    replayed with the candidate's activations. A candidate is eliminated if its numbers differ by more than rounding
-    explains or are not finite, or if a metric fails that works in contiguous fp32. With `layers`, each distinct
-    convolution and linear layer is timed alone in half precision and in fp32. One more candidate per half precision
-    (`'bf16+fp32'`) keeps in fp32 those that are clearly faster there.
-
-    Predictions are made in eval mode without gradients on batches of `dl`, whose size affects which candidate is
-    fastest. Candidates that are not far behind after two rounds are also measured with folded batch norms
-    (`FoldBatchNorm`). All outputs are compared with contiguous fp32.
-
-    `compile=True` also measures candidates with the model compiled by `torch.compile`. A compilation takes seconds to
-    minutes and needs a C++ compiler (on GPUs Triton). Candidates that keep layers in fp32 are not compiled, nor are
-    models that are wrapped for several devices. If a model can't be compiled, the candidate's `note` gives the reason.
-
-    - Predictions (`CompilePredictions`): the fastest candidate of each precision, so at most three compilations.
-    - Training (`CompileTraining`): the fastest candidate, compiled twice: once to compare its loss and gradients with
-      those of the same candidate uncompiled, once to train. It is chosen only if an epoch of the training loader earns
-      the second compilation back. If not, the result's `notes` say how many batches would.
-
-    Callbacks that change the batch, predictions or loss take part; those that log, save, stop or draw are left out.
-    Communication between GPUs is left out too: each process computes on one device. In a distributed run, rank 0's
-    result holds for all, and a candidate that fails in one process is eliminated in all.
-
-    Costs about `1 + num_it` steps per candidate (predictions: folded and unfolded), two or three forward and backward
-    passes per candidate, memory for one more copy of the model and the optimizer's state, and main memory for one
-    pass's activations. If contiguous fp32 runs out of memory, all candidates are measured on half of each batch or
-    less, and the result's `notes` say so.
-
-    Other arguments are those of `torch.amp.GradScaler`, for fp16. Raises `ValueError` for invalid arguments, a model
-    that can't train or has half-precision weights, and a loader without batches or labels. Errors in contiguous fp32
-    are raised; an error in another candidate becomes its `note`.
+    Costs the memory of one more copy of the model and the optimizer's state. Other arguments are those of
+    `torch.amp.GradScaler`, for fp16. Raises `ValueError` for invalid arguments, a model that can't train or has
+    half-precision weights, and a loader without batches or labels. Errors in contiguous fp32 are raised; an error in
+    another setting becomes its `note`.
 
     >>> from fastai.vision.all import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
@@ -217,7 +268,7 @@ def format_find(self:Learner,
     >>> [r.memory_format for r in t.rows]
     ['contiguous', 'channels_last']"""
     check_scaler(Learner.format_find, kwargs)
-    result, _ = _measure(self, precisions, formats, num_it, layers, train, dl, compile, optimizer, **kwargs)
+    result, _ = Measurement(self, precisions, formats, num_it, layers, train, dl, compile, optimizer, **kwargs).run()
     if show_plot: result.plot()
     return result
 
@@ -228,22 +279,11 @@ def to_fastest(self:Learner, *,
     show_plot:bool=False, # Draw the chart?
     **kwargs
 ):
-    """Measure with `format_find`, switch to the fastest setting, print it in one line, and return the Learner.
+    """Measure with `format_find`, switch to the fastest setting, print it, and return the Learner.
 
-    With `train=False` this is the fastest setting for predictions, with `FoldBatchNorm` if that is part of it. A later
-    call for training replaces this setting and removes that `FoldBatchNorm`, and vice versa. In an app, call `learn =
-    load_learner('export.pkl')`, then `learn.to_fastest(train=False, dl=learn.dls.test_dl(files, bs=1))`, then
-    `predict`.
-
-    For training, the Learner gets the fused step of its own optimizer if that made the step clearly faster. State,
-    groups and hyperparameters are kept. `to_contiguous(to_fp32=True)` restores the optimizer, as does a later call for
-    training in which the fused step gains nothing. `optimizer=False` leaves the optimizer alone.
-
-    With `compile=True`, the Learner gets `CompilePredictions` or `CompileTraining` if that was chosen. The measured
-    code is used: nothing is compiled again until the format, the precision, frozen layers or, for predictions, weights
-    change. Only batches of the measured shape run compiled. A later call for training removes both callbacks if
-    `to_fastest` added them; a later call for predictions removes `CompilePredictions`. `to_contiguous(to_fp32=True)`
-    removes both.
+    A later call replaces what this call added, and `to_contiguous(to_fp32=True)` takes it away. `optimizer=False` leaves
+    the optimizer alone. A compiled model is used as it was measured: only batches of that shape run compiled. In an app,
+    call `learn = load_learner('export.pkl')`, then `learn.to_fastest(train=False, dl=learn.dls.test_dl(files, bs=1))`.
 
     The measurements are kept in `learn.format_timings`. In a distributed run, call it inside `learn.distrib_ctx()`, so
     that all processes take rank 0's choice; outside, each would make its own, so it raises `ValueError`.
@@ -256,16 +296,12 @@ def to_fastest(self:Learner, *,
     check_scaler(Learner.to_fastest, kwargs)
     if num_distrib() > 1 and not torch.distributed.is_initialized():
         raise ValueError('to_fastest(): each process would choose on its own; call it in `with learn.distrib_ctx():`')
-    timings, compiled = _measure(self, **kwargs)
+    measurement = Measurement(self, **kwargs)
+    timings, compiled = measurement.run()
     if show_plot: timings.plot()
-    own = 'precisions', 'formats', 'num_it', 'layers', 'train', 'dl', 'compile', 'optimizer'
-    scaler = {k: v for k, v in kwargs.items() if k not in own}
-    apply_timing(self, timings.best, timings.layers, compiled, kwargs.get('compile', False), **scaler)
-    if timings.train and kwargs.get('optimizer', True): (use_fused if timings.fused else restore_optimizer)(self)
-    self.format_timings = timings
-    task, best = 'Training' if timings.train else 'Predictions', timings.best
-    step = f", with {timings.advice.removeprefix('opt_func=')}" if timings.fused else ''
-    own = ' with the plain optimizer' if timings.fused else ''
-    speed = f'{task} in {label(best)}{step}: {best.speedup:.2f}× as fast as contiguous fp32{own}.'
-    print(' '.join(filter(None, [speed, timings.memory_hint, timings.frozen_hint])))
+    timings.best.setting.apply(self, timings.train, compiled, measurement.compile, **measurement.scaler)
+    self.format_timings, best = timings, timings.best
+    speed = f"{'Training' if timings.train else 'Predictions'} in {best.setting}: {best.speedup:.2f}× as fast as contiguous fp32."
+    print(' '.join(filter(None, [speed, timings.frozen_hint, *measurement.notes])))
+    if timings.code: print(f'Without measuring: {timings.code}')
     return self

@@ -9,7 +9,7 @@ from torch import nn
 from ..core.autocast import fp32_forward
 from ..core.devices import elapsed_ms
 from ..core.onednn_workarounds import SafeConvolutions, needs_safe_convolutions
-from .selection import fastest
+from .race import fastest
 
 __all__ = ['LayerTiming', 'record_inputs', 'layer_key', 'time_layers', 'fp32_names']
 

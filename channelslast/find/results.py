@@ -5,27 +5,27 @@ from dataclasses import asdict, dataclass, is_dataclass
 
 import pandas as pd
 
-from .selection import TIE
+from ..learner.setting import LABELS, Setting
+from .race import TIE
 
-__all__ = ['BEST', 'OTHER', 'LABELS', 'Timing', 'FormatTimings', 'label', 'bars']
+__all__ = ['BEST', 'OTHER', 'Timing', 'FormatTimings', 'bars']
 
 NOISY = 0.1  # margin above which the verdict suggests measuring again
 LARGE_SHARE = 0.1  # the optimizer's share of a step above which the verdict mentions it
-MEMORY_GAIN = 0.05  # gain of `keep_memory()` above which the verdict mentions it
 NOTE_WIDTH = 80  # characters of a printed note: with the other columns, lines have at most 160
 BEST, OTHER, FAILED = '#0072B2', '#B0B7BF', '#E6E6E6'  # colors of bars
-LABELS = dict(contiguous='contiguous', channels_last='channels last')
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Measurements of one memory format and precision.
+    """Measurements of one setting.
 
     >>> from channelslast.find.results import Timing
-    >>> Timing('channels_last', 'bf16', ms=61., speedup=1.64)  # doctest: +ELLIPSIS
-    Timing(memory_format='channels_last', precision='bf16', ms=61.0, speedup=1.64, ...)"""
-    memory_format: str      # `'contiguous'` or `'channels_last'`
-    precision: str          # `'fp32'`, `'fp16'`, `'bf16'`; with some layers in fp32 `'fp16+fp32'`, `'bf16+fp32'`
+    >>> from channelslast.learner.setting import Setting
+    >>> row = Timing(Setting('channels_last', 'bf16'), ms=61., speedup=1.64)
+    >>> row.memory_format, row.precision, row.ms
+    ('channels_last', 'bf16', 61.0)"""
+    setting: Setting        # Memory format, precision, layers in fp32; folded, compiled, with the fused optimizer?
     ms: float = None        # Fastest measured training step (or batch's predictions); None if it could not run
     speedup: float = None   # Over contiguous fp32 with the Learner's own optimizer
     loss_diff: float = None # Relative difference of the loss from contiguous fp32; eval mode (detectors: training mode)
@@ -34,61 +34,75 @@ class Timing:
     note: str = ''          # How many layers stay in fp32; why it was eliminated or measured in fewer steps
     valid: bool = True      # True if it ran and computes the same, so that it may be chosen
     doubt: float = None     # Uncertainty: the true step may be up to this fraction faster than `ms`
-    folded: bool = False    # With `FoldBatchNorm`; predictions only
     pred_diff: float = None # Relative difference of all outputs from contiguous fp32; predictions only
-    compiled: bool = False  # With the model compiled: `CompilePredictions`, in training `CompileTraining`
     compile_s: float = None # Seconds that the compilation took
 
+    @property
+    def memory_format(self) -> str: return self.setting.memory_format
+    @property
+    def precision(self) -> str: return self.setting.precisions # With some layers in fp32 `'fp16+fp32'`, `'bf16+fp32'`
+    @property
+    def folded(self) -> bool: return self.setting.folded
+    @property
+    def compiled(self) -> bool: return self.setting.compiled
+    @property
+    def fused(self) -> bool: return self.setting.fused
 
-def label(row: Timing) -> str:
-    kind = ', compiled' if row.compiled else ', folded' if row.folded else ''
-    return f'{LABELS[row.memory_format]}, {row.precision}{kind}'
-def _name(row: Timing) -> str: # In sentences
-    name = label(row).replace('contiguous, fp32', 'contiguous fp32').replace(', folded', ' with batch norms folded')
-    name = name.replace(', compiled', ' with the model compiled')
-    return name.replace(', ', ' in ')
-def _plain(o): return asdict(o) if is_dataclass(o) else o
+    def as_dict(self) -> dict:
+        "All fields, with those of the setting among them."
+        own = {k: v for k, v in vars(self).items() if k != 'setting'}
+        return {k: getattr(self, k) for k in ('memory_format', 'precision', 'folded', 'compiled', 'fused')} | own
 
 
+def _plain(o): return o.as_dict() if isinstance(o, Timing) else asdict(o) if is_dataclass(o) else o
+
+
+@dataclass(repr=False, eq=False)
 class FormatTimings:
     """Result of `Learner.format_find`. Prints as a table, also in a notebook.
 
-    - `rows`: one `Timing` per candidate; `best`: the one to use
-    - `rival`: the one that may be faster than `best`; `margin`: by up to this fraction, at least 0.02, a tie
-    - `loader_ms`: milliseconds to load a batch; `input_bound`: True if that is longer than the fastest step
-    - `optimizer_ms`: the optimizer's part of the best step; `fused_ms`: that of its fused step, if it was timed
-    - `fused`: True if that is clearly faster, so that all times are with it: `to_fastest` puts it in
-    - `advice`: argument of `Learner` for a faster optimizer step with the same weights, if one is known
-    - `memory_gain`: with `keep_memory()`, the best step is this many times as fast; None if not measured
-    - `layers`: one `LayerTiming` per distinct layer and half precision; `notes`: conditions of the measurement
-    - `frozen`: numbers of frozen and of all parameters in the optimizer's groups; None for predictions
+    `input_bound` is True if loading a batch takes longer than the fastest step, `fused` if the best setting has the fused
+    optimizer.
 
     >>> from channelslast.find.results import FormatTimings, Timing
-    >>> rows = [Timing('contiguous', 'fp32', 100., 1.), Timing('channels_last', 'bf16', 61., 1.64)]
-    >>> print(FormatTimings(rows, best=rows[1], margin=0.02, loader_ms=8.).verdict)
-    Use channels last in bf16: 1.64× as fast as contiguous fp32 (differences below 2% count as a tie)."""
-    def __init__(self, rows, best, margin, loader_ms, layers=(), rival=None, optimizer_ms=None, advice=None,
-                 train=True, frozen=None, notes=(),
-                 fused_ms=None, fused=False, memory_gain=None,
-                 current=('contiguous', 'fp32', False, False)): # The Learner's setting, as from `current_setting`
-        self.rows, self.best, self.margin, self.rival = list(rows), best, margin, rival
-        self.loader_ms, self.layers, self.optimizer_ms, self.advice = loader_ms, list(layers), optimizer_ms, advice
-        self.train, self.frozen, self.notes, self._current = train, frozen, list(notes), current
-        self.fused_ms, self.fused, self.memory_gain = fused_ms, fused, memory_gain
+    >>> from channelslast.learner.setting import Setting
+    >>> rows = [Timing(Setting(), 100., 1.), Timing(Setting('channels_last', 'bf16'), 61., 1.64)]
+    >>> print(FormatTimings(rows, best=rows[1], loader_ms=8.).verdict)
+    Use channels last in bf16: 1.64× as fast as contiguous fp32. Without measuring: learn.to_channelslast(amp_mode='bf16')"""
+    rows: list                  # One `Timing` per setting
+    best: Timing                # The one to use
+    margin: float = TIE         # The rival may be faster by up to this fraction; at least 0.02, a tie
+    rival: Timing = None        # The one that may be faster
+    loader_ms: float = 0.       # Milliseconds to load a batch
+    layers: list = ()           # One `LayerTiming` per distinct layer and half precision
+    optimizer_ms: float = None  # The optimizer's part of a step in contiguous fp32; None on GPUs, which overlap it
+    fused_ms: float = None      # That of its fused step, if it was measured
+    advice: str = None          # Argument of `Learner` for the fused step of the same optimizer, if one is known
+    train: bool = True          # Training steps? False: predictions
+    frozen: tuple = None        # Numbers of frozen and of all parameters in the optimizer's groups; None for predictions
+    notes: list = ()            # Conditions of the measurement
+    current: Setting = Setting() # The Learner's setting when it was measured
 
+    @property
+    def fused(self) -> bool: return self.best.fused
+    @property
+    def code(self) -> str:
+        "The line that gives a new Learner the best setting; empty if it has that already."
+        is_new = self.best is self.rows[0] and self.best.setting == self.current
+        return '' if is_new else self.best.setting.code(self.train, self.advice or '')
     @property
     def fastest_ms(self) -> float: return min(r.ms for r in self.rows if r.valid)
     @property
     def input_bound(self) -> bool: return self.loader_ms > self.fastest_ms
 
     def __reduce__(self): # an exported Learner that holds this loads where this library is not installed
-        return dict, ({k: list(map(_plain, v)) if isinstance(v, list) else _plain(v) for k, v in vars(self).items()},)
+        return dict, ({k: [*map(_plain, v)] if isinstance(v, list) else _plain(v) for k, v in vars(self).items()},)
     def __copy__(self): return self
     def __deepcopy__(self, memo): return self
 
     def to_frame(self) -> pd.DataFrame:
-        "One row per candidate, with the fields of `Timing` in full."
-        return pd.DataFrame([asdict(r) for r in self.rows])
+        "One row per setting, with the fields of `Timing` in full."
+        return pd.DataFrame([r.as_dict() for r in self.rows])
 
     @property
     def verdict(self) -> str:
@@ -97,20 +111,19 @@ class FormatTimings:
 
     def _sentences(self) -> list:
         again = self.margin > NOISY and 'Measure again when this machine is less busy.'
-        sentences = [self._choice, again, self._compiling, self._loader, self._optimizer, self.memory_hint,
-                     self.frozen_hint]
-        return [*filter(None, [*sentences, *self.notes])]
+        code = self.code and f'Without measuring: {self.code}'
+        return [*filter(None, [self._choice, again, self._compiling, self._loader, self._optimizer, self.frozen_hint, *self.notes, code])]
 
     @property
     def _choice(self) -> str:
-        b, name = self.best, _name(self.best)
-        use = 'Keep' if (b.memory_format, b.precision, b.folded, b.compiled) == self._current else 'Use'
-        speed = '' if name == 'contiguous fp32' else f'{b.speedup:.2f}× as fast as contiguous fp32'
+        b, name = self.best, self.best.setting.in_words
+        use = 'Keep' if b.setting == self.current else 'Use'
+        speed = '' if b is self.rows[0] else f'{b.speedup:.2f}× as fast as contiguous fp32'
         if self.margin > TIE:
             gain = f'up to {self.margin:.0%} faster' if self.margin < 1 else 'more than twice as fast'
             pick = f'{name} ({speed})' if speed else name
-            return f'Undecided: {use.lower()} {pick}, but {_name(self.rival)} may be {gain}.'
-        if speed: return f'{use} {name}: {speed} (differences below {TIE:.0%} count as a tie).'
+            return f'Undecided: {use.lower()} {pick}, but {self.rival.setting.in_words} may be {gain}.'
+        if speed: return f'{use} {name}: {speed}.'
         others = [r.valid for r in self.rows if r is not b and r.ms]
         if len(self.rows) == 1: return f'{use} {name}: nothing else was measured.'
         subject = 'nothing else' if all(others) else 'no other valid setting'
@@ -132,22 +145,11 @@ class FormatTimings:
 
     @property
     def _optimizer(self) -> str:
-        if self.fused:
-            return (f'All times are with the fused step of the same optimizer, which takes '
-                    f'{self.optimizer_ms - self.fused_ms:.1f} ms less. `to_fastest()` puts it in, as does '
-                    f'`{self.advice}` in `Learner`.')
         share = (self.optimizer_ms or 0)/self.best.ms
-        if share <= LARGE_SHARE: return ''
+        if self.fused or share <= LARGE_SHARE: return ''
         helps = self.advice and self.fused_ms is None
         advice = f' Pass `{self.advice}` to `Learner`: the same weights in less time.' if helps else ''
         return f'The optimizer takes {self.optimizer_ms:.1f} ms of each step ({share:.0%}).{advice}'
-
-    @property
-    def memory_hint(self) -> str:
-        "A sentence on `keep_memory()`; empty if it gains little."
-        if (self.memory_gain or 0) <= 1 + MEMORY_GAIN: return ''
-        what, before = ('the step', 'training') if self.train else ('predictions', 'predicting')
-        return f'`keep_memory()` makes {what} {self.memory_gain:.2f}× as fast: call it before {before}.'
 
     @property
     def frozen_hint(self) -> str:
@@ -171,9 +173,8 @@ class FormatTimings:
         def _text(r):
             return f"{r.speedup:.2f}×  ({r.ms:.{0 if r.ms >= 100 else 1}f} ms){'' if r.valid else '  failed'}"
         colors = [BEST if r is self.best else OTHER if r.valid else FAILED for r in rows]
-        bars(ax, [label(r) for r in rows], [r.speedup for r in rows], [_text(r) for r in rows], colors)
-        own = ' with the plain optimizer' if self.fused else ''
-        ax.set(xlabel=f'speedup of {what} over contiguous fp32{own} (dashed)', title=f'Suggested: {label(self.best)}')
+        bars(ax, [str(r.setting) for r in rows], [r.speedup for r in rows], [_text(r) for r in rows], colors)
+        ax.set(xlabel=f'speedup of {what} over contiguous fp32 (dashed)', title=f'Suggested: {self.best.setting}')
         return ax
 
 
@@ -183,7 +184,7 @@ def _table(t) -> pd.DataFrame:
     table = pd.DataFrame([{
         '': '→' if r is t.best else '', 'format': LABELS[r.memory_format], 'precision': r.precision,
         'batch norm': 'folded' if r.folded and not r.compiled else '',
-        'compiled': '' if r.compile_s is None else f'{r.compile_s:.0f} s',
+        'compiled': '' if r.compile_s is None else f'{r.compile_s:.0f} s', 'optimizer': 'fused'*r.fused,
         'ms/step' if t.train else 'ms/batch': _num(r.ms, '.1f'),
         '±': _num(r.doubt, '.0%'), 'speedup': '–' if r.speedup is None else f'{r.speedup:.2f}×',
         'loss diff': _num(r.loss_diff, '.0e'), 'grad diff': _num(r.grad_diff, '.0e'),

@@ -34,7 +34,7 @@ class ChannelsLast(_FastaiChannelsLast):
     >>> learn.model[0][0].weight.is_contiguous(memory_format=torch.channels_last)
     True"""
     order, dims = -1, ()  # before any callback that wraps or copies the model
-    measured = False  # True if `format_find` made this callback: it compares numbers and speed, so no warning is needed
+    quiet = False  # True if `format_find` compares numbers and speed, or has compared them, so that no warning is needed
     _warned = ()
 
     def before_fit(self):
@@ -51,7 +51,7 @@ class ChannelsLast(_FastaiChannelsLast):
 
     def _warn_once(self, message):
         "Warn of each problem once; never if the format was chosen by measuring."
-        if not message or message in self._warned or self.measured: return
+        if not message or message in self._warned or self.quiet: return
         self._warned += (message,)
         warnings.warn(message, stacklevel=3)
 

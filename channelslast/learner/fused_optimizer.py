@@ -10,6 +10,7 @@ from torch import nn
 
 from ..core.memory_format import match_strides
 from ..core.pickle_as import pickle_as
+from .added import added_by_to_fastest, record_added
 
 __all__ = ['fused', 'fused_argument', 'FusedOptimizer', 'use_fused', 'restore_optimizer']
 
@@ -73,11 +74,11 @@ def _kernel(opt):
 @pickle_as(Optimizer)
 class FusedOptimizer(Optimizer):
     "A fastai optimizer with its groups, hyperparameters and state, but a fused step."
-    _kernel, _measured = None, False
+    _kernel = _made_by = None
     def __init__(self, opt,
-        measured=False, # True if `to_fastest` puts it in
+        made_by=None, # The `fused` that makes it
     ):
-        vars(self).update(vars(opt), _kernel=_kernel(opt), _measured=measured)
+        vars(self).update(vars(opt), _kernel=_kernel(opt), _made_by=made_by)
         if self._kernel is None:
             raise ValueError("`fused` supports only fastai's `Adam` and `SGD`, with dense, unshared fp32 or fp64 "
                              "parameters on one device (CPU or CUDA), and needs PyTorch's functional `adam`, "
@@ -115,7 +116,7 @@ class fused(partial):
     >>> learn.create_opt()
     >>> type(learn.opt).__name__
     'FusedOptimizer'"""
-    replaced = None  # the Learner's own `opt_func`, if `to_fastest` put this one in its place
+    own = None  # the Learner's own `opt_func`, if `to_fastest` put this one in its place
     def __init__(self,
         opt_func, # fastai's `Adam` or `SGD`, or a `partial` of one
         **kwargs # Its arguments
@@ -123,8 +124,8 @@ class fused(partial):
 
     def __call__(self, *args, **kwargs):
         opt = super().__call__(*args, **kwargs)
-        if self.replaced is not None and _kernel(opt) is None: return opt  # the model has changed since
-        return FusedOptimizer(opt, measured=self.replaced is not None)
+        if self.own is not None and _kernel(opt) is None: return opt  # the model has changed since
+        return FusedOptimizer(opt, self)
 
     def __reduce__(self): # an exported Learner loads where this library is not installed
         return partial, (self.func,), (self.func, self.args, self.keywords, None)
@@ -149,11 +150,15 @@ def use_fused(learn):
     optimizer's state, groups and hyperparameters are kept. `restore_optimizer` undoes it."""
     restore_optimizer(learn)
     own, learn.opt_func = learn.opt_func, fused(learn.opt_func)
-    learn.opt_func.replaced = own
-    if learn.opt is not None: learn.opt = FusedOptimizer(learn.opt, measured=True)
+    learn.opt_func.own = own
+    record_added(learn, optimizer=learn.opt_func)
+    if learn.opt is not None: learn.opt = FusedOptimizer(learn.opt, learn.opt_func)
 
 
 def restore_optimizer(learn):
     "Undo `use_fused`. The optimizer keeps its current state; one that the user has put in since then stays."
-    if getattr(learn.opt_func, 'replaced', None) is not None: learn.opt_func = learn.opt_func.replaced
-    if getattr(learn.opt, '_measured', False): learn.opt = learn.opt.plain()
+    new = added_by_to_fastest(learn)['optimizer']
+    if new is None: return
+    record_added(learn, optimizer=None)
+    if learn.opt_func is new: learn.opt_func = new.own
+    if getattr(learn.opt, '_made_by', None) is new: learn.opt = learn.opt.plain()

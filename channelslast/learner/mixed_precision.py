@@ -124,11 +124,14 @@ class DeviceMixedPrecision(MixedPrecision):
     # fastai's `after_pred` casts float64 too, and expects every element of lists and dictionaries to be a tensor
     def after_pred(self): self.learn.pred = cast_floats(self.pred, torch.float32, HALF_DTYPES)
 
-    def after_loss(self): self._entered.close()
+    def after_loss(self):
+        self._entered.close()
+        for name in 'loss', 'loss_grad':  # of a loss that runs a network; fastai's `Recorder` takes fp32 only
+            if name in vars(self.learn): setattr(self.learn, name, cast_floats(vars(self.learn)[name], torch.float32, HALF_DTYPES))
 
     def leave(self):
         "Leave autocast if it is still on, and remove the hooks of layers in fp32."
-        self.after_loss()
+        self._entered.close()
         for h in self._handles: h.remove()
         self._handles = ()
 

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from ..core.autocast import restore_autocast
 from ..core.devices import fit_device, unwrap_model
-from ..core.exception_note import add_note
 from ..core.memory_format import group_by_memory
 from ..core.nested_tensors import tensors_of
 from ..core.random_state import restore_random_states
 from ..core.undo import restore_dict
 from .step_callbacks import changes_step, is_part_of_step
 
-__all__ = ['preserve_learner', 'learner_modules', 'check_model']
+__all__ = ['preserve_learner', 'learner_modules', 'objects_in', 'check_model']
 
 
 def learner_modules(learn, cbs=()) -> list:
@@ -41,9 +40,9 @@ def check_model(learn):
                          "`learn.model.to_empty(device='cpu')` and load weights first.")
 
 
-def _attribute_objects(modules):
+def objects_in(modules):
     "Objects among the attributes of modules and callbacks, such as a UNet's `Hook`s, which keep activations."
-    objects = {id(v): v for m in modules for v in vars(m).values() if type(v).__module__ != 'builtins'}.values()
+    objects = {id(v): v for m in modules for v in getattr(m, '__dict__', {}).values() if type(v).__module__ != 'builtins'}.values()
     return [o for o in objects if hasattr(o, '__dict__') and not isinstance(o, (nn.Module, Tensor, type, Learner))]
 
 
@@ -59,7 +58,7 @@ def _note_left_out(e, cbs):
     "Add a note to an error of a step: which callbacks it ran without."
     names = ', '.join(f'`{type(o).__name__}`' for o in cbs if type(o).__module__.partition('.')[0] != 'fastai')
     if names and any(f.f_code.co_name == 'one_batch' for f, _ in traceback.walk_tb(e.__traceback__)):
-        add_note(e, f"The step ran without {names}, because callbacks may log, save, stop or draw. One is "
+        e.add_note(f"The step ran without {names}, because callbacks may log, save, stop or draw. One is "
                  "included only if it assigns `self.learn.xb`, `yb`, `pred`, `loss`, `loss_grad` or `loss_func`.")
 
 
@@ -126,7 +125,7 @@ def preserve_learner(learn,
         owners = [o for o in owners if hasattr(o, '__dict__')]
         for o in (learn, *learn.cbs, loader, *owners):
             if hasattr(o, '__dict__'): restore_dict(undo, vars(o))
-        for o in _attribute_objects([*modules, *changing]): restore_dict(undo, vars(o))
+        for o in objects_in([*modules, *changing]): restore_dict(undo, vars(o))
         for m in modules:
             for k, v in _cpp_attributes(m).items(): undo.callback(m._c.setattr, k, v)
         for o in (loader, getattr(loader, 'sampler', None), *changing): _restore_generators(undo, o)

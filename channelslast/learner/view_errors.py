@@ -11,7 +11,6 @@ from fastai.learner import Metric
 from fastai.optimizer import Optimizer, OptimWrapper
 
 from ..core.devices import unwrap_model
-from ..core.exception_note import add_note
 from .preserve_learner import learner_modules
 
 __all__ = ['explain_view_errors']
@@ -38,7 +37,7 @@ def _user_function(frame):
     "Description of a user's function; None for a library's."
     if frame.f_globals.get('__name__', '').partition('.')[0] in LIBRARIES: return None
     code = frame.f_code
-    return 'function ' + getattr(code, 'co_qualname', code.co_name).rpartition('<locals>.')[2]  # not in Python 3.10
+    return 'function ' + code.co_qualname.rpartition('<locals>.')[2]
 
 
 def _add_note(learn, e):
@@ -49,7 +48,7 @@ def _add_note(learn, e):
     parts, functions = (_learner_part(learn, f) for f in frames), map(_user_function, frames)
     where = next(filter(None, chain(parts, functions)), 'the Learner')
     e.channels_last = True
-    add_note(e, f"Raised in {where}. This Learner is in channels last, where `view` can't flatten channels with "
+    e.add_note(f"Raised in {where}. This Learner is in channels last, where `view` can't flatten channels with "
              "height and width: they are not adjacent in memory. Use `reshape` instead of `view`, "
              "or call `learn.to_contiguous()`.")
 

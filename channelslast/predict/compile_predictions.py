@@ -94,7 +94,7 @@ class CompilePredictions(PredictionCallback):
     >>> with learn.no_bar(): preds, targs = learn.get_preds() # doctest: +ELLIPSIS
     CompilePredictions: Sequential compiled in ... s, for inputs of (4, 3, 32, 32)."""
     order = math.inf  # after `FoldBatchNorm`, which runs other shapes
-    max_copies, exact, half = 1, {torch.float64: 1e-3, torch.float32: 1e-3}, 1e-1
+    max_copies, exact = 1, {torch.float64: 1e-3, torch.float32: 1e-3}
     differs = 'its outputs differ when compiled (relative difference {})'
     reason, seconds = '', None  # Why the model is not compiled; seconds that the last compilation took
 

@@ -1,15 +1,16 @@
-"""Choose the fastest candidate from step times, and decide when to stop. Knows neither PyTorch nor a Learner.
+"""A race: candidates take turns, and the fastest one is chosen as soon as that is clear. Knows neither PyTorch nor a
+Learner.
 
 Noise only makes steps longer, so the fastest of several steps shows what a machine can do, and a burst of other work
 does not change it. The median depends on how busy the machine is. `tests/test_selection.py` counts how often each finds
 the right one of five candidates from ten recorded steps: the fastest in 200 of 200 cases, the lowest tenth in 198, the
 lowest quarter in 197, the median in 166. `times` are milliseconds of each remaining candidate's steps, by its key."""
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ['TIE', 'MIN_ROUNDS', 'FAR_FACTOR', 'Decision', 'fastest', 'uncertainty', 'wins_sign_test', 'too_early',
-           'eliminated', 'decide', 'should_stop']
+__all__ = ['TIE', 'MIN_ROUNDS', 'FAR_FACTOR', 'Decision', 'Result', 'fastest', 'uncertainty', 'wins_sign_test', 'too_early',
+           'eliminated', 'decide', 'should_stop', 'near', 'race']
 
 TIE = 0.02  # relative difference up to which times count as equal
 # Stop if the possible gain is below SMALL_GAIN after so many rounds or milliseconds; the limit grows in proportion
@@ -19,6 +20,7 @@ HOPELESS_FACTOR = 5  # after two steps, candidates that take more than this time
 MIN_TOTAL_MS = 500  # milliseconds that a slow phase of the machine may last
 FAR_FACTOR = 1.5  # candidates that take more than this times the fastest are far behind
 SIGN_TEST_ALPHA = 0.025  # significance level of the sign test
+BASELINE_UNCERTAINTY = 0.05  # the first candidate is timed until it is this certain, since speedups are relative to it
 # Share of its uncertainty taken off the incumbent's time: wrongly keeping it costs as much as wrongly replacing it
 INCUMBENT_BONUS = 1/5
 
@@ -104,3 +106,80 @@ def should_stop(decision: Decision, times: dict) -> bool:
     rounds, total_ms = max(map(len, times.values())), sum(map(sum, times.values()))
     effort = max(rounds/PATIENCE_ROUNDS, total_ms/PATIENCE_MS)
     return rounds >= MIN_ROUNDS and (decision.sure or (effort >= 1 and decision.max_gain <= SMALL_GAIN*effort))
+
+
+def near(times: dict) -> list: # Keys, the fastest first
+    "Candidates that are not far behind the fastest."
+    limit = FAR_FACTOR*min(map(fastest, times.values()))
+    return sorted((k for k, ms in times.items() if fastest(ms) <= limit), key=lambda k: fastest(times[k]))
+
+
+@dataclass
+class Result:
+    "Milliseconds of the steps of each candidate that ran, by its key; the choice; how far behind dropped candidates were."
+    times: dict
+    decision: Decision = None
+    far_behind: set = field(default_factory=set)
+
+
+def race(
+    step, # `step(key, round)` takes a step and returns its milliseconds, or None if the candidate fails
+    keys, # Candidates; the first one is the baseline
+    incumbent=None, # Key of the current setting
+    rounds=15, # Most rounds
+    extra_rounds=0, # More rounds, while all steps may lie in one slow phase of the machine
+    stages=(), # Pairs `(rounds, propose)`: after so many rounds, `propose(times)` returns keys of more candidates
+    rank=lambda key: 0, # Orders candidates, the simplest first
+    agree=lambda x: x, # Gives all processes the answer of the first one
+) -> Result:
+    """Candidates take turns until the choice is clear. Those that can no longer win are dropped.
+
+    When candidates join, the times of the others start again: only steps of the same rounds are compared, since the
+    machine may have been faster or slower before."""
+    result, running = Result({k: [] for k in keys}), list(keys)
+    for limit, propose in [*((min(n, rounds), f) for n, f in stages), (rounds + extra_rounds, None)]:
+        n = max((len(result.times[k]) for k in running), default=0)
+        for i in range(n, limit):
+            if i >= rounds and not agree(too_early(_running(result, running))): break
+            _round(step, result, running, i)
+            gone, done = agree(_review(result, running, incumbent, rank, keep_first=propose is not None))
+            for k in [running[j] for j in gone]: _drop(result, running, k)
+            if done and propose is None: break
+        new = propose(_running(result, running)) if propose else []
+        for k in running if new else (): result.times[k] = []
+        running += new
+        result.times.update({k: [] for k in new})
+    result.decision = _decide(result, running, incumbent, rank)
+    return result
+
+
+def _running(result, running) -> dict: return {k: result.times[k] for k in running}
+
+
+def _round(step, result, running, i):
+    "One step of each candidate. The order alternates, so that drift affects all of them alike."
+    for k in list(reversed(running)) if i % 2 else list(running):
+        ms = step(k, i)
+        if ms is None: running.remove(k)
+        else: result.times[k].append(ms)
+
+
+def _drop(result, running, k):
+    best = min(fastest(ms) for ms in _running(result, running).values())
+    if fastest(result.times[k]) > FAR_FACTOR*best: result.far_behind.add(k)
+    running.remove(k)
+
+
+def _review(result, running, incumbent, rank, keep_first) -> tuple:
+    "Positions of the candidates that can no longer win, and whether the choice among the others is clear."
+    times, first = _running(result, running), next(iter(result.times))
+    if too_early(times): return [], False
+    keep_first = keep_first or first in times and uncertainty(times[first]) > BASELINE_UNCERTAINTY
+    gone = [running.index(k) for k in eliminated(times) if not (keep_first and k is first)]
+    return gone, should_stop(_decide(result, running, incumbent, rank), times)
+
+
+def _decide(result, running, incumbent, rank) -> Decision:
+    current = incumbent if incumbent in result.times else next(iter(result.times))
+    times = _running(result, sorted(running, key=lambda k: (k != current, rank(k))))
+    return decide(times, current)

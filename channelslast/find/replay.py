@@ -6,9 +6,9 @@ step continues with the first step's value, the gradients differ only by the rou
 from collections import defaultdict
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.nested_tensors import map_tensors, tensors_of
+from ..core.rounding import Rounding
 
 __all__ = ['Record', 'Replay']
 
@@ -16,12 +16,12 @@ PRODUCTS = {'convolution', 'addmm', 'mm', 'bmm', 'baddbmm'}  # operations that a
 REPLAYED = PRODUCTS | {'native_batch_norm', 'native_layer_norm', 'native_group_norm', 'add', 'add_'}
 
 
-class ForwardMode(TorchDispatchMode):
-    "Context manager that follows the operations of a forward pass, until `.backward` is set to True."
-    def __init__(self, model): # Its parameters name the operations
-        super().__init__()
+class Record(Rounding):
+    "Keep the results of a forward pass's operations, until `.backward` is set to True, or only count them."
+    def __init__(self, model, keep=True, eps=0., generator=None): # The model's parameters name the operations
+        super().__init__(eps, generator)
         self.names, self.casts = {self._memory(p): n for n, p in model.named_parameters()}, []
-        self.backward = False
+        self.values, self.keep, self.backward, self.rounded = defaultdict(list), keep, False, False
 
     def _memory(self, t): return t.untyped_storage()._cdata if t.layout is torch.strided else id(t)
 
@@ -31,48 +31,37 @@ class ForwardMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        if self.backward: return self.run(func, args, kwargs)
-        out = func(*args, **kwargs) if name in REPLAYED else self.run(func, args, kwargs)
+        replayed = name in REPLAYED and not self.backward
+        out = self.run(func, args, kwargs) if self.rounded and not replayed else func(*args, **kwargs)
+        if self.backward: return out
         names = self._names(args)
         if name == '_to_copy' and names:
             self.names[self._memory(out)] = names[0]
             self.casts.append(out)  # kept alive, so that no later tensor gets its memory
-        if name in REPLAYED:
+        if replayed:
             result = tensors_of(out)[0]
             if result.is_floating_point(): self.on_result((name, names, result.shape), result, func, args, kwargs)
         return out
 
-    def run(self, func, args, kwargs): return func(*args, **kwargs)
+    def on_result(self, key, result, *call): self.values[key].append(result.detach().clone() if self.keep else None)
 
 
-class Record(ForwardMode):
-    "Keep the results of the operations in main memory, or only count them."
-    def __init__(self, model, keep=True):
-        super().__init__(model)
-        self.values, self.keep = defaultdict(list), keep
-
-    def on_result(self, key, result, *call):
-        self.values[key].append(result.detach().to('cpu', copy=True) if self.keep else None)
-
-
-class Replay(ForwardMode):
+class Replay(Record):
     """Replace the results of the operations by recorded ones. `.wrong` lists the products that differed, by the module
     of their weights. With `rounded`, all other operations take and give perturbed numbers."""
     def __init__(self, model,
         record: Record, # Record of the step to replay
         counts: Record, # Record of this step without a replay: operations are replayed if both ran them equally often
-        perturb, # Function that adds rounding errors to a tensor
         tolerance, # Relative error up to which a product is right
-        rounding_factor, # A product is also right up to this many times the error that perturbed factors cause
-        rounded=False,
+        factor, # A product is also right up to this many times the error that perturbed factors cause
+        eps, generator=None, rounded=False,
     ):
-        super().__init__(model)
-        self.values = {k: iter(v) for k, v in record.values.items() if len(v) == len(counts.values[k])}
-        self.perturb, self.tolerance, self.rounding_factor = perturb, tolerance, rounding_factor
-        self.rounded, self.wrong = rounded, []
+        super().__init__(model, False, eps, generator)
+        self.recorded = {k: iter(v) for k, v in record.values.items() if len(v) == len(counts.values[k])}
+        self.tolerance, self.factor, self.rounded, self.wrong = tolerance, factor, rounded, []
 
     def on_result(self, key, result, *call):
-        value = next(self.values.get(key, iter(())), None)
+        value = next(self.recorded.get(key, iter(())), None)
         if value is None: return
         name, params, _ = key
         value = value.to(result)
@@ -86,10 +75,4 @@ class Replay(ForwardMode):
         def _error(t): return ((t - result).norm()/norm).item()
         if _error(value) <= self.tolerance: return False
         rounded = func(*map_tensors(self.perturb, args), **kwargs)
-        return not _error(value) <= self.rounding_factor*_error(rounded)
-
-    def run(self, func, args, kwargs):
-        "Run an operation whose result is not replaced."
-        views = any(r.alias_info is not None for r in func._schema.returns)
-        if not self.rounded or views: return func(*args, **kwargs)
-        return map_tensors(self.perturb, func(*map_tensors(self.perturb, args), **kwargs))
+        return not _error(value) <= self.factor*_error(rounded)

@@ -1,0 +1,23 @@
+"A pass in which each operation makes a rounding error: the change that rounding explains."
+from torch.utils._python_dispatch import TorchDispatchMode  # no public name
+
+from .compare import perturb
+from .nested_tensors import map_tensors
+
+__all__ = ['Rounding']
+
+
+class Rounding(TorchDispatchMode):
+    "Context manager: each operation takes and gives numbers that differ by up to the relative rounding error `eps`."
+    def __init__(self, eps, generator=None): # `generator` leaves the pass's own random numbers alone
+        super().__init__()
+        self.eps, self.generator = eps, generator
+
+    def perturb(self, x): return perturb(x, self.eps, self.generator)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None): return self.run(func, args, kwargs or {})
+
+    def run(self, func, args, kwargs):
+        views = any(r.alias_info is not None for r in func._schema.returns)  # no public name
+        if views: return func(*args, **kwargs)
+        return map_tensors(self.perturb, func(*map_tensors(self.perturb, args), **kwargs))

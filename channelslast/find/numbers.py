@@ -1,0 +1,335 @@
+"""Check that a candidate computes the numbers of contiguous fp32, as far as rounding explains the difference.
+
+All passes are made on a few items, and start from the same weights, buffers, attributes and random numbers."""
+import math
+import warnings
+from collections import namedtuple
+from contextlib import ExitStack, nullcontext
+from functools import partial
+
+import torch
+from fastai.callback.core import Callback, CancelBatchException
+from fastai.torch_core import set_seed
+from torch import nn
+
+from ..core.compare import FACTOR, numbers_of, relative_error
+from ..core.devices import fit_device, fp32_precision
+from ..core.distributed import gather_from_ranks
+from ..core.nested_tensors import first_items, map_tensors
+from ..core.random_state import restore_random_states
+from ..core.undo import restore_dict
+from ..learner.step_callbacks import is_part_of_step
+from .steps import Eliminated, not_finite
+
+__all__ = ['StopBatch', 'TrainingNumbers', 'PredictionNumbers']
+
+ITEMS = 8  # of a batch
+# Relative differences from fp32 that need no explanation: of the loss or outputs, an operation's result, the gradient
+# of a weight, and the gradient of a vector (bias or norm), a sum over all positions: in bf16, one in Swin3D differed by
+# 0.6 in one run and by 0.4 in another, where rounding the results explained 0.02.
+Tolerance = namedtuple('Tolerance', 'output result weight vector')
+TOLERANCE = dict(fp32=Tolerance(1e-3, 1e-2, 5e-2, 5e-2), fp16=Tolerance(2e-2, 1e-2, 5e-2, 0.2), bf16=Tolerance(5e-2, 2e-2, 0.12, 0.8))
+ROUNDING = dict(fp32=2**-18, fp16=2**-11, bf16=2**-8)  # relative rounding error; for fp32 that of a sum
+LOSSES = 4  # passes to see how much rounding changes the loss, which one of them may change by chance hardly at all
+NO_MODE = "Numbers were only tested for infinity and NaN: the model can't run under a dispatch mode, as `flex_attention` can't."
+DIFFER = 'numbers differ from contiguous fp32'
+
+
+class StopBatch(Callback):
+    "Stop each batch before the optimizer, or before the backward pass. Sets `mode.backward` when the backward pass begins."
+    order = -1000
+    def __init__(self, learn): self.learn, self.mode, self.before_gradients = learn, None, False
+    def before_backward(self):
+        if self.before_gradients: raise CancelBatchException
+        if self.mode: self.mode.backward = True
+    def before_step(self): raise CancelBatchException
+
+
+def _norm(tensors) -> float:
+    "Norm of all tensors, in float64 if the device has it: a CPU's float32 norm of 100 million numbers is 1% off."
+    def _one(t):
+        wide = torch.promote_types(t.dtype, torch.float64) if t.is_cpu or t.is_cuda else None
+        return torch.linalg.vector_norm(t, dtype=wide)
+    return math.hypot(*map(_one, tensors))
+
+
+def _wide_copy(grad):
+    dense = grad.detach().to_dense() if grad.layout is not torch.strided else grad.detach()  # sparse: of embeddings
+    return dense.to(torch.promote_types(dense.dtype, torch.float32), copy=True)  # complex numbers stay complex
+
+
+def _pairs(grads, reference):
+    "Pairs of gradients. A missing one counts as zeros if the other one exists."
+    for a, b in zip(grads, reference):
+        if a is None and b is not None: a = torch.zeros_like(b)
+        elif b is None and a is not None: b = torch.zeros_like(a)
+        yield a, b
+
+
+def _error(a, b) -> float:
+    """Relative difference of two gradients: the larger of that of the whole gradient, and an eighth of the largest one
+    of a slice (the weights of one output channel) relative to an average slice."""
+    if a is None or not a.numel(): return 0.
+    diff, b = (t.flatten(1) if t.dim() > 1 else t.view(1, -1) for t in (a - b, b))
+    diffs, norm = torch.linalg.vector_norm(diff, dim=1), torch.linalg.vector_norm(b)
+    largest = torch.maximum(torch.linalg.vector_norm(diffs), diffs.max()*math.sqrt(len(diffs))/8)
+    return (largest/norm if largest else largest).item()
+
+
+def _errors(grads, reference) -> list: return [_error(a, b) for a, b in _pairs(grads, reference)]
+
+
+def _set_mode(model, training):
+    """Set eval mode, or training mode without dropout of any kind (`DropPath`, `StochasticDepth`). Recurrent layers are
+    always in training mode, without dropout: cuDNN's have no backward pass in eval mode (PyTorch issue 5878)."""
+    model.train(training)
+    for m in model.modules():
+        if isinstance(m, nn.RNNBase): m.train().dropout = 0.
+        elif 'drop' in type(m).__name__.lower() or isinstance(m, nn.MultiheadAttention): m.eval()
+
+
+class Numbers:
+    "Passes of contiguous fp32 and of candidates on the same items. Does not communicate with other processes."
+    def __init__(self, steps): # A `Steps` object, whose first candidate is contiguous fp32
+        from . import replay  # needs a private module of PyTorch, so it is imported where it is used
+        self.steps, self.learn, self.stop, self.notes = steps, steps.learn, StopBatch(steps.learn), []
+        self.callbacks = [self.stop, *filter(is_part_of_step, steps.callbacks)]
+        self.Record, self.Replay, self.replays = replay.Record, replay.Replay, True
+        self.batch = self.few = first_items(steps.batches[0], steps.bs, ITEMS) if steps.bs and steps.bs > ITEMS else steps.batches[0]
+        self.values, self.fp32_precision, self.training = [], fp32_precision(fit_device(steps.learn)), False
+
+    def precision_of(self, c) -> str: return self.fp32_precision if c.setting.precision == 'fp32' else c.setting.precision
+
+    def tolerance_of(self, c) -> Tolerance: return TOLERANCE[self.precision_of(c)]
+
+    def generator(self, seed=0): return torch.Generator(fit_device(self.learn)).manual_seed(seed)
+
+    @torch.no_grad()
+    def restart(self):
+        self.steps.restart()
+        for t, value in self.values:
+            if not torch.equal(t, value): t.copy_(value)
+        set_seed(0)
+
+    def record(self, keep=True):
+        "A function that returns the mode for a pass of a model."
+        return partial(self.Record, keep=keep) if self.replays else lambda model: nullcontext()
+
+    def replay(self, c, record, rounded=False):
+        "Likewise, for a pass of contiguous fp32 with the values of a candidate's pass."
+        precision = self.precision_of(c)
+        return lambda model: self.Replay(model, record, self.counts, TOLERANCE[precision].result, FACTOR, ROUNDING[precision],
+                                         self.generator(), rounded)
+
+    def rounding(self, precision, seed=0):
+        "Likewise, for a pass in which each operation makes a rounding error."
+        from ..core.rounding import Rounding
+        return lambda model: Rounding(ROUNDING[precision], self.generator(seed))
+
+    def run_checks(self, candidates):
+        "Compare candidates. Those whose numbers differ by more than rounding explains are eliminated."
+        for c in candidates:
+            if not c.running: continue
+            self.steps.on_pass()
+            args = self.steps.attempt(c, partial(self.compare, c))
+            # all processes run the same number of passes, since a model may communicate in them
+            if any(gather_from_ranks(args is not None and self.is_large(c, *args))): self.steps.attempt(c, partial(self.explain, c, *args))
+            del args  # free its pass and gradients before the next ones are made
+        self.learn.model.zero_grad(set_to_none=True)
+        self.steps.restart()
+
+
+class TrainingNumbers(Numbers):
+    "Compares losses and gradients. Activations have the scale at which the model trains: that of one batch's statistics."
+    def start(self):
+        "Set running statistics and take the step of contiguous fp32."
+        c = self.steps.baseline
+        self.params = dict(self.learn.model.named_parameters())
+        self.set_statistics(c)
+        self.steps.attempt(c, self.run_baseline)
+        c.loss_diff = c.grad_diff = 0.
+
+    def set_statistics(self, c):
+        """Set running statistics to those of the items, if the model was never trained: with the initial ones,
+        activations shrink from layer to layer, and gradients in fp16 underflow, which they don't in training."""
+        norms = [m for m in self.learn.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if not any(m.num_batches_tracked is not None for m in norms): return
+        self.restart()
+        self.steps.activate(c, self.callbacks)
+        _set_mode(self.learn.model, True)
+        for m in norms: m.momentum = None  # cumulative: all of a fresh layer's statistics, hardly any of a trained one's
+        self.stop.before_gradients = True
+        try: self.learn.one_batch(0, self.batch)
+        except Exception: self.steps.restore_tensors()  # the comparison itself will raise it
+        else: self.values = [(t, t.clone()) for m in norms for t in (m.running_mean, m.running_var) if t is not None and t.isfinite().all()]
+        self.stop.before_gradients = False
+
+    def step(self, c, make_mode, backward=True) -> tuple: # Loss; gradients in fp32, without the scaler's scale; the mode
+        "One step without the optimizer, in the mode that `make_mode(model)` returns."
+        self.stop.before_gradients = not backward
+        while True:
+            self.restart()
+            self.steps.activate(c, self.callbacks)
+            _set_mode(self.learn.model, self.training)
+            self.learn.model.zero_grad(set_to_none=True)
+            scaler = self.learn.scaler or None
+            scale = scaler.get_scale() if scaler and scaler.is_enabled() else 1.
+            self.stop.mode = mode = make_mode(self.learn.model)
+            with mode: self.learn.one_batch(0, self.batch)
+            self.stop.mode = None  # it holds results
+            grads = [p.grad if p.grad is None else _wide_copy(p.grad)/scale for p in self.learn.model.parameters()]
+            if scale <= 1 or all(g is None or g.isfinite().all() for g in grads): break
+            scaler._scale.fill_(scale/16)  # too large for fp16; training would reduce it, too
+        return self.learn.loss.detach().float().mean().item(), grads, mode
+
+    def run_baseline(self):
+        """In eval mode, or in training mode for detectors: they have no eval-mode loss. Without a mode if the model can't
+        run in one."""
+        for self.replays, self.training in (True, False), (True, True), (False, False), (False, True):
+            try: self.loss, grads, self.counts = self.step(self.steps.baseline, self.record(keep=False))
+            except Exception as e: error = e
+            else:
+                if self.training or any(g is not None for g in grads): break
+        else: raise error
+        if not self.replays: self.notes.append(NO_MODE)
+        self.grads = [g if g is None else g.cpu() for g in grads]  # leaves the device's memory to the steps
+        self.grad_norm, self.reading_errors = _norm(g for g in self.grads if g is not None), reading_errors(self.learn)
+
+    def compare(self, c) -> tuple|None: # Arguments of `is_large` and `explain`
+        """Set `loss_diff` and `grad_diff`. Raise `Eliminated` for infinity, NaN, a failing metric, and a product that
+        differs from that of contiguous fp32, whose step is replayed with the candidate's values: rounding alone drives
+        gradients of deep networks far apart."""
+        loss, grads, record = self.step(c, self.record())
+        self.set_differences(c, loss, grads)
+        name = 'loss' if not math.isfinite(loss) else not_finite(zip(map('gradient of {}'.format, self.params), grads))
+        if name: raise Eliminated(f'{name} is not finite')
+        check_reading(self.learn, self.reading_errors)
+        if not self.replays: return None
+        _, replayed, mode = self.step(self.steps.baseline, self.replay(c, record))
+        if mode.wrong: raise Eliminated(f'{DIFFER} (result of {mode.wrong[0]})')
+        return partial(self.replay, c, record, rounded=True), (loss, self.loss), replayed, _errors(grads, replayed)
+
+    def set_differences(self, c, loss, grads):
+        c.loss_diff = abs(loss - self.loss)/(abs(self.loss) or 1)
+        pairs = ((a, b) for a, b in _pairs(grads, self.grads) if a is not None)
+        c.grad_diff = _norm(a - b.to(a.device) for a, b in pairs)/(self.grad_norm or 1)
+
+    def loss_is_large(self, c, losses) -> bool: return not abs(losses[0] - losses[1]) <= self.tolerance_of(c).output*abs(losses[1])
+
+    def large_errors(self, c, errors) -> list:
+        "Pairs `(parameter name, error)` of gradients that differ by more than the tolerance."
+        limits = self.tolerance_of(c)
+        return [(n, e) for (n, p), e in zip(self.params.items(), errors)
+                if not e <= (limits.vector if p.dim() < 2 else limits.weight)]
+
+    def is_large(self, c, make_mode, losses, reference, errors) -> bool:
+        return self.loss_is_large(c, losses) or bool(self.large_errors(c, errors))
+
+    def explain(self, c, make_mode, losses, reference, errors, eager=None, differ=DIFFER):
+        "Repeat the pass of the reference with rounding errors. Eliminates a candidate whose differences these don't explain."
+        eager, precision = eager or self.steps.baseline, self.precision_of(c)
+        if self.loss_is_large(c, losses):
+            rounded = [self.step(eager, self.rounding(precision, seed), backward=False)[0] for seed in range(LOSSES)]
+            if not abs(losses[0] - losses[1]) <= FACTOR*max(abs(o - losses[1]) for o in rounded): raise Eliminated(f'{differ} (loss)')
+        large = self.large_errors(c, errors)
+        rounding = dict(zip(self.params, _errors(self.step(eager, make_mode())[1], reference))) if large else {}
+        for n, e in large:
+            if not e <= FACTOR*rounding[n]: raise Eliminated(f'{differ} (gradient of {n})')
+
+    def check_compiled(self, c, eager):
+        """Compare a compiled candidate with the same one uncompiled. Its code for these modes is thrown away."""
+        def _step(o): return self.step(o, lambda model: nullcontext())[:2]
+        def _check():
+            for _ in range(3): loss, grads = _step(c)  # the first step runs uncompiled, the second one compiles
+            if c.prepared.reason: raise Eliminated(f'not compiled: {c.prepared.reason}')
+            self.set_differences(c, loss, grads)
+            eager_loss, eager_grads = _step(eager)
+            missing = [n for n, a, b in zip(self.params, grads, eager_grads) if (a is None) != (b is None)]
+            if missing: raise Eliminated(f'a gradient is missing only uncompiled, or only compiled ({missing[0]})')
+            args = partial(self.rounding, self.precision_of(c)), (loss, eager_loss), eager_grads, _errors(grads, eager_grads)
+            if self.is_large(c, *args): self.explain(c, *args, eager=eager, differ='numbers differ when compiled')
+        self.steps.attempt(c, _check)
+        c.prepared.forget()
+        self.learn.model.zero_grad(set_to_none=True)
+        self.steps.restart()
+
+
+class PredictionNumbers(Numbers):
+    "Compares outputs."
+    def start(self):
+        self.steps.attempt(self.steps.baseline, self.run_baseline)
+        self.steps.baseline.pred_diff = 0.
+
+    def outputs(self, c, make_mode=lambda model: nullcontext(), passes=1) -> tuple: # Outputs, the mode
+        for _ in range(passes):
+            self.restart()
+            self.steps.activate(c, self.callbacks)
+            with make_mode(self.learn.model) as mode: self.learn.one_batch(0, self.batch)
+        return map_tensors(lambda t: t.detach().clone(), self.learn.pred), mode
+
+    def run_baseline(self):
+        for self.replays in True, False:
+            try: self.reference, self.counts = self.outputs(self.steps.baseline, self.record(keep=False))
+            except Exception:
+                if not self.replays: raise
+            else: break
+        if not self.replays: self.notes.append(NO_MODE)
+        self.rounding_errors, self.reading_errors = {}, reading_errors(self.learn)
+
+    def compare(self, c) -> tuple|None: # Arguments of `is_large` and `explain`
+        """Set `pred_diff`. Raise `Eliminated` for outputs that can't be compared, a failing metric, and, in a model that
+        runs as it is, a product that differs from that of contiguous fp32."""
+        if c.setting.compiled and self.batch is not self.steps.batches[0]: self.use_whole_batch()
+        plain = self.replays and not c.prepared
+        outputs, record = self.outputs(c, self.record() if plain else lambda model: nullcontext(), passes=1 + bool(c.prepared))
+        c.pred_diff = relative_error(outputs, self.reference)
+        if not numbers_of(self.reference): raise Eliminated('outputs hold no numbers to compare with contiguous fp32')
+        check_reading(self.learn, self.reading_errors)
+        if plain:
+            _, mode = self.outputs(self.steps.baseline, self.replay(c, record))
+            if mode.wrong: raise Eliminated(f'{DIFFER} (result of {mode.wrong[0]})')
+        return ()
+
+    def use_whole_batch(self):
+        "Only batches of the compiled shape run compiled."
+        self.batch = self.steps.batches[0]
+        self.run_baseline()
+
+    def is_large(self, c) -> bool: return self.replays and not c.pred_diff <= self.tolerance_of(c).output
+
+    def explain(self, c):
+        precision = self.precision_of(c)
+        if precision not in self.rounding_errors:
+            rounded, _ = self.outputs(self.steps.baseline, self.rounding(precision))
+            self.rounding_errors[precision] = relative_error(rounded, self.reference)
+        if not c.pred_diff <= FACTOR*self.rounding_errors[precision]: raise Eliminated(DIFFER)
+
+
+# what reads a step: metrics, the recorder
+
+def reading_errors(learn) -> dict: # Errors by name
+    """Errors of what reads the Learner's last step: its metrics and, in training, its `Recorder`. Their state stays as it
+    was."""
+    errors, pred, loss, training = {}, learn.pred, learn.loss, learn.training
+    recorder, metrics = getattr(learn, 'recorder', None), [*learn.metrics]
+    def _score(m): m.reset(); m.accumulate(learn); return m.value
+    def _record():
+        for event in 'before_fit', 'before_train', 'after_batch': getattr(recorder, event)()
+    readers = {f'metric {m.name}': partial(_score, m) for m in metrics} if len(learn.yb) else {}
+    if training and recorder: readers[type(recorder).__name__] = _record
+    with ExitStack() as undo, restore_random_states(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.pred, learn.loss = map_tensors(torch.Tensor.detach, (pred, loss))
+        for o in (*metrics, *([recorder, recorder.loss, recorder.smooth_loss] if recorder else ())): restore_dict(undo, vars(o))
+        restore_dict(undo, vars(learn))
+        for name, read in readers.items():
+            try: read()
+            except Exception as e: errors[name] = e
+    learn.pred, learn.loss = pred, loss
+    return errors
+
+
+def check_reading(learn, baseline_errors):
+    "Raise `Eliminated` if something fails to read the step that does not fail in contiguous fp32: a fit would fail."
+    for name, e in reading_errors(learn).items():
+        if name not in baseline_errors: raise Eliminated(f'{name} fails: {type(e).__name__}: {str(e).strip()[:100]}')

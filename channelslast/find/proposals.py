@@ -1,0 +1,89 @@
+"""Settings that join the race after its first rounds: layers in fp32, the fused optimizer, folded batch norms, compiled.
+
+Each function gets the milliseconds of the running candidates' steps by setting, and returns settings whose candidates
+have taken their first steps and compute the right numbers."""
+from dataclasses import replace
+
+import torch
+from fastai.callback.fp16 import AMPMode
+
+from ..core.autocast import DTYPES
+from ..core.devices import unwrap_model
+from ..core.distributed import broadcast_from_rank0, gather_from_ranks
+from .layer_timing import fp32_names, record_inputs, time_layers
+from .numbers import StopBatch
+from .race import near
+
+__all__ = ['with_fp32_layers', 'with_fused_optimizer', 'with_folded_batch_norms', 'compiled_predictions', 'compiled_training']
+
+
+def _joined(steps, numbers, settings, note='') -> list:
+    "The settings whose new candidates run and compute the right numbers."
+    added = [steps.candidates[s] if s in steps.candidates else steps.add(s, note) for s in settings]
+    for c in added: steps.warm_up(c)
+    numbers.run_checks(added)
+    return [c.setting for c in added if c.running]
+
+
+def with_fp32_layers(steps, numbers, layers, times) -> list:
+    "For half precisions in channels last: keep in fp32 the layers that are slower in half precision, timed one by one."
+    new = []
+    for s in broadcast_from_rank0([s for s in times if s.is_channels_last and s.precision != 'fp32']):
+        c, model = steps.candidates[s], unwrap_model(steps.learn.model)
+        def _one_batch():
+            steps.activate(c, [StopBatch(steps.learn), *steps.callbacks])
+            steps.learn.one_batch(0, steps.batches[0])
+        inputs = steps.attempt(c, lambda: record_inputs(model, _one_batch)) or {}
+        rows = time_layers(model, inputs, DTYPES[AMPMode(s.precision)], s.precision)
+        layers += rows
+        names = tuple(broadcast_from_rank0(fp32_names(rows, s.precision)))
+        note = f'{len(names)} of {sum(len(r.names) for r in rows)} layers in fp32'
+        if names: new += _joined(steps, numbers, [replace(s, fp32_layers=names)], note)
+    return new
+
+
+def with_fused_optimizer(steps, numbers, times) -> list:
+    "For all candidates that may still win: the optimizer's fused step, which computes the same weights."
+    fused = None
+    try: steps.add_fused()
+    except Exception as e: fused = e
+    if any(gather_from_ranks(fused)): return []
+    settings = broadcast_from_rank0([*times])
+    new = [steps.add(replace(s, fused=True), steps.candidates[s].note) for s in settings]
+    for c in new:
+        o = steps.candidates[replace(c.setting, fused=False)]
+        c.loss_diff, c.grad_diff = o.loss_diff, o.grad_diff  # of the same pass
+        steps.warm_up(c)
+    return [c.setting for c in new if c.running]
+
+
+def with_folded_batch_norms(steps, numbers, times) -> list:
+    "For candidates that are not far behind: `FoldBatchNorm`, if that prepares any weights."
+    new = []
+    for s in broadcast_from_rank0(near(times)):
+        c = steps.add(replace(s, folded=True), steps.candidates[s].note)
+        steps.warm_up(c)
+        if broadcast_from_rank0(c.running and c.prepared.works): new.append(c)
+        else: del steps.candidates[c.setting]
+    with torch.compiler.set_stance('force_eager'): numbers.run_checks(new)
+    return [c.setting for c in new if c.running]
+
+
+def compiled_predictions(steps, numbers, times) -> list:
+    "The fastest candidate of each precision with its model compiled. The compiler picks its own formats."
+    fastest = {}
+    for s in sorted(times, key=lambda s: min(times[s])):
+        if not s.fp32_layers: fastest.setdefault(s.precision, s)
+    return _joined(steps, numbers, [replace(s, compiled=True) for s in broadcast_from_rank0([*fastest.values()])])
+
+
+def compiled_training(steps, numbers, times) -> list:
+    "The fastest candidate with its model compiled: once to compare its numbers, once to train."
+    s = broadcast_from_rank0(min((s for s in times if not s.fp32_layers), key=lambda s: min(times[s])))
+    c = steps.add(replace(s, compiled=True))
+    numbers.check_compiled(c, steps.candidates[s])
+    steps.restore_tensors()
+    for _ in range(3):  # compiles the training mode's code
+        if c.running: steps.timed_step(c)
+    c.memory = c.optimizer_ms = None
+    return [s for s in [c.setting] if c.running]

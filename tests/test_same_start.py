@@ -1,0 +1,232 @@
+"What `format_find` measures and compares starts from the same state for each setting, and nothing of it stays."
+import pytest
+import torch
+from fastai.vision.all import (SGD, Callback, DataLoader, DataLoaders, Learner, Recorder)
+from torch import nn
+
+from channelslast.learner.setting import Setting
+from .helpers import convnet, difference, find, learner, learner_state, loaders, rows_of, shake
+
+
+class Video(nn.Module):
+    "Keeps a recurrent state from batch to batch."
+    def __init__(self, rnn=nn.LSTM):
+        super().__init__()
+        self.conv, self.rnn, self.head, self.h = nn.Conv2d(3, 16, 3, 2, 1), rnn(16, 16, batch_first=True), nn.Linear(16, 4), None
+    def forward(self, x):
+        out, h = self.rnn(self.conv(x).flatten(2).transpose(1, 2), self.h)
+        self.h = tuple(t.detach() for t in h) if isinstance(h, tuple) else h.detach()
+        return self.head(out[:, -1])
+
+
+class Product(nn.Module):
+    "The same with a plain product."
+    def __init__(self): super().__init__(); self.conv, self.w, self.head, self.h = nn.Conv2d(3, 16, 3), nn.Parameter(torch.eye(16)), nn.Linear(16, 4), None
+    def forward(self, x):
+        h = self.conv(x).mean((2, 3))
+        if self.h is not None: h = h + self.h.mm(self.w)
+        self.h = h.detach()
+        return self.head(h)
+
+
+STATEFUL = dict(lstm=Video, gru=lambda: Video(nn.GRU), rnn=lambda: Video(nn.RNN), product=Product)
+
+
+@pytest.mark.parametrize('train', [True, False])
+@pytest.mark.parametrize('name', STATEFUL)
+def test_a_state_that_is_kept_between_batches_neither_fails_nor_counts_as_a_difference(has, name, train):
+    "bf16's state met fp32's weights, and fp32 in channels last began where contiguous fp32 had ended."
+    has('bf16')
+    learn = learner(STATEFUL[name]())
+    before = learner_state(learn)
+    t = find(learn, train=train, num_it=2)
+    assert len(t.rows) >= 4 and all(r.valid for r in t.rows), t
+    assert rows_of(t)['channels last, fp32'].__dict__['grad_diff' if train else 'pred_diff'] < 1e-5
+    assert difference(before, learner_state(learn)) == '' and learn.model.h is None
+
+
+class Counts(nn.Module):
+    "Counts its passes in an attribute, a list, a buffer and an attribute's tensor."
+    def __init__(self):
+        super().__init__()
+        self.net, self.n, self.seen, self.t = shake(convnet()), 0, [], torch.zeros(1)
+        self.register_buffer('b', torch.zeros(1))
+    def forward(self, x):
+        starts.append((len(x), self.n, len(self.seen), self.t.item(), self.b.item()))
+        self.n += 1; self.seen.append(1); self.t += 1; self.b += 1
+        return self.net(x)
+
+
+starts = []
+
+
+@pytest.mark.parametrize('train', [True, False])
+def test_each_compared_pass_starts_from_the_state_before_the_first_step(train):
+    "They have 8 of the 16 items; timed steps go on where the same setting's last one ended."
+    learn = learner(Counts(), loaders(n=32, bs=16))
+    starts.clear()
+    find(learn, train=train, num_it=4, optimizer=False)
+    compared, timed = [o[1:] for o in starts if o[0] == 8], [o for o in starts if o[0] == 16]
+    assert len(compared) >= 3 and {*compared} == {(0, 0, 0., 0.)}
+    assert [o[1] for o in timed][:2] == [0, 0] and max(o[1] for o in timed) == max(o[2] for o in timed) >= 3
+
+
+class Keeps(Callback):
+    "Keeps the last batch, as callbacks with a memory do, and mixes it into the next one."
+    last = None
+    def before_batch(self):
+        kept.append(self.last is not None and self.last.is_contiguous(memory_format=torch.channels_last))
+        now = self.x.detach().clone(memory_format=torch.preserve_format)
+        if self.last is not None: self.learn.xb = (self.x + 0*self.last[:len(self.x)],)
+        self.last = now
+
+
+kept = []
+
+
+def test_what_a_callback_holds_is_the_settings_own():
+    "The order of the settings alternates, but none gets what another one has left."
+    kept.clear()
+    seen = []
+    class Look(nn.Module):
+        def forward(self, x): seen.append((x.is_contiguous(memory_format=torch.channels_last), kept[-1], len(x))); return x
+    find(learner(nn.Sequential(Look(), convnet()), cbs=Keeps()), num_it=6, optimizer=False)
+    assert not any(had and not last for last, had, _ in seen)
+
+
+# a loss in half precision, and what reads it
+
+def judged(half_only=False):
+    judge = nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Conv2d(8, 1, 3)).requires_grad_(False)
+    def loss(p, t): return judge(torch.cat([p, t], 1)).square().mean()
+    return loss
+
+
+def images(n=8): return DataLoaders(*[DataLoader([(torch.randn(3, 16, 16), torch.randn(3, 16, 16)) for _ in range(2*n)], bs=n)]*2)
+
+
+@pytest.mark.parametrize('mode', ['bf16', 'fp16'])
+def test_a_loss_that_runs_a_network_is_fp32_after_it_so_that_the_recorder_takes_it(has, mode):
+    has(mode)
+    learn = Learner(images(), nn.Conv2d(3, 3, 3, padding=1), judged()).to_channelslast(amp_mode=mode)
+    seen = []
+    class Look(Callback):
+        def after_loss(self): seen.append((self.loss.dtype, self.loss_grad.dtype))
+        order = 50
+    with learn.no_logging(): learn.fit(1, cbs=Look())
+    assert {*seen} == {(torch.float32,)*2} and len(learn.recorder.losses)
+
+
+def test_a_setting_whose_fit_would_fail_is_out_with_a_note(has, fake_steps):
+    "A recorder that takes no loss but that of contiguous fp32."
+    has('bf16'); fake_steps({'contiguous, bf16': 10.})
+    class Picky(Recorder):
+        def after_batch(self):
+            if torch.get_autocast_dtype('cpu') and self.learn._grab_cbs(type(self.learn.cbs[0])) and modes[-1]: raise TypeError('not this one')
+            super().after_batch()
+    modes = []
+    class Mode(nn.Module):
+        def forward(self, x): modes.append(torch.is_autocast_enabled('cpu')); return x
+    learn = learner(nn.Sequential(Mode(), convnet()))
+    learn.remove_cb(learn.recorder)
+    learn.add_cb(Picky())
+    before = learner_state(learn)
+    learn.recorder = learn.picky
+    t = find(learn, num_it=2, formats='contiguous')
+    r = rows_of(t)['contiguous, bf16']
+    assert not r.valid and r.note == 'Picky fails: TypeError: not this one' and t.best is t.rows[0]
+    del learn.recorder
+    assert difference(before, learner_state(learn)) == ''
+
+
+class Critic(nn.Module):
+    "The loss is a difference of nearly equal means."
+    def __init__(self): super().__init__(); self.net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.LeakyReLU(0.2), nn.Conv2d(16, 16, 3), nn.LeakyReLU(0.2), nn.Conv2d(16, 1, 3))
+    def forward(self, x): return self.net(x).mean() - self.net(x.flip(0) + 1e-6*x).mean()
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_a_loss_near_zero_is_judged_by_what_rounding_explains(has, seed):
+    has('bf16')
+    torch.manual_seed(seed)
+    for r in find(Learner(loaders((3, 16, 16)), Critic(), lambda p, y: p, opt_func=SGD), num_it=1).rows: assert r.valid, r
+
+
+def test_a_wrong_loss_is_still_found(has):
+    has('bf16')
+    class Wrong(Critic):
+        def forward(self, x):
+            out = super().forward(x)
+            return out + (1e-2 if self.net[0].weight.stride(1) == 1 else 0)
+    rows = rows_of(find(Learner(loaders((3, 16, 16)), Wrong(), lambda p, y: p, opt_func=SGD), num_it=1))
+    assert [r.valid for k, r in rows.items() if 'last' in k] == [False]*2 and 'numbers differ' in rows['channels last, fp32'].note
+
+
+# what the comparison costs
+
+def test_numbers_are_compared_on_eight_items_with_few_passes(has):
+    has('bf16')
+    sizes = []
+    class Look(nn.Module):
+        def forward(self, x): sizes.append((len(x), torch.is_grad_enabled())); return x
+    t = find(learner(nn.Sequential(Look(), shake(convnet())), loaders(n=128, bs=64)), num_it=1, optimizer=False)
+    compared = [n for n, _ in sizes if n != 64]
+    assert {*compared} == {8} and len(t.rows) == 4 and len(compared) <= 2 + 3*3  # set statistics, baseline; a pass, a replay, rounding
+
+
+def test_weights_and_optimizer_state_are_searched_for_infinity_once_per_setting(monkeypatch):
+    calls, real = [], torch.Tensor.isfinite
+    monkeypatch.setattr(torch.Tensor, 'isfinite', lambda t: (calls.append(t.dim()), real(t))[1])
+    def _count(n):
+        calls.clear()
+        find(learner(shake(convnet())), num_it=n)
+        return len(calls)
+    assert _count(12) == _count(4) > 0
+
+
+def test_a_model_with_a_higher_order_operator_is_measured_without_the_comparison(has):
+    class Flex(nn.Module):
+        "Can't run under a dispatch mode, as `flex_attention`."
+        def __init__(self): super().__init__(); self.net = convnet()
+        def forward(self, x):
+            if torch.utils._python_dispatch._len_torch_dispatch_stack(): raise NotImplementedError('There was no rule registered for HOP flex_attention and mode')
+            return self.net(x)
+    has('bf16')
+    for train in True, False:
+        t = find(learner(Flex()), num_it=1, train=train)
+        assert all(r.valid for r in t.rows) and any('dispatch mode' in o for o in t.notes), t
+
+
+def test_flex_attention_itself_is_measured():
+    flex = pytest.importorskip('torch.nn.attention.flex_attention').flex_attention
+    class Attend(nn.Module):
+        def __init__(self): super().__init__(); self.conv, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 4)
+        def forward(self, x):
+            q = self.conv(x).flatten(2).transpose(1, 2)[:, None]
+            return self.head(flex(q, q, q).mean((1, 2)))
+    t = find(learner(Attend()), train=False, num_it=1)
+    assert all(r.valid for r in t.rows), t
+
+
+def test_a_users_own_compiled_callback_is_said_to_stay(fake_steps, uncompiled, capsys):
+    from channelslast import CompilePredictions, CompileTraining
+    fake_steps({'channels last, fp32': 50.})
+    for train, kind in (True, CompileTraining), (False, CompilePredictions):
+        learn = learner(shake(convnet()), cbs=kind()).to_fastest(train=train, num_it=2, layers=False)
+        assert f'Measured uncompiled: `{kind.__name__}` stays. Pass `compile=True` to measure it, too.' in capsys.readouterr().out
+        assert len(learn._grab_cbs(kind)) == 1
+
+
+def test_loader_ms_of_fastais_loader_with_many_workers():
+    "fastai's `num_workers` is 1 in the main process."
+    import time
+    class Slow:
+        def __len__(self): return 400
+        def __getitem__(self, i): time.sleep(0.02); return torch.zeros(3, 4, 4), torch.tensor(0)
+    dl = DataLoader(Slow(), bs=8, num_workers=12)
+    learn = learner(dls=DataLoaders(dl, dl))
+    assert find(learn, num_it=1, formats='contiguous').loader_ms > 0.9*8*20/12
+
+
+def test_settings_are_values():
+    assert Setting('channels_last', 'bf16') == Setting('channels_last', 'bf16') and len({Setting(), Setting()}) == 1
