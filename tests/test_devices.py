@@ -18,10 +18,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from channelslast import CompilePredictions, CompileTraining, FoldBatchNorm, fused, less_random
 from channelslast.command.demo import StepTimer
-from channelslast.command.reference_timing import plain_loop, timed_fit_step
 from channelslast.core import devices
 from channelslast.core.devices import autocast_is_fast, fit_device, fp32_precision, is_out_of_memory, known_problem, synchronize
 from channelslast.core.nested_tensors import first_half
+from .bench import timed_fit_step
 from .helpers import (Fails, PretendGPU, Steep, convnet, difference, find, learner, learner_state, loaders, passes_in_new_process, rows_of, setting_of,
                       shake)
 
@@ -89,7 +89,7 @@ def test_format_find_drops_a_candidate_whose_steps_are_all_skipped(has):
 
 
 def test_reference_timings_count_no_skipped_step(has):
-    "Neither of a Learner, nor of the plain loop, nor of the demo."
+    "Neither of the benchmark, nor of the demo."
     has('fp16')
     ran = []
     def _opt(params, **kw):
@@ -104,9 +104,6 @@ def test_reference_timings_count_no_skipped_step(has):
     batch = learn.dls.one_batch()
     timed_fit_step(learn, batch)()
     assert len(ran) == 1 and learn.scaler.get_scale() < 65536
-    ran.clear()
-    plain_loop(learner(steep(), opt_func=_opt), batch, SimpleNamespace(memory_format='channels_last', precision='fp16'))()
-    assert len(ran) == 1
     ran.clear()
     learn = learner(steep(), opt_func=_opt, dls=loaders(n=256)).to_channelslast()
     with learn.no_logging(): learn.fit(1, cbs=(timer := StepTimer()))

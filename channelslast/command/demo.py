@@ -109,7 +109,7 @@ def main(
     save: str = None, # Save a chart of the table to this file, such as chart.png
 ):
     """Find the fastest memory format and precision for an image classifier. Train it in contiguous fp32, in the
-    fastest channels-last setting and in the fastest of all, and compare. `channelslast bench` measures many models."""
+    fastest channels-last setting and in the fastest of all, and compare."""
     for k, v in dict(size=size, bs=bs, epochs=epochs, lr=lr).items():
         if not v > 0: raise UsageError(f"--{k} {v}: must be above 0")
     if save: check_save(save)
