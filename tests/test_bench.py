@@ -311,11 +311,11 @@ def test_issue_template_names_the_command_and_has_a_field_for_the_report():
 # the columns, and the reference timing
 
 def check_bench(run, name, video):
-    code, out, err = run(models=f'{name},{video}')
+    code, out, err = run('--bs', '2', models=f'{name},{video}')
     assert code == 0, err
     lines = [o.split() for o in out.splitlines() if o.split()[:1] in ([name], [video])]
     assert len(lines) == 4 and out.splitlines()[0].count('PyTorch') == 1 and ('keep_memory' in out) == keep_memory(False)
-    numbers = re.findall(rf'^ *{name} +32 +4 +([\d.]+) +\S.*?, \S+ +([\d.]+) +([\d.]+)× +([\d.]+)× +\d+ s +(?:quiet|noisy) +(?:–|[\d.]+×)$', out, re.M)
+    numbers = re.findall(rf'^ *{name} +32 +2 +([\d.]+) +\S.*?, \S+ +([\d.]+) +([\d.]+)× +([\d.]+)× +\d+ s +(?:quiet|noisy) +(?:–|[\d.]+×)$', out, re.M)
     assert len(numbers) == 2 and all(float(o) > 0 for o in numbers[0])
     assert re.search(rf'{video}.* fails ', out)  # fastai's callback can't convert a Conv3d
     assert re.search(r'of 2 picks within 5% of the best; speedup over contiguous fp32 at least [\d.]+×; format_find took \d+ s', out)
