@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
 from fastai.vision.all import Callback, Learner
 from torch import nn
 
@@ -157,6 +158,15 @@ def test_report_does_not_halve_the_batch_after_another_error(measured, run):
     measured.do = fail_on('resnet18', ValueError('out of memory'))
     code, out, err = run('--report', '--predict', models='resnet18')
     assert tables(out)[0][2][2:] == ['4', 'ValueError: out of memory']
+
+
+def test_bench_halves_a_batch_that_does_not_fit_in_memory_with_fastais_own_callbacks_only(measured, run, monkeypatch):
+    "It once said that fastai's own callbacks fail."
+    def _before_fit(self):
+        if self.dls.bs > 2: raise OOM[0]
+    monkeypatch.setattr(FastaiChannelsLast, 'before_fit', _before_fit)
+    code, out, err = run('--report', '--predict', models='resnet18')
+    assert tables(out)[0][2][2] == '2 (4: out of memory)' and 'fails' not in out and code == 0
 
 
 def test_report_frees_the_last_tensors_before_the_next_attempt(measured, run):

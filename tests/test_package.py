@@ -79,7 +79,7 @@ def test_the_package_requires_only_torch_fastai_and_fastcore():
 
 def test_the_checkout_has_only_the_files_of_the_design_and_of_packaging():
     allowed = {'channelslast', 'tests', 'nbs', 'settings.ini', 'setup.py', 'README.md', 'LICENSE', 'MANIFEST.in', 'CHANGELOG.md'}
-    built = 'build', 'dist', 'site', '__pycache__'
+    built = 'build', 'dist', 'site', '__pycache__', 'channelslast-report.jsonl', 'report.md'
     assert {o.name for o in root.iterdir() if not o.name.startswith('.') and o.suffix != '.egg-info' and o.name not in built} <= allowed
 
 
