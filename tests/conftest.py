@@ -13,7 +13,7 @@ from channelslast import less_random
 from channelslast.core import devices
 from .helpers import Clock, Compilations, setting_of
 
-collect_ignore = ['two_processes.py', 'conv_fuzz.py', 'notebooks.py', 'helpers.py']  # doctest would import the scripts
+collect_ignore = ['two_processes.py', 'conv_fuzz.py', 'notebooks.py', 'helpers.py', 'bench']  # doctest would import them
 MAX_PROCESSES = 8  # each takes 1 to 2 GB; more would wait for the longest tests
 
 

@@ -291,11 +291,11 @@ class Clock:
 
 # the command line
 
-def run_command(monkeypatch, capsys, *args) -> tuple: # Exit status or message, standard output, standard error
-    "Run `channelslast` with these arguments."
+def run_command(monkeypatch, capsys, *args, command=cli) -> tuple: # Exit status or message, standard output, standard error
+    "Run `channelslast`, or another command, with these arguments."
     monkeypatch.setattr(sys, 'argv', ['channelslast', *args])
     code = 0
-    try: cli()
+    try: command()
     except SystemExit as e: code = e.code
     except KeyboardInterrupt: code = 'KeyboardInterrupt'  # would end pytest
     return code, *capsys.readouterr()
@@ -313,7 +313,7 @@ def use_small_models(monkeypatch, **models):
 
 
 class Load:
-    "Stands in for the process that `channelslast bench --busy` runs. `Load.running` counts those that run."
+    "Stands in for the process that `python -m tests.bench --busy` runs. `Load.running` counts those that run."
     running = 0
     def __init__(self, *args, **kwargs): Load.running += 1
     def kill(self): Load.running -= 1

@@ -21,6 +21,7 @@ from channelslast.command.demo import StepTimer
 from channelslast.core import devices
 from channelslast.core.devices import autocast_is_fast, fit_device, fp32_precision, is_out_of_memory, known_problem, synchronize
 from channelslast.core.nested_tensors import first_items
+from .bench import timed_fit_step
 from .helpers import (Fails, PretendGPU, Steep, convnet, difference, find, learner, learner_state, loaders, passes_in_new_process, rows_of, setting_of,
                       shake)
 
@@ -87,8 +88,8 @@ def test_format_find_drops_a_candidate_whose_steps_are_all_skipped(has):
     assert all('the gradient scaler skipped' in r.note for r in t.rows if not r.valid), t
 
 
-def test_the_demo_counts_no_skipped_step(has):
-    "Of the demo."
+def test_reference_timings_count_no_skipped_step(has):
+    "Neither of the benchmark, nor of the demo."
     has('fp16')
     ran = []
     def _opt(params, **kw):
@@ -99,6 +100,11 @@ def test_the_demo_counts_no_skipped_step(has):
             return real(*args, **kwargs)
         opt.step = _step
         return opt
+    learn = learner(steep(), opt_func=_opt).to_channelslast()
+    batch = learn.dls.one_batch()
+    timed_fit_step(learn, batch)()
+    assert len(ran) == 1 and learn.scaler.get_scale() < 65536
+    ran.clear()
     learn = learner(steep(), opt_func=_opt, dls=loaders(n=256)).to_channelslast()
     with learn.no_logging(): learn.fit(1, cbs=(timer := StepTimer()))
     assert 0 < len(ran) == len(timer.ms) < 32

@@ -21,7 +21,8 @@ from torch import nn
 
 from channelslast import ChannelsLast, FoldBatchNorm
 from channelslast.core.compare import perturb, relative_error
-from .helpers import Pairs, block, convnet, difference, image_folder, learner, loaders, model_state, names_library, passes_in_new_process, preds_of, shake, truth_of
+from .helpers import (Pairs, block, convnet, difference, image_folder, learner, loaders, model_state, names_library, passes_in_new_process, preds_of,
+                      shake, truth_of)
 
 
 def check(model, folded=None, found=None, dtype=torch.float64, tol=1e-10, dls=None, warns=False, **kwargs):

@@ -141,7 +141,9 @@ def test_a_setting_whose_fit_would_fail_is_out_with_a_note(has, fake_steps):
 
 class Critic(nn.Module):
     "The loss is a difference of nearly equal means."
-    def __init__(self): super().__init__(); self.net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.LeakyReLU(0.2), nn.Conv2d(16, 16, 3), nn.LeakyReLU(0.2), nn.Conv2d(16, 1, 3))
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.LeakyReLU(0.2), nn.Conv2d(16, 16, 3), nn.LeakyReLU(0.2), nn.Conv2d(16, 1, 3))
     def forward(self, x): return self.net(x).mean() - self.net(x.flip(0) + 1e-6*x).mean()
 
 
@@ -189,7 +191,7 @@ def test_a_model_with_a_higher_order_operator_is_measured_without_the_comparison
         "Can't run under a dispatch mode, as `flex_attention`."
         def __init__(self): super().__init__(); self.net = convnet()
         def forward(self, x):
-            if torch.utils._python_dispatch._len_torch_dispatch_stack(): raise NotImplementedError('There was no rule registered for HOP flex_attention and mode')
+            if torch.utils._python_dispatch._len_torch_dispatch_stack(): raise NotImplementedError('no rule registered for HOP flex_attention and mode')
             return self.net(x)
     has('bf16')
     for train in True, False:

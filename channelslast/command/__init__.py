@@ -1,1 +1,1 @@
-"The command `channelslast`: demo, benchmark and report. `import channelslast` does not import this folder."
+"The command `channelslast`. `import channelslast` does not import this folder."

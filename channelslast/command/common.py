@@ -1,4 +1,5 @@
-"Images, classifiers, devices and the checks of arguments that the demo and the benchmark share."
+"The command line, images, classifiers and devices: what the demo shares with the benchmark in `tests/bench`."
+import sys
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -7,10 +8,32 @@ import torch
 import torchvision
 from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, ImageDataLoaders, Normalize, RandomSplitter,
                                Resize, get_image_files, imagenet_stats)
+from fastcore.script import anno_parser
 
 
 class UsageError(Exception):
     "A wrong argument. The command prints it in one line and exits with status 2."
+
+
+def _with_underscores(option, usage) -> str:
+    "Replace the dashes in an option's name if `usage` has it with underscores only, as fastcore before 2.0 does."
+    name, eq, value = option.partition('=')
+    other = '--' + name[2:].replace('-', '_')
+    return other + eq + value if name.startswith('--') and name not in usage and other in usage else option
+
+
+def run(
+    main, # Function with one argument per option
+    prog: str, # Name of the command in its messages
+):
+    "Call `main` with the options of the command line. A `UsageError` is printed in one line."
+    parser = anno_parser(main, prog=prog)
+    usage = parser.format_usage()
+    args = vars(parser.parse_args([_with_underscores(o, usage) for o in sys.argv[1:]]))
+    try: main(**{k: v for k, v in args.items() if k not in ('pdb', 'xtra')})
+    except UsageError as e:
+        print(f'{prog}: {e}', file=sys.stderr)
+        sys.exit(2)
 
 
 def digits(size, bs, device):

@@ -109,7 +109,7 @@ def main(
     save: str = None, # Save a chart of the table to this file, such as chart.png
 ):
     """Find the fastest memory format and precision for an image classifier. Train it in contiguous fp32, in the
-    fastest channels-last setting and in the fastest of all, and compare. `channelslast bench` measures many models."""
+    fastest channels-last setting and in the fastest of all, and compare."""
     for k, v in dict(size=size, bs=bs, epochs=epochs, lr=lr).items():
         if not v > 0: raise UsageError(f"--{k} {v}: must be above 0")
     if save: check_save(save)
@@ -139,7 +139,8 @@ def main(
     images = find_bs(learn.dls.valid.one_batch())
     for r in rows: r['images'] = images*1e3/(predictions.rows[0] if r is rows[0] else predictions.best).ms
     print(pd.DataFrame([{
-        'format': LABELS[r['timing'].memory_format], 'precision': r['timing'].precision, 'ms/step': f"{r['ms']:.1f}",
+        'format': LABELS[r['timing'].memory_format], 'precision': r['timing'].precision + ', fused'*r['timing'].fused,
+        'ms/step': f"{r['ms']:.1f}",
         'speedup': f"{rows[0]['ms']/r['ms']:.2f}×", 'images/s predicting': f"{r['images']:.0f}"}
         for r in rows]).to_string(index=False))
     print(advice(rows, predictions))

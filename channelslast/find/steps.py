@@ -97,7 +97,8 @@ class Steps:
         weights, self.optimizer_had_state = {*map(id, learn.model.parameters()), *map(id, state)}, bool(state)
         self.others = [(t, data) for t, data in originals if id(t) not in weights]  # buffers, tensors in attributes
         names = {id(t): n for n, t in (*learn.model.named_parameters(), *learn.model.named_buffers())}
-        self.finite = [(names.get(id(t), 'optimizer state'), t) for t, data in originals if not not_finite([('it', data)])]  # an attention mask may hold infinity
+        finite = [t for t, data in originals if not not_finite([('it', data)])]  # an attention mask may hold infinity
+        self.finite = [(names.get(id(t), 'optimizer state'), t) for t in finite]
         owners = [*learner_modules(learn, self.callbacks), learn.loss_func, *self.callbacks]
         owners = {id(o): o for o in (*owners, *objects_in(owners)) if hasattr(o, '__dict__')}.values()
         self.state, learn.cbs = [vars(o) for o in owners], L(self.callbacks)

@@ -1,28 +1,31 @@
-"The models that `channelslast bench` measures, as Learners on random images, and a description of the machine."
+"The models that the benchmark measures, as Learners on random images, and a description of the machine."
 import platform
+from importlib.metadata import version
 
 import fastai
 import torch
+import torchvision
 from fastai.vision.all import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, resnet18, unet_learner, xresnet18
+from fastcore.basics import uniqueify
 from torchvision.models import get_model
 
-from ..core.devices import fp32_setting
-from .common import build
+from channelslast.command.common import build
+from channelslast.core.devices import fp32_setting
 
 # image size and batch size for training on a CPU
-PANEL = dict(resnet18=(128, 16), resnet50=(96, 16), densenet121=(64, 16), mobilenet_v2=(96, 16),
-             mobilenet_v3_small=(128, 16), efficientnet_b0=(96, 16), shufflenet_v2_x1_0=(128, 16),
-             convnext_tiny=(64, 16), vgg11_bn=(64, 16), regnet_y_400mf=(96, 16), vit_b_16=(96, 8), unet=(64, 8),
-             r3d_18=(56, 4), xresnet18=(128, 16))
+PANEL = dict(resnet18=(128, 16), resnet50=(96, 16), densenet121=(64, 16), mobilenet_v2=(96, 16), mobilenet_v3_small=(128, 16),
+             efficientnet_b0=(96, 16), shufflenet_v2_x1_0=(128, 16), convnext_tiny=(64, 16), vgg11_bn=(64, 16), regnet_y_400mf=(96, 16),
+             vit_b_16=(96, 8), unet=(64, 8), r3d_18=(56, 4), xresnet18=(128, 16))
 
 
-def model_sizes(names, device, predict) -> list: # `(name, image size, batch size)`
-    """The sizes to measure each model at: the panel's own for training on a CPU or an Apple GPU. Predictions and other
-    GPUs get 224 px (clips 112)."""
+def plan(kinds, names, size, bs, device) -> list: # `(kind, name, px, bs)` of each row
+    """What to measure, model by model. Without `size` and `bs`, training on a CPU or an Apple GPU has the panel's own sizes.
+    Predictions and other GPUs get 224 px (clips 112)."""
     small = device.type in ('cpu', 'mps')  # an Apple GPU shares the main memory
-    if small and not predict: return [(n, *PANEL.get(n, (64, 16))) for n in names]
-    batch_sizes = (16 if small else 128, 1) if predict else (128,)
-    return [(n, 112 if n == 'r3d_18' else 224, bs) for n in names for bs in batch_sizes]
+    def _sizes(name, predict):
+        if small and not predict: return [PANEL.get(name, (64, 16))]
+        return [(112 if name == 'r3d_18' else 224, images) for images in [16 if small else 128] + [1]*predict]
+    return uniqueify((k, n, size or px, bs or images) for n in names for k in kinds for px, images in _sizes(n, 'predictions' in k))
 
 
 def make_learner(name, size, bs, device) -> Learner:
@@ -59,4 +62,5 @@ def versions(device) -> str:
         try: machine = next(o.split(':')[1].strip() for o in open('/proc/cpuinfo') if o.startswith('model name'))
         except (OSError, StopIteration): machine = platform.processor() or platform.machine()
         machine += f', {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}'
-    return f'{machine}; PyTorch {torch.__version__}, fastai {fastai.__version__}, Python {platform.python_version()}'
+    return (f"channelslast {version('channelslast')}, PyTorch {torch.__version__}, torchvision {torchvision.__version__}, "
+            f'fastai {fastai.__version__}, Python {platform.python_version()}; {machine}')
