@@ -305,11 +305,12 @@ def made_on(device, monkeypatch): return made(Adam) if device == 'cpu' else on_f
 
 @pytest.mark.parametrize('device', **DEVICES)
 def test_the_fused_optimizer_is_measured_for_all_settings_that_may_still_win(optimizers_take, monkeypatch, device):
-    "Speedups are over contiguous fp32 with the Learner's own optimizer."
+    "Speedups are over contiguous fp32 with the Learner's own optimizer. On a CPU, where times add up, only that is shown without."
     t = find(made_on(device, monkeypatch), optimizer=True)
-    assert {k: (round(r.ms, 6), round(r.speedup, 4)) for k, r in rows_of(t).items()} == {
-        'contiguous, fp32': (100., 1.), 'channels last, fp32': (100., 1.), **{f'{o}, fp32, fused': (70., 1.4286) for o in ('contiguous', 'channels last')}}
-    assert t.fused is True and t.best is t.rows[2] and t.advice == 'opt_func=fused(Adam)'
+    rows = {k: (round(r.ms, 6), round(r.speedup, 4)) for k, r in rows_of(t).items()}
+    plain = ['contiguous, fp32'] if device == 'cpu' else ['contiguous, fp32', 'channels last, fp32']
+    assert rows == {**{k: (100., 1.) for k in plain}, **{f'{o}, fp32, fused': (70., 1.4286) for o in ('contiguous', 'channels last')}}
+    assert t.fused is True and rows_of(t)['contiguous, fp32, fused'] is t.best and t.advice == 'opt_func=fused(Adam)'
     assert (t.optimizer_ms, t.fused_ms) == ((pytest.approx(40.), pytest.approx(10.)) if device == 'cpu' else (None, None))
     assert t.verdict.endswith('Without measuring: learn.opt_func = fused(Adam); learn.to_contiguous(to_fp32=True)')
 
@@ -336,8 +337,8 @@ def test_to_fastest_keeps_the_own_optimizer_without_a_clear_gain(optimizers_take
     optimizers_take(own, fast)
     learn = made(Adam).to_fastest(num_it=3, **kwargs)
     t = learn.format_timings
-    assert t.fused is False and t.verdict.endswith(said) and [(round(r.ms, 6), round(r.speedup, 6)) for r in t.rows[:2]] == [(100., 1.)]*2
-    assert t.fused_ms == (fused_ms and pytest.approx(fused_ms)) and len(t.rows) == (4 if fused_ms else 2)
+    assert t.fused is False and t.verdict.endswith(said) and [(round(r.ms, 6), round(r.speedup, 6)) for r in t.rows] == [(100., 1.)]*2
+    assert t.fused_ms == (fused_ms and pytest.approx(fused_ms))
     assert learn.opt_func is Adam and learn.opt is None
 
 
@@ -345,8 +346,8 @@ def test_to_fastest_keeps_the_own_optimizer_without_a_clear_gain(optimizers_take
 def test_a_fused_step_that_fails_is_not_taken(optimizers_take, monkeypatch, device):
     optimizers_take(40., RuntimeError('no kernel'))
     t = find(made_on(device, monkeypatch), optimizer=True)
-    assert t.fused is False and [r.note for r in t.rows if r.fused] == ['RuntimeError: no kernel']*2 and not any(r.valid for r in t.rows if r.fused)
-    assert (round(t.best.ms, 6), round(t.best.speedup, 6)) == (100., 1.)
+    assert t.fused is False and t.optimizer_ms is None and t.fused_ms is None and not any(r.valid for r in t.rows if r.fused)
+    assert (round(t.best.ms, 6), round(t.best.speedup, 6)) == (100., 1.) and {r.note for r in t.rows if r.fused} <= {'RuntimeError: no kernel'}
 
 
 @pytest.mark.parametrize('name', ['sparse_gradients', 'already_fused', 'lookahead'])

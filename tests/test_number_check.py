@@ -318,3 +318,46 @@ def test_metrics_keep_their_state(train):
     before = [values_of(vars(m)) for m in learn.metrics]
     find(learn, num_it=1, train=train)
     assert before[0] and difference(before, [values_of(vars(m)) for m in learn.metrics]) == ''
+
+
+# predictions
+
+def amplifying(depth=50):
+    "A deep model with one batch's running statistics, which amplifies rounding errors."
+    model = getattr(torchvision.models, f'resnet{depth}')(num_classes=10)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d): m.momentum = 1.
+    with torch.no_grad(): model.train()(torch.randn(8, 3, 64, 64))
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('half', ['bf16', 'fp16'])
+def test_predictions_of_a_deep_model_in_half_precision_are_accepted(has, half):
+    "They differ by more than a constant could allow. Folded, too."
+    has(half)
+    rows = rows_of(find(images(amplifying(), 64), train=False, num_it=1))
+    assert all(r.valid for r in rows.values()) and rows[f'channels last, {half}'].pred_diff > (5e-2 if half == 'bf16' else 5e-3), rows
+    assert f'channels last, {half}, folded' in rows
+
+
+@pytest.mark.parametrize('how', RESULTS)
+@pytest.mark.parametrize('when', WHEN)
+@pytest.mark.parametrize('name', ['residual', pytest.param('resnet18', marks=pytest.mark.slow)])
+def test_predictions_with_a_wrong_kernel_are_refused(has, name, how, when):
+    condition, setting, kwargs = WHEN[when]
+    has('bf16')
+    learn = images(MODELS[name]())
+    spoil(convs_of(learn.model)[-1], how, condition)
+    rows = rows_of(find(learn, train=False, num_it=1, **kwargs))
+    assert not rows[setting].valid and 'numbers differ from contiguous fp32' in rows[setting].note and rows['contiguous, fp32'].valid
+    assert not any(r.valid for k, r in rows.items() if k.startswith(setting))
+
+
+def test_mobilenets_gradients_with_fresh_weights_are_accepted_in_fp16(has):
+    "With their initial running statistics, activations shrink from layer to layer until gradients underflow."
+    has('fp16')
+    learn = images(torchvision.models.mobilenet_v3_small(num_classes=10), 64)
+    before = learn.model.state_dict()
+    for r in find(learn, num_it=1, formats='channels_last').rows: assert r.valid, r
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())

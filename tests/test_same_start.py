@@ -62,11 +62,11 @@ starts = []
 
 @pytest.mark.parametrize('train', [True, False])
 def test_each_compared_pass_starts_from_the_state_before_the_first_step(train):
-    "They have 8 of the 16 items; timed steps go on where the same setting's last one ended."
+    "They have 4 of the 16 items; timed steps go on where the same setting's last one ended."
     learn = learner(Counts(), loaders(n=32, bs=16))
     starts.clear()
     find(learn, train=train, num_it=4, optimizer=False)
-    compared, timed = [o[1:] for o in starts if o[0] == 8], [o for o in starts if o[0] == 16]
+    compared, timed = [o[1:] for o in starts if o[0] == 4], [o for o in starts if o[0] == 16]
     assert len(compared) >= 3 and {*compared} == {(0, 0, 0., 0.)}
     assert [o[1] for o in timed][:2] == [0, 0] and max(o[1] for o in timed) == max(o[2] for o in timed) >= 3
 
@@ -166,14 +166,14 @@ def test_a_wrong_loss_is_still_found(has):
 
 # what the comparison costs
 
-def test_numbers_are_compared_on_eight_items_with_few_passes(has):
+def test_numbers_are_compared_on_four_items_with_few_passes(has):
     has('bf16')
     sizes = []
     class Look(nn.Module):
         def forward(self, x): sizes.append((len(x), torch.is_grad_enabled())); return x
     t = find(learner(nn.Sequential(Look(), shake(convnet())), loaders(n=128, bs=64)), num_it=1, optimizer=False)
     compared = [n for n, _ in sizes if n != 64]
-    assert {*compared} == {8} and len(t.rows) == 4 and len(compared) <= 2 + 3*3  # set statistics, baseline; a pass, a replay, rounding
+    assert {*compared} == {4} and len(t.rows) == 4 and len(compared) <= 2 + 3*3  # set statistics, baseline; a pass, a replay, rounding
 
 
 def test_weights_and_optimizer_state_are_searched_for_infinity_once_per_setting(monkeypatch):

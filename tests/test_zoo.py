@@ -53,7 +53,7 @@ FOLDED = 1e-10, 1e-4  # float64 and float32: relative error of predictions
 # random running statistics amplify a rounding error of the input to 3e-2 in float32 and 2e-10 in float64: only float64 is compared
 AMPLIFIES = {'timm/halonet_h1': 1e-9}
 TRAINING = '| model | million parameters | input | float64 | worst gradient | float32 | lost | result |'
-NUMBERS = '| model | contiguous bf16 | channels last fp32 | channels last bf16 | refused |'  # relative errors of all gradients
+NUMBERS = '| model | precision | contiguous | channels last fp32 | channels last | refused |'  # relative errors of all gradients
 COMPILED = '| model | input | compiled | float32 | predictions |'
 PREDICTION_TOLERANCE = '| model | batch norms folded | float64 | float32 | predictions |'
 # smooth functions replace these in float32: at the kink of an activation, rounding decides its value
@@ -261,18 +261,19 @@ def test_compiled_predictions_are_the_same(name, zoo_report):
     gc.collect()
 
 
+@pytest.mark.parametrize('half', ['bf16', 'fp16'])
 @pytest.mark.parametrize('name', architectures(FAST[1:]))
-def test_format_find_accepts_the_numbers_of_each_format_and_precision(name, zoo_report, has, fake_steps):
-    "All are right here, however much rounding is amplified. Fake times: where bf16 is emulated, its steps would be too slow."
+def test_format_find_accepts_the_numbers_of_each_format_and_precision(name, half, zoo_report, has, fake_steps):
+    "All are right here, however much rounding is amplified. Fake times: where half precision is emulated, its steps would be too slow."
     skip_unknown(name)
-    has('bf16'); fake_steps({})
+    has(half); fake_steps({})
     model, x = fitting(name)
-    if sum(p.numel() for p in model.parameters()) > LARGE/2: pytest.skip('too large for bf16 on a CPU that may emulate it')
+    if sum(p.numel() for p in model.parameters()) > LARGE/2: pytest.skip('too large for half precision on a CPU that emulates it')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         rows = find(learner(model, x), num_it=1, optimizer=False).rows[1:]
     refused = [f'{r.memory_format} {r.precision}: {r.note}' for r in rows if not r.valid]
-    zoo_report(NUMBERS, name, *(brief(r.grad_diff) for r in rows), '; '.join(refused) or 'equal')
+    zoo_report(NUMBERS, name, half, *(brief(r.grad_diff) for r in rows), '; '.join(refused) or 'equal')
     assert refused == []
     gc.collect()
 

@@ -13,7 +13,7 @@ def pickle_as(base):
         fit_state = {k for k in own if k.startswith('_') and not k.startswith('__')}  # includes functions
         def __reduce_ex__(self, protocol):
             if type(self) is not cls: return object.__reduce_ex__(self, protocol) # a user's own subclass
-            state = object.__getstate__(self)
+            state = object.__getstate__(self) or {}
             state = {k: v for k, v in state.items() if k not in fit_state}
             return copyreg._reconstructor, (base, object, None), state
         def __copy__(self):

@@ -1,6 +1,7 @@
 "Restore dictionaries and modules after a block."
 from contextlib import ExitStack, contextmanager
 from copy import copy
+from operator import is_
 
 import torch
 
@@ -11,9 +12,14 @@ __all__ = ['Saved', 'restore_dict', 'undo_on_error']
 
 class Saved:
     "What a dictionary holds now, and the dictionaries, lists and sets in it. `restore()` puts it back, as often as needed."
-    def __init__(self, d):
-        self.dict, self.items = d, dict(d)
-        self.containers = [(v, copy(v)) for v in d.values() if isinstance(v, (dict, list, set))]
+    def __init__(self, d, skipped=()): # Keys whose containers need not be restored
+        self.dict, self.skipped, self.items = d, skipped, {}
+        self.take()
+    def take(self):
+        "Take what it holds now. Few new objects, since the garbage collector counts them."
+        if len(self.dict) != len(self.items) or not all(map(is_, self.dict.values(), self.items.values())):
+            self.items = dict(self.dict)
+        self.containers = [(v, copy(v)) for k, v in self.items.items() if isinstance(v, (dict, list, set)) and k not in self.skipped]
     def restore(self):
         self.dict.clear(); self.dict.update(self.items)
         for v, old in self.containers:

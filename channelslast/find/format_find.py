@@ -30,7 +30,7 @@ from .load import load_batches
 from .numbers import PredictionNumbers, TrainingNumbers
 from .race import MIN_ROUNDS, TIE, decide, fastest, race, uncertainty
 from .results import FormatTimings, Timing
-from .steps import SYNCHRONOUS, Steps, error_note
+from .steps import Steps, error_note
 
 __all__ = []
 
@@ -157,16 +157,23 @@ class Measurement:
             numbers = (TrainingNumbers if self.train else PredictionNumbers)(steps)
             numbers.start()
             numbers.run_checks(steps.running[1:])
-            result = race(lambda s, i: steps.timed_step(steps.candidates[s], i), [c.setting for c in steps.running], self.current,
-                          self.rounds, self.extra_rounds, self.stages(steps, numbers), lambda s: s.rank, broadcast_from_rank0)
+            settings = proposals.time_optimizer(steps, self.tries_fused) if self.train else [c.setting for c in steps.running]
+            if settings[0].fused: self.current = replace(self.current, fused=True)
+            result = race(lambda s, i: steps.timed_step(steps.candidates[s], i), settings, self.current, self.rounds, self.extra_rounds,
+                          self.stages(steps, numbers), lambda s: s.rank, broadcast_from_rank0)
+            base, ms = self.settings[0], steps.optimizer_ms
+            if settings[0] != base: result.times = {base: [o - ms[True] + ms[False] for o in result.times[settings[0]]], **result.times}
         self.notes += numbers.notes
         if self.train and result.decision.best.compiled: self.judge_compilation(result, steps)
         return result, steps
 
+    @property
+    def tries_fused(self) -> bool: return self.optimizer and self.advice is not None
+
     def stages(self, steps, numbers) -> list:
         "Rounds, and a function that proposes more settings after them."
         half = any(s.precision != 'fp32' for s in self.settings)
-        fused, compile = self.optimizer and self.advice is not None, self.compile and not self.wrapped
+        fused, compile = self.tries_fused and not steps.optimizer_ms, self.compile and not self.wrapped
         if self.train: more = [(MIN_ROUNDS, proposals.with_fused_optimizer, fused), (MIN_ROUNDS, proposals.compiled_training, compile)]
         else: more = [(FEW, proposals.with_folded_batch_norms, True), (FEW, proposals.compiled_predictions, compile)]
         layers = [(FEW, partial(proposals.with_fp32_layers, steps, numbers, self.layers))] if half and self.layers is not None else []
@@ -212,13 +219,11 @@ class Measurement:
             return Timing(s, best, ms and base/best, c.loss_diff, c.grad_diff, c.memory, note, bool(ms) and c.valid,
                           uncertainty(ms) if ms else None, c.pred_diff, c.prepared.seconds if s.compiled else None)
         rows = {s: _timing(s, c) for s, c in steps.candidates.items()}
-        own, fused = steps.baseline, next((c for s, c in steps.candidates.items() if s.fused and not steps.baseline.setting.fused), None)
-        synchronous = fit_device(self.learn).type in SYNCHRONOUS
+        own = self.settings[0].fused
         return FormatTimings(
             [*rows.values()], rows[decision.best], max(TIE, decision.max_gain), rows.get(decision.rival), self.loader_ms,
-            layers=self.layers or [], optimizer_ms=own.optimizer_ms if synchronous else None,
-            fused_ms=fused.optimizer_ms if synchronous and fused else None, advice=self.advice, train=self.train, frozen=self.frozen,
-            notes=[*self.notes, *self.conditions(steps.bs)], current=self.current)
+            layers=self.layers or [], optimizer_ms=steps.optimizer_ms.get(own), fused_ms=None if own else steps.optimizer_ms.get(True),
+            advice=self.advice, train=self.train, frozen=self.frozen, notes=[*self.notes, *self.conditions(steps.bs)], current=self.current)
 
     def conditions(self, used) -> list:
         "Sentences on how the measured step differs, or may differ, from steps of a later fit."
@@ -264,9 +269,9 @@ def format_find(self:Learner,
     >>> from fastai.vision.all import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
     >>> learn = Learner(DataLoaders(dl, dl), xresnet18(n_out=2), CrossEntropyLossFlat())
-    >>> with learn.no_bar(): t = learn.format_find(precisions='fp32', num_it=1, show_plot=False)
-    >>> [r.memory_format for r in t.rows]
-    ['contiguous', 'channels_last']"""
+    >>> with learn.no_bar(): t = learn.format_find(precisions='fp32', num_it=1, show_plot=False, optimizer=False)
+    >>> [str(r.setting) for r in t.rows]
+    ['contiguous, fp32', 'channels last, fp32']"""
     check_scaler(Learner.format_find, kwargs)
     result, _ = Measurement(self, precisions, formats, num_it, layers, train, dl, compile, optimizer, **kwargs).run()
     if show_plot: result.plot()

@@ -23,7 +23,7 @@ from .steps import Eliminated, not_finite
 
 __all__ = ['StopBatch', 'TrainingNumbers', 'PredictionNumbers']
 
-ITEMS = 8  # of a batch
+ITEMS = 4  # of a batch: more take longer, but show no other faults
 # Relative differences from fp32 that need no explanation: of the loss or outputs, an operation's result, the gradient
 # of a weight, and the gradient of a vector (bias or norm), a sum over all positions: in bf16, one in Swin3D differed by
 # 0.6 in one run and by 0.4 in another, where rounding the results explained 0.02.
@@ -95,8 +95,18 @@ class Numbers:
         self.steps, self.learn, self.stop, self.notes = steps, steps.learn, StopBatch(steps.learn), []
         self.callbacks = [self.stop, *filter(is_part_of_step, steps.callbacks)]
         self.Record, self.Replay, self.replays = replay.Record, replay.Replay, True
-        self.batch = self.few = first_items(steps.batches[0], steps.bs, ITEMS) if steps.bs and steps.bs > ITEMS else steps.batches[0]
+        self.whole = self.batch = steps.batches[0]
         self.values, self.fp32_precision, self.training = [], fp32_precision(fit_device(steps.learn)), False
+
+    def start(self):
+        "Take the pass of contiguous fp32, on few items, or on the whole batch for a model that takes no other number."
+        def _start():
+            few = first_items(self.whole, self.steps.bs, ITEMS) if (self.steps.bs or 0) > ITEMS else self.whole
+            for self.batch in (few, self.whole):
+                try: return self.run_baseline()
+                except Exception:
+                    if self.batch is self.whole: raise
+        self.steps.attempt(self.steps.baseline, _start)
 
     def precision_of(self, c) -> str: return self.fp32_precision if c.setting.precision == 'fp32' else c.setting.precision
 
@@ -141,14 +151,6 @@ class Numbers:
 
 class TrainingNumbers(Numbers):
     "Compares losses and gradients. Activations have the scale at which the model trains: that of one batch's statistics."
-    def start(self):
-        "Set running statistics and take the step of contiguous fp32."
-        c = self.steps.baseline
-        self.params = dict(self.learn.model.named_parameters())
-        self.set_statistics(c)
-        self.steps.attempt(c, self.run_baseline)
-        c.loss_diff = c.grad_diff = 0.
-
     def set_statistics(self, c):
         """Set running statistics to those of the items, if the model was never trained: with the initial ones,
         activations shrink from layer to layer, and gradients in fp16 underflow, which they don't in training."""
@@ -185,8 +187,11 @@ class TrainingNumbers(Numbers):
     def run_baseline(self):
         """In eval mode, or in training mode for detectors: they have no eval-mode loss. Without a mode if the model can't
         run in one."""
+        c, self.params, self.values = self.steps.baseline, dict(self.learn.model.named_parameters()), []
+        self.set_statistics(c)
+        c.loss_diff = c.grad_diff = 0.
         for self.replays, self.training in (True, False), (True, True), (False, False), (False, True):
-            try: self.loss, grads, self.counts = self.step(self.steps.baseline, self.record(keep=False))
+            try: self.loss, grads, self.counts = self.step(c, self.record(keep=False))
             except Exception as e: error = e
             else:
                 if self.training or any(g is not None for g in grads): break
@@ -256,10 +261,6 @@ class TrainingNumbers(Numbers):
 
 class PredictionNumbers(Numbers):
     "Compares outputs."
-    def start(self):
-        self.steps.attempt(self.steps.baseline, self.run_baseline)
-        self.steps.baseline.pred_diff = 0.
-
     def outputs(self, c, make_mode=lambda model: nullcontext(), passes=1) -> tuple: # Outputs, the mode
         for _ in range(passes):
             self.restart()
@@ -268,6 +269,7 @@ class PredictionNumbers(Numbers):
         return map_tensors(lambda t: t.detach().clone(), self.learn.pred), mode
 
     def run_baseline(self):
+        self.steps.baseline.pred_diff = 0.
         for self.replays in True, False:
             try: self.reference, self.counts = self.outputs(self.steps.baseline, self.record(keep=False))
             except Exception:
@@ -279,7 +281,7 @@ class PredictionNumbers(Numbers):
     def compare(self, c) -> tuple|None: # Arguments of `is_large` and `explain`
         """Set `pred_diff`. Raise `Eliminated` for outputs that can't be compared, a failing metric, and, in a model that
         runs as it is, a product that differs from that of contiguous fp32."""
-        if c.setting.compiled and self.batch is not self.steps.batches[0]: self.use_whole_batch()
+        if c.setting.compiled and self.batch is not self.whole: self.use_whole_batch()
         plain = self.replays and not c.prepared
         outputs, record = self.outputs(c, self.record() if plain else lambda model: nullcontext(), passes=1 + bool(c.prepared))
         c.pred_diff = relative_error(outputs, self.reference)
@@ -292,7 +294,7 @@ class PredictionNumbers(Numbers):
 
     def use_whole_batch(self):
         "Only batches of the compiled shape run compiled."
-        self.batch = self.steps.batches[0]
+        self.batch = self.whole
         self.run_baseline()
 
     def is_large(self, c) -> bool: return self.replays and not c.pred_diff <= self.tolerance_of(c).output

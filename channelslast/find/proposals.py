@@ -3,18 +3,24 @@
 Each function gets the milliseconds of the running candidates' steps by setting, and returns settings whose candidates
 have taken their first steps and compute the right numbers."""
 from dataclasses import replace
+from functools import partial
 
 import torch
 from fastai.callback.fp16 import AMPMode
 
 from ..core.autocast import DTYPES
-from ..core.devices import unwrap_model
-from ..core.distributed import broadcast_from_rank0, gather_from_ranks
+from ..core.devices import elapsed_ms, unwrap_model
+from ..core.distributed import broadcast_from_rank0, together
+from ..learner.fused_optimizer import FusedOptimizer
 from .layer_timing import fp32_names, record_inputs, time_layers
 from .numbers import StopBatch
-from .race import near
+from .race import TIE, near
+from .steps import SYNCHRONOUS
 
-__all__ = ['with_fp32_layers', 'with_fused_optimizer', 'with_folded_batch_norms', 'compiled_predictions', 'compiled_training']
+__all__ = ['time_optimizer', 'with_fp32_layers', 'with_fused_optimizer', 'with_folded_batch_norms', 'compiled_predictions', 'compiled_training']
+
+
+OPTIMIZER_STEPS = 3
 
 
 def _joined(steps, numbers, settings, note='') -> list:
@@ -44,17 +50,45 @@ def with_fp32_layers(steps, numbers, layers, times) -> list:
 
 def with_fused_optimizer(steps, numbers, times) -> list:
     "For all candidates that may still win: the optimizer's fused step, which computes the same weights."
-    fused = None
-    try: steps.add_fused()
-    except Exception as e: fused = e
-    if any(gather_from_ranks(fused)): return []
-    settings = broadcast_from_rank0([*times])
-    new = [steps.add(replace(s, fused=True), steps.candidates[s].note) for s in settings]
-    for c in new:
-        o = steps.candidates[replace(c.setting, fused=False)]
-        c.loss_diff, c.grad_diff = o.loss_diff, o.grad_diff  # of the same pass
-        steps.warm_up(c)
-    return [c.setting for c in new if c.running]
+    steps.opts[True], new = FusedOptimizer(steps.opts[False]), []
+    for s in broadcast_from_rank0([*times]):
+        if steps.warm_up(_fused(steps, s)): new.append(replace(s, fused=True))
+    return new
+
+
+def _fused(steps, setting):
+    own, c = steps.candidates[setting], steps.add(replace(setting, fused=True), steps.candidates[setting].note)
+    c.loss_diff, c.grad_diff = own.loss_diff, own.grad_diff  # of the same pass
+    return c
+
+
+def time_optimizer(steps, try_fused) -> list: # Settings to race
+    """On a CPU: the milliseconds of the optimizer and, with `try_fused`, of its fused step, alone. They are the same in each
+    setting, but up to half of a step, and cause much of its noise. So steps leave the optimizer out, and this time is
+    added. If the fused one makes a step of contiguous fp32 clearly faster, all settings get it."""
+    settings, base = [c.setting for c in steps.running], steps.baseline.setting
+    if steps.device.type not in SYNCHRONOUS: return settings
+    if try_fused: steps.opts[True] = FusedOptimizer(steps.opts[False])
+    def _measure():
+        steps.activate(steps.baseline, [StopBatch(steps.learn), *steps.callbacks])
+        rest_ms = elapsed_ms(steps.device, partial(steps.learn.one_batch, 0, steps.batches[0]))
+        ms = {k: [] for k in steps.opts}
+        for k in [*ms]*OPTIMIZER_STEPS: ms[k].append(elapsed_ms(steps.device, steps.opts[k].step))
+        return {k: min(v) for k, v in ms.items()}, rest_ms
+    try: steps.optimizer_ms, rest_ms = together(_measure)
+    except Exception: return settings  # it is part of each step
+    own, fast = steps.optimizer_ms[base.fused], min(steps.optimizer_ms.values())
+    steps.optimizer_step.skip = True
+    if not broadcast_from_rank0((own - fast)/(rest_ms + own) > TIE): return settings
+    return [_shared(steps, s) for s in settings]
+
+
+def _shared(steps, setting):
+    "The setting with the fused optimizer: its steps without the optimizer are those of the candidate without it."
+    c, own = _fused(steps, setting), steps.candidates[setting]
+    c.cbs, c.scaler, c.state, c.ready = own.cbs, own.scaler, own.state, own.ready
+    if own is not steps.baseline: del steps.candidates[setting]
+    return c.setting
 
 
 def with_folded_batch_norms(steps, numbers, times) -> list:
@@ -85,5 +119,5 @@ def compiled_training(steps, numbers, times) -> list:
     steps.restore_tensors()
     for _ in range(3):  # compiles the training mode's code
         if c.running: steps.timed_step(c)
-    c.memory = c.optimizer_ms = None
+    c.memory = None
     return [s for s in [c.setting] if c.running]

@@ -6,8 +6,9 @@ step continues with the first step's value, the gradients differ only by the rou
 from collections import defaultdict
 
 import torch
+from torch import Tensor
 
-from ..core.nested_tensors import map_tensors, tensors_of
+from ..core.nested_tensors import map_tensors
 from ..core.rounding import Rounding
 
 __all__ = ['Record', 'Replay']
@@ -27,19 +28,19 @@ class Record(Rounding):
 
     def _names(self, args) -> tuple:
         "Names of the parameters among an operation's arguments, also of their views and of autocast's copies."
-        return tuple(self.names[k] for k in map(self._memory, tensors_of(args)) if k in self.names)
+        return tuple(self.names[k] for k in (self._memory(o) for o in args if isinstance(o, Tensor)) if k in self.names)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         replayed = name in REPLAYED and not self.backward
         out = self.run(func, args, kwargs) if self.rounded and not replayed else func(*args, **kwargs)
-        if self.backward: return out
+        if self.backward or not (replayed or name == '_to_copy'): return out
         names = self._names(args)
         if name == '_to_copy' and names:
             self.names[self._memory(out)] = names[0]
             self.casts.append(out)  # kept alive, so that no later tensor gets its memory
         if replayed:
-            result = tensors_of(out)[0]
+            result = out if isinstance(out, Tensor) else out[0]
             if result.is_floating_point(): self.on_result((name, names, result.shape), result, func, args, kwargs)
         return out
 

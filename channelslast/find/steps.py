@@ -1,11 +1,9 @@
 "Steps of candidates that take turns on one Learner, inside `preserve_learner`: time, memory, failures."
-import math
-import time
 from contextlib import contextmanager
 
 import torch
 from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastcore.basics import noop
 from fastcore.foundation import L
@@ -16,7 +14,6 @@ from ..core.memory_format import align_optimizer, convert_module
 from ..core.nested_tensors import first_items, tensors_of
 from ..core.stand_in import StandInCallback
 from ..core.undo import Saved
-from ..learner.fused_optimizer import FusedOptimizer
 from ..learner.preserve_learner import learner_modules, objects_in
 from ..learner.setting import Setting
 
@@ -24,6 +21,7 @@ __all__ = ['MAX_SKIPS', 'SYNCHRONOUS', 'Eliminated', 'Candidate', 'Steps', 'erro
 
 MAX_SKIPS = 40  # steps in a row that the gradient scaler may skip: its default scale is down to 2**-24 then
 EMULATED_FACTOR = 20  # times contiguous fp32's first step; emulated convolutions took 35 to 139 times, depthwise ones 8
+SAME = {k for k, v in vars(torch.nn.Module()).items() if isinstance(v, dict)} - {'_buffers'}  # hooks, parameters, modules
 SYNCHRONOUS = {'cpu'}  # device types on which a call returns when its work is done
 
 
@@ -52,16 +50,15 @@ def step_was_skipped(learn) -> bool:
 
 
 class OptimizerStep(Callback):
-    "Time the optimizer. With `check`, note the first gradient that is infinite or NaN when the optimizer begins."
+    "With `skip`, leave the optimizer out. With `check`, note the first gradient that is infinite or NaN."
     order = 1000  # after gradient clipping and the scaler, which skips steps with such gradients
-    def __init__(self, learn): self.learn, self.check, self.fault, self.ms = learn, False, '', None
-    def before_batch(self): self.fault, self.ms, self.start = '', None, None
+    def __init__(self, learn): self.learn, self.check, self.skip, self.fault, self.skipped = learn, False, False, '', False
+    def before_batch(self): self.fault, self.skipped = '', False
     def before_step(self):
         name = self.check and not_finite((n, p.grad) for n, p in self.model.named_parameters())
         if name: self.fault = f'gradient of {name}'
-        self.start = time.perf_counter()
-    def after_step(self):
-        if self.start is not None: self.ms = (time.perf_counter() - self.start)*1e3  # None if the scaler skips the step
+        self.skipped = self.skip
+        if self.skip: raise CancelStepException
 
 
 class Candidate:
@@ -69,7 +66,7 @@ class Candidate:
     def __init__(self, setting:Setting, train:bool, scaler:dict, note=''):
         self.setting, self.note, self.running, self.valid, self.ready = setting, note, True, True, False
         self.cbs, self.scaler, self.state = setting.callbacks(train, **scaler), None, None
-        self.loss_diff = self.grad_diff = self.pred_diff = self.memory = self.optimizer_ms = None
+        self.loss_diff = self.grad_diff = self.pred_diff = self.memory = None
 
     @property
     def prepared(self): # `FoldBatchNorm`, `CompilePredictions` or `CompileTraining`, or None
@@ -92,7 +89,7 @@ class Steps:
         copies = {data.untyped_storage()._cdata: data.untyped_storage().nbytes() for _, data in originals
                   if data.device.type == self.device.type and data.layout is torch.strided}
         self.copied_bytes = sum(copies.values())  # by `preserve_learner`
-        self.opts, self.optimizer_step = {False: learn.opt}, OptimizerStep(learn)
+        self.opts, self.optimizer_ms, self.optimizer_step = {}, {}, OptimizerStep(learn)  # by `Setting.fused`
         state = tensors_of(list(getattr(getattr(learn.opt, 'opt', learn.opt), 'state', {}).values()))
         weights, self.optimizer_had_state = {*map(id, learn.model.parameters()), *map(id, state)}, bool(state)
         self.others = [(t, data) for t, data in originals if id(t) not in weights]  # buffers, tensors in attributes
@@ -110,6 +107,7 @@ class Steps:
 
     def add(self, setting, note='') -> Candidate:
         c = self.candidates[setting] = Candidate(setting, self.train, self.scaler, note)
+        if not self.opts: self.opts[setting.fused] = self.learn.opt
         return c
 
     @property
@@ -122,7 +120,7 @@ class Steps:
         learn = self.learn
         learn.cbs = L(*(self.callbacks if cbs is None else cbs), *c.cbs)
         for cb in c.cbs: cb.learn = learn
-        if self.train: learn.opt = self.opts[c.setting.fused != self.baseline.setting.fused]
+        if self.train: learn.opt = self.opts[c.setting.fused]
         convert_module(learn.model, c.setting.is_channels_last)
         align_optimizer(learn.opt)
         if c.setting.compiled: c.prepared.trust()  # the conversion moved the weights
@@ -149,7 +147,7 @@ class Steps:
 
     def take_state(self) -> list:
         "What the modules and callbacks hold now: attributes, not the values of tensors."
-        return [Saved(d) for d in self.state]
+        return [Saved(d, SAME) for d in self.state]
 
     @torch.no_grad()
     def restart(self):
@@ -171,6 +169,7 @@ class Steps:
         "Milliseconds of one step of a candidate, which continues where its last step ended."
         batch = self.batches[i % len(self.batches)]
         for o in c.state or self.start: o.restore()
+        c.state = c.state or self.take_state()
         self.activate(c)
         if self.device.type not in SYNCHRONOUS:  # on GPUs memory is scarce, and reported for each candidate
             for o in self.running:
@@ -178,8 +177,8 @@ class Steps:
         if c.setting.folded and not (c.setting.compiled or c.prepared.ready): self.learn.one_batch(0, batch)  # the weights were moved
         with self.peak_memory(c): ms = step_ms(self.learn, batch)
         self.on_pass()
-        c.state = self.take_state()
-        if self.optimizer_step.ms is not None: c.optimizer_ms = min(c.optimizer_ms or math.inf, self.optimizer_step.ms)
+        for o in c.state: o.take()
+        if self.optimizer_step.skipped: ms += self.optimizer_ms[c.setting.fused]
         if c.setting.compiled and c.prepared.reason: raise Eliminated(f'not compiled: {c.prepared.reason}')
         if c.setting.folded and not c.setting.compiled and not c.prepared.works: raise Eliminated('nothing can be folded')
         return ms
@@ -215,7 +214,7 @@ class Steps:
         for _ in range(tries - 1):
             if factor > EMULATED_FACTOR: factor = _factor(self.timed_step(c))
         if factor > EMULATED_FACTOR: c.eliminate(f'a step takes {factor:.0f} times as long as in contiguous fp32')
-        c.memory = c.optimizer_ms = None  # the first steps take more, to try kernels
+        c.memory = None  # the first steps take more, to try kernels
         return c.running
 
     def checked_step(self, c) -> float:
@@ -248,10 +247,6 @@ class Steps:
         if any(a is b for a, b in zip(halves, self.batches)): return False
         self.batches, self.bs = halves, self.bs//2
         return True
-
-    def add_fused(self):
-        "The Learner's optimizer with a fused step, which shares its state."
-        self.opts[True] = FusedOptimizer(self.opts[False])
 
 
 def error_note(e) -> str:
