@@ -514,6 +514,25 @@ def test_format_find_measures_on_the_processs_own_device_and_restores_that_of_th
     assert seen == {'cpu:0'} and learn.dls.device == learn.dls.train.device == torch.device('cpu')
 
 
+def measure_synchronized():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    class Sync(nn.SyncBatchNorm):
+        def forward(self, x):
+            sizes.add(self.process_group is not None and torch.distributed.get_world_size(self.process_group))
+            return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+    sizes = set()
+    learn = learner(nn.Sequential(nn.Conv2d(3, 8, 3), Sync(8), *convnet(8)))
+    t = find(learn, num_it=1)
+    assert sizes == {1} and learn.model[1].process_group is None and 'Measured without the communication of `SyncBatchNorm`.' in t.notes
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='forks')
+def test_format_find_leaves_out_the_communication_of_SyncBatchNorm_and_says_so():
+    "A step that fails in one process would let the others wait."
+    assert passes_in_new_process(measure_synchronized)
+
+
 def test_format_find_notes_that_communication_is_left_out():
     assert 'without `ParallelTrainer` and its communication' in find(learner(cbs=ParallelTrainer([0])), num_it=1).verdict
 

@@ -1,7 +1,7 @@
 "Exchange values between the processes of a distributed run. In a single process, each function returns at once."
 from torch import distributed
 
-__all__ = ['FailedElsewhere', 'is_single_process', 'broadcast_from_rank0', 'gather_from_ranks', 'together']
+__all__ = ['is_single_process', 'broadcast_from_rank0', 'gather_from_ranks', 'together']
 
 
 def is_single_process() -> bool: return not (distributed.is_available() and distributed.is_initialized())
@@ -23,18 +23,19 @@ def gather_from_ranks(x) -> list:
     return gathered
 
 
-class FailedElsewhere(RuntimeError):
-    "Raised in all other processes if one fails."
-
-
 def together(f, describe=repr):
-    """`f()`. If it raises in one process of a distributed run, all others raise `FailedElsewhere` with `describe(error)`.
-    All processes must call this in the same order, and `f` must not communicate: the others would wait forever."""
+    """`f()`. If it raises in one process of a distributed run, all others raise `RuntimeError`, whose `reason` is
+    `describe(error)`. All processes must call this in the same order, and `f` must not communicate: the others would
+    wait forever."""
     result = error = None
     try: result = f()
     except Exception as e: error = e
     notes = gather_from_ranks(error and describe(error))
     if not any(notes): return result
     result = None
-    try: raise error or FailedElsewhere(next(f'Process {i} of {len(notes)}: {o}' for i, o in enumerate(notes) if o))
+    if error is None:
+        rank, reason = next((i, o) for i, o in enumerate(notes) if o)
+        error = RuntimeError(f'Process {rank} of {len(notes)}: {reason}')
+        error.reason = reason
+    try: raise error
     finally: error = None  # its traceback holds the tensors of `f`

@@ -5,28 +5,25 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from fastai.callback.fp16 import AMPMode, NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
-from fastcore.basics import patch, uniqueify
+from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 
-from ..core import devices
-from ..core.autocast import DTYPES
 from ..core.devices import fit_device, free_memory
 from ..core.distributed import broadcast_from_rank0, is_single_process, together
 from ..learner.added import added_by_to_fastest
 from ..learner.compile_training import CompileTraining
 from ..learner.fused_optimizer import fused_argument, restore_optimizer
 from ..learner.mixed_precision import check_scaler
-from ..learner.preserve_learner import check_model, preserve_learner
-from ..learner.setting import FORMATS, PRECISIONS, Setting
+from ..learner.preserve_learner import preserve_learner
+from ..learner.setting import Setting
 from ..predict.compile_predictions import CompilePredictions
 from . import proposals
-from .load import load_batches
+from .arguments import checked_batches, checked_loader, chosen_settings
 from .numbers import PredictionNumbers, TrainingNumbers
 from .race import MIN_ROUNDS, TIE, decide, fastest, race, uncertainty
 from .results import FormatTimings, Timing
@@ -39,58 +36,6 @@ FEW = 2  # rounds after which settings that are not far behind may get folded ba
 PASSES = 2  # factor of the progress bar, for warm-up, comparisons and settings that join
 STEP_CALLBACKS = GradientAccumulation, GradientClip, MixHandler, BnFreeze  # part of a step, like all that change data
 MULTI_DEVICE = 'ParallelTrainer', 'DistributedTrainer'  # by name: importing `fastai.distributed` needs accelerate
-
-
-def _checked_loader(learn, train, num_it, dl, compile, optimizer):
-    "The loader to take batches from. Raises `ValueError` for arguments and Learners that can't be measured."
-    if train not in (True, False): raise ValueError(f'train={train!r}: use True or False')
-    if compile not in (True, False): raise ValueError(f'compile={compile!r}: use True or False')
-    if optimizer not in (True, False): raise ValueError(f'optimizer={optimizer!r}: use True or False')
-    if num_it is not None and (not isinstance(num_it, int) or isinstance(num_it, bool) or num_it < 1):
-        raise ValueError(f'num_it={num_it!r}: use a whole number of at least 1')
-    if learn._grab_cbs(NonNativeMixedPrecision):
-        raise ValueError("`NonNativeMixedPrecision` can't be measured: call `learn.to_non_native_fp32()` first.")
-    check_model(learn)
-    params = list(learn.model.parameters())
-    if train and not any(p.requires_grad for p in params):
-        raise ValueError('No parameter requires a gradient: there is nothing to train. Call `learn.unfreeze()` first.')
-    half = ' and '.join(sorted({str(p.dtype).removeprefix('torch.') for p in params if p.dtype in DTYPES.values()}))
-    if half: raise ValueError(f"The model's weights are {half}, not fp32: call `learn.model.float()` first.")
-    if train and dl is not None: raise ValueError('dl: pass it only with `train=False`, to say what to predict on')
-    if dl is not None and not hasattr(dl, '__iter__'):
-        raise ValueError(f'dl={dl!r}: use a DataLoader, such as `learn.dls.test_dl(files, bs=1)`')
-    try: return (learn.dls.train if train else learn.dls.valid) if dl is None else dl
-    except IndexError:
-        raise ValueError("The Learner's DataLoaders hold no loader: create the Learner with one.") from None
-
-
-def _batches(learn, loader, train) -> tuple:
-    "A few batches, and the loader's milliseconds per batch. Raises `ValueError` if they can't be measured."
-    batches, loader_ms = load_batches(learn, loader)
-    if not batches and train: raise ValueError('The training loader yields no batch: use one with enough items.')
-    if not batches:
-        raise ValueError('The loader to predict on yields no batch. A Learner from `load_learner` holds no data: '
-                         'pass `train=False, dl=learn.dls.test_dl(files, bs=1)`.')
-    learn._split(batches[0])
-    if train and not len(learn.yb): raise ValueError('The training loader yields no labels: use one that yields them.')
-    return batches, loader_ms
-
-
-def _choices(name, chosen, possible) -> list:
-    chosen = list(possible) if chosen is None else [chosen] if isinstance(chosen, str) else list(chosen)
-    for o in chosen:
-        if o not in possible:
-            raise ValueError(f"{name}: {o!r} can't be measured here; choose from {', '.join(map(repr, possible))}")
-    return chosen
-
-
-def _settings(learn, formats, precisions, fused) -> list:
-    "Settings to measure. The baseline, contiguous fp32, is always there and first."
-    device = fit_device(learn)
-    fast = [p for p in PRECISIONS if p == 'fp32' or devices.autocast_is_fast(device, AMPMode(p))]
-    precisions, formats = _choices('precisions', precisions, fast), _choices('formats', formats, FORMATS)
-    chosen = [Setting(f, p, fused=fused) for f in FORMATS for p in PRECISIONS if f in formats and p in precisions]
-    return broadcast_from_rank0(uniqueify([Setting(fused=fused), *chosen]))
 
 
 def _frozen(opt) -> tuple:
@@ -113,7 +58,7 @@ class Measurement:
     def __init__(self, learn, precisions=None, formats=None, num_it=None, layers=True, train=True, dl=None, compile=False,
                  optimizer=True, **scaler):
         self.learn, self.train, self.compile, self.optimizer, self.scaler = learn, train, compile, optimizer, scaler
-        self.loader = _checked_loader(learn, train, num_it, dl, compile, optimizer)
+        self.loader = checked_loader(learn, train, num_it, dl, compile=compile, optimizer=optimizer)
         self.rounds, self.extra_rounds = (MAX_ROUNDS, EXTRA_ROUNDS) if num_it is None else (num_it, 0)
         self.formats, self.precisions, self.layers = formats, precisions, [] if layers else None
         self.wrapped = [type(o).__name__ for o in learn.cbs if type(o).__name__ in MULTI_DEVICE]  # callbacks that wrap the model
@@ -125,7 +70,7 @@ class Measurement:
             if {*learn._grab_cbs(kind)} - {*added_by_to_fastest(learn)['callbacks']}:
                 self.notes.append(f'Measured uncompiled: `{kind.__name__}` stays. Pass `compile=True` to measure it, too.')
         own_fused = train and self.current.fused and not (optimizer and added_by_to_fastest(learn)['optimizer'])
-        self.settings = _settings(learn, formats, precisions, own_fused)
+        self.settings = chosen_settings(learn, formats, precisions, own_fused)
 
     def run(self) -> tuple: # `FormatTimings`; the best candidate's compiled callback, or None
         "Measure, as documented in `format_find`."
@@ -141,7 +86,7 @@ class Measurement:
 
     def prepare(self, originals) -> Steps:
         learn = self.learn
-        batches, self.loader_ms = _batches(learn, self.loader, self.train)
+        batches, self.loader_ms = checked_batches(learn, self.loader, self.train)
         if self.train and self.optimizer: restore_optimizer(learn)  # measure from the Learner's own
         if self.train and learn.opt is None: learn.create_opt()
         if self.train: learn.opt.set_hypers(lr=0.)  # keeps the weights the same for every candidate
@@ -160,7 +105,7 @@ class Measurement:
             settings = proposals.time_optimizer(steps, self.tries_fused) if self.train else [c.setting for c in steps.running]
             if settings[0].fused: self.current = replace(self.current, fused=True)
             result = race(lambda s, i: steps.timed_step(steps.candidates[s], i), settings, self.current, self.rounds, self.extra_rounds,
-                          self.stages(steps, numbers), lambda s: s.rank, broadcast_from_rank0)
+                          stages=self.stages(steps, numbers), rank=lambda s: s.rank, agree=broadcast_from_rank0)
             base, ms = self.settings[0], steps.optimizer_ms
             if settings[0] != base: result.times = {base: [o - ms[True] + ms[False] for o in result.times[settings[0]]], **result.times}
         self.notes += numbers.notes
@@ -216,8 +161,8 @@ class Measurement:
             ms, note = times.get(s), c.note
             if s in race_result.far_behind: note = '; '.join(filter(None, [note, f'dropped after {len(ms)} steps: far slower']))
             best = fastest(ms) if ms else None
-            return Timing(s, best, ms and base/best, c.loss_diff, c.grad_diff, c.memory, note, bool(ms) and c.valid,
-                          uncertainty(ms) if ms else None, c.pred_diff, c.prepared.seconds if s.compiled else None)
+            return Timing(s, best, ms and base/best, c.loss_diff, c.grad_diff, memory=c.memory, note=note, valid=bool(ms) and c.valid,
+                          doubt=uncertainty(ms) if ms else None, pred_diff=c.pred_diff, compile_s=c.prepared.seconds if s.compiled else None)
         rows = {s: _timing(s, c) for s, c in steps.candidates.items()}
         own = self.settings[0].fused
         return FormatTimings(
@@ -273,7 +218,7 @@ def format_find(self:Learner,
     >>> [str(r.setting) for r in t.rows]
     ['contiguous, fp32', 'channels last, fp32']"""
     check_scaler(Learner.format_find, kwargs)
-    result, _ = Measurement(self, precisions, formats, num_it, layers, train, dl, compile, optimizer, **kwargs).run()
+    result, _ = Measurement(self, precisions, formats, num_it, layers, train, dl=dl, compile=compile, optimizer=optimizer, **kwargs).run()
     if show_plot: result.plot()
     return result
 

@@ -19,7 +19,8 @@ from ..core.nested_tensors import first_items, map_tensors
 from ..core.random_state import restore_random_states
 from ..core.undo import restore_dict
 from ..learner.step_callbacks import is_part_of_step
-from .steps import Eliminated, not_finite
+from .state import not_finite
+from .steps import Eliminated
 
 __all__ = ['StopBatch', 'TrainingNumbers', 'PredictionNumbers']
 
@@ -102,10 +103,11 @@ class Numbers:
         "Take the pass of contiguous fp32, on few items, or on the whole batch for a model that takes no other number."
         def _start():
             few = first_items(self.whole, self.steps.bs, ITEMS) if (self.steps.bs or 0) > ITEMS else self.whole
-            for self.batch in (few, self.whole):
+            for batch in few, self.whole:
+                self.batch = batch
                 try: return self.run_baseline()
                 except Exception:
-                    if self.batch is self.whole: raise
+                    if batch is self.whole: raise
         self.steps.attempt(self.steps.baseline, _start)
 
     def precision_of(self, c) -> str: return self.fp32_precision if c.setting.precision == 'fp32' else c.setting.precision
@@ -114,11 +116,8 @@ class Numbers:
 
     def generator(self, seed=0): return torch.Generator(fit_device(self.learn)).manual_seed(seed)
 
-    @torch.no_grad()
     def restart(self):
-        self.steps.restart()
-        for t, value in self.values:
-            if not torch.equal(t, value): t.copy_(value)
+        self.steps.state.restart(self.values)
         set_seed(0)
 
     def record(self, keep=True):
@@ -128,8 +127,8 @@ class Numbers:
     def replay(self, c, record, rounded=False):
         "Likewise, for a pass of contiguous fp32 with the values of a candidate's pass."
         precision = self.precision_of(c)
-        return lambda model: self.Replay(model, record, self.counts, TOLERANCE[precision].result, FACTOR, ROUNDING[precision],
-                                         self.generator(), rounded)
+        return lambda model: self.Replay(model, record, self.counts, TOLERANCE[precision].result, eps=ROUNDING[precision],
+                                         generator=self.generator(), rounded=rounded)
 
     def rounding(self, precision, seed=0):
         "Likewise, for a pass in which each operation makes a rounding error."
@@ -146,7 +145,7 @@ class Numbers:
             if any(gather_from_ranks(args is not None and self.is_large(c, *args))): self.steps.attempt(c, partial(self.explain, c, *args))
             del args  # free its pass and gradients before the next ones are made
         self.learn.model.zero_grad(set_to_none=True)
-        self.steps.restart()
+        self.steps.state.restart()
 
 
 class TrainingNumbers(Numbers):
@@ -162,7 +161,7 @@ class TrainingNumbers(Numbers):
         for m in norms: m.momentum = None  # cumulative: all of a fresh layer's statistics, hardly any of a trained one's
         self.stop.before_gradients = True
         try: self.learn.one_batch(0, self.batch)
-        except Exception: self.steps.restore_tensors()  # the comparison itself will raise it
+        except Exception: self.steps.state.restore_tensors()  # the comparison itself will raise it
         else: self.values = [(t, t.clone()) for m in norms for t in (m.running_mean, m.running_var) if t is not None and t.isfinite().all()]
         self.stop.before_gradients = False
 
@@ -256,7 +255,7 @@ class TrainingNumbers(Numbers):
         self.steps.attempt(c, _check)
         c.prepared.forget()
         self.learn.model.zero_grad(set_to_none=True)
-        self.steps.restart()
+        self.steps.state.restart()
 
 
 class PredictionNumbers(Numbers):

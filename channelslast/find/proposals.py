@@ -116,7 +116,7 @@ def compiled_training(steps, numbers, times) -> list:
     s = broadcast_from_rank0(min((s for s in times if not s.fp32_layers), key=lambda s: min(times[s])))
     c = steps.add(replace(s, compiled=True))
     numbers.check_compiled(c, steps.candidates[s])
-    steps.restore_tensors()
+    steps.state.restore_tensors()
     for _ in range(3):  # compiles the training mode's code
         if c.running: steps.timed_step(c)
     c.memory = None

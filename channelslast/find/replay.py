@@ -8,6 +8,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from ..core.compare import FACTOR
 from ..core.nested_tensors import map_tensors
 from ..core.rounding import Rounding
 
@@ -53,13 +54,12 @@ class Replay(Record):
     def __init__(self, model,
         record: Record, # Record of the step to replay
         counts: Record, # Record of this step without a replay: operations are replayed if both ran them equally often
-        tolerance, # Relative error up to which a product is right
-        factor, # A product is also right up to this many times the error that perturbed factors cause
+        tolerance, # Relative error up to which a product is right; it is also right if rounding its factors explains more
         eps, generator=None, rounded=False,
     ):
         super().__init__(model, False, eps, generator)
         self.recorded = {k: iter(v) for k, v in record.values.items() if len(v) == len(counts.values[k])}
-        self.tolerance, self.factor, self.rounded, self.wrong = tolerance, factor, rounded, []
+        self.tolerance, self.rounded, self.wrong = tolerance, rounded, []
 
     def on_result(self, key, result, *call):
         value = next(self.recorded.get(key, iter(())), None)
@@ -76,4 +76,4 @@ class Replay(Record):
         def _error(t): return ((t - result).norm()/norm).item()
         if _error(value) <= self.tolerance: return False
         rounded = func(*map_tensors(self.perturb, args), **kwargs)
-        return not _error(value) <= self.factor*_error(rounded)
+        return not _error(value) <= FACTOR*_error(rounded)

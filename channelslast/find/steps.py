@@ -9,33 +9,22 @@ from fastcore.basics import noop
 from fastcore.foundation import L
 
 from ..core.devices import elapsed_ms, fit_device, free_memory, is_out_of_memory
-from ..core.distributed import FailedElsewhere, broadcast_from_rank0, gather_from_ranks, together
+from ..core.distributed import broadcast_from_rank0, gather_from_ranks, together
 from ..core.memory_format import align_optimizer, convert_module
-from ..core.nested_tensors import first_items, tensors_of
+from ..core.nested_tensors import first_items
 from ..core.stand_in import StandInCallback
-from ..core.undo import Saved
-from ..learner.preserve_learner import learner_modules, objects_in
 from ..learner.setting import Setting
+from .state import State, not_finite
 
-__all__ = ['MAX_SKIPS', 'SYNCHRONOUS', 'Eliminated', 'Candidate', 'Steps', 'error_note', 'not_finite', 'step_ms', 'step_was_skipped']
+__all__ = ['MAX_SKIPS', 'SYNCHRONOUS', 'Eliminated', 'Candidate', 'Steps', 'error_note', 'step_ms', 'step_was_skipped']
 
 MAX_SKIPS = 40  # steps in a row that the gradient scaler may skip: its default scale is down to 2**-24 then
 EMULATED_FACTOR = 20  # times contiguous fp32's first step; emulated convolutions took 35 to 139 times, depthwise ones 8
-SAME = {k for k, v in vars(torch.nn.Module()).items() if isinstance(v, dict)} - {'_buffers'}  # hooks, parameters, modules
 SYNCHRONOUS = {'cpu'}  # device types on which a call returns when its work is done
 
 
 class Eliminated(Exception):
     "Raised inside `Steps.attempt`, with the reason why the candidate is eliminated."
-
-
-def not_finite(named) -> str: # `''` if all are finite
-    "First name in pairs `(name, tensor)` whose tensor holds NaN or infinity. None and integers pass."
-    named = [(n, t._values() if t.layout is torch.sparse_coo else t) for n, t in named if t is not None]
-    named = [(n, t) for n, t in named if t.layout is torch.strided and (t.is_floating_point() or t.is_complex())]
-    if not named: return ''
-    finite = torch.stack([t.isfinite().all().to(named[0][1].device) for _, t in named])  # synchronize only once
-    return '' if finite.all() else named[finite.int().argmin().item()][0]
 
 
 def step_ms(learn, batch) -> float:
@@ -83,24 +72,15 @@ class Steps:
     def __init__(self, learn, train, batches, originals, bs=None, scaler=None):
         self.learn, self.train, self.batches, self.bs, self.scaler = learn, train, batches, bs, scaler or {}
         self.passes, self.on_pass = 0, noop
-        self.originals = originals  # pairs of a tensor and its original values, from `preserve_learner`
         self.device, self.candidates, self.first_ms = fit_device(learn), {}, None
         self.callbacks = [o for o in learn.cbs if not isinstance(o, (FastaiChannelsLast, MixedPrecision))]
         copies = {data.untyped_storage()._cdata: data.untyped_storage().nbytes() for _, data in originals
                   if data.device.type == self.device.type and data.layout is torch.strided}
         self.copied_bytes = sum(copies.values())  # by `preserve_learner`
         self.opts, self.optimizer_ms, self.optimizer_step = {}, {}, OptimizerStep(learn)  # by `Setting.fused`
-        state = tensors_of(list(getattr(getattr(learn.opt, 'opt', learn.opt), 'state', {}).values()))
-        weights, self.optimizer_had_state = {*map(id, learn.model.parameters()), *map(id, state)}, bool(state)
-        self.others = [(t, data) for t, data in originals if id(t) not in weights]  # buffers, tensors in attributes
-        names = {id(t): n for n, t in (*learn.model.named_parameters(), *learn.model.named_buffers())}
-        finite = [t for t, data in originals if not not_finite([('it', data)])]  # an attention mask may hold infinity
-        self.finite = [(names.get(id(t), 'optimizer state'), t) for t in finite]
-        owners = [*learner_modules(learn, self.callbacks), learn.loss_func, *self.callbacks]
-        owners = {id(o): o for o in (*owners, *objects_in(owners)) if hasattr(o, '__dict__')}.values()
-        self.state, learn.cbs = [vars(o) for o in owners], L(self.callbacks)
+        self.state, learn.cbs = State(learn, self.callbacks, originals), L(self.callbacks)
         for event in 'before_fit', 'before_epoch', 'before_train' if train else 'before_validate': learn(event)
-        self.start = self.take_state()
+        self.state.begin()
         if train: self.callbacks.append(self.optimizer_step)
 
     # candidates
@@ -143,33 +123,13 @@ class Steps:
         free_memory(self.device)
         c.eliminate(note)
 
-    # state
-
-    def take_state(self) -> list:
-        "What the modules and callbacks hold now: attributes, not the values of tensors."
-        return [Saved(d, SAME) for d in self.state]
-
-    @torch.no_grad()
-    def restart(self):
-        "Restore what modules, buffers and callbacks held before the first step."
-        for o in self.start: o.restore()
-        for t, data in self.others:
-            if not torch.equal(t, data): t.copy_(data)  # prepared models notice writes
-
-    @torch.no_grad()
-    def restore_tensors(self):
-        "Restore the values of weights, buffers and optimizer state, which a step may have filled with NaN."
-        for t, data in self.originals: t.copy_(data)
-        if self.learn.opt is not None and not self.optimizer_had_state: self.learn.opt.clear_state()
-        self.learn.model.zero_grad(set_to_none=True)
-
     # steps
 
     def step(self, c, i) -> float:
         "Milliseconds of one step of a candidate, which continues where its last step ended."
         batch = self.batches[i % len(self.batches)]
-        for o in c.state or self.start: o.restore()
-        c.state = c.state or self.take_state()
+        for o in c.state or self.state.start: o.restore()
+        c.state = c.state or self.state.take()
         self.activate(c)
         if self.device.type not in SYNCHRONOUS:  # on GPUs memory is scarce, and reported for each candidate
             for o in self.running:
@@ -189,7 +149,7 @@ class Steps:
             ms = self.attempt(c, lambda: self.step(c, i))
             if ms is None or not self.train or not step_was_skipped(self.learn): break
         else: ms = c.eliminate(f'the gradient scaler skipped {MAX_SKIPS} steps in a row')
-        if ms is None and self.train: self.restore_tensors()
+        if ms is None and self.train: self.state.restore_tensors()
         return ms
 
     @contextmanager
@@ -223,12 +183,12 @@ class Steps:
         ms = self.first_baseline_step(c) if c is self.baseline else self.timed_step(c)
         self.optimizer_step.check = False
         if not c.running or not self.train: return ms
-        fault = not_finite([('loss', self.learn.loss)]) or self.optimizer_step.fault or not_finite(self.finite)
+        fault = not_finite([('loss', self.learn.loss)]) or self.optimizer_step.fault or not_finite(self.state.finite)
         if c is self.baseline: self.baseline_is_finite = not fault  # otherwise the user's own numbers are not finite
         def _check():
             if fault and self.baseline_is_finite: raise Eliminated(f'{fault} is not finite')
         self.attempt(c, _check)
-        if fault: self.restore_tensors()
+        if fault: self.state.restore_tensors()
         return ms
 
     def first_baseline_step(self, c) -> float:
@@ -238,7 +198,7 @@ class Steps:
             try: return self.timed_step(c)
             except Exception as e:
                 if not all(gather_from_ranks(is_out_of_memory(e) and self.halve_batches())): raise
-            self.restore_tensors()  # outside the handler, whose traceback holds the step's tensors
+            self.state.restore_tensors()  # outside the handler, whose traceback holds the step's tensors
             free_memory(self.device)
 
     def halve_batches(self) -> bool:
@@ -250,6 +210,6 @@ class Steps:
 
 
 def error_note(e) -> str:
-    if isinstance(e, (Eliminated, FailedElsewhere)): return str(e)
+    if isinstance(e, Eliminated) or hasattr(e, 'reason'): return getattr(e, 'reason', str(e))  # the latter of another process
     if is_out_of_memory(e): return 'out of memory'
     return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[-1].strip()[:100]}"

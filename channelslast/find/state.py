@@ -1,0 +1,56 @@
+"What a step changes in a Learner: attributes, buffers, weights, the optimizer's state. Inside `preserve_learner`."
+import torch
+
+from ..core.nested_tensors import tensors_of
+from ..core.undo import Saved
+from ..learner.preserve_learner import learner_modules, objects_in
+
+__all__ = ['State', 'not_finite']
+
+SAME = {k for k, v in vars(torch.nn.Module()).items() if isinstance(v, dict)} - {'_buffers'}  # hooks, parameters, modules
+
+
+def not_finite(named) -> str: # `''` if all are finite
+    "First name in pairs `(name, tensor)` whose tensor holds NaN or infinity. None and integers pass."
+    named = [(n, t._values() if t.layout is torch.sparse_coo else t) for n, t in named if t is not None]
+    named = [(n, t) for n, t in named if t.layout is torch.strided and (t.is_floating_point() or t.is_complex())]
+    if not named: return ''
+    finite = torch.stack([t.isfinite().all().to(named[0][1].device) for _, t in named])  # synchronize only once
+    return '' if finite.all() else named[finite.int().argmin().item()][0]
+
+
+class State:
+    "The state of a Learner from which all candidates start."
+    def __init__(self, learn, callbacks, originals): # Pairs of a tensor and its original values, from `preserve_learner`
+        self.learn, self.originals = learn, originals
+        state = tensors_of(list(getattr(getattr(learn.opt, 'opt', learn.opt), 'state', {}).values()))
+        weights, self.optimizer_had_state = {*map(id, learn.model.parameters()), *map(id, state)}, bool(state)
+        self.buffers = [(t, data) for t, data in originals if id(t) not in weights]  # and tensors in attributes
+        owners = [*learner_modules(learn, callbacks), learn.loss_func, *callbacks]
+        owners = {id(o): o for o in (*owners, *objects_in(owners)) if hasattr(o, '__dict__')}.values()
+        self.dicts = [vars(o) for o in owners]
+        names = {id(t): n for n, t in (*learn.model.named_parameters(), *learn.model.named_buffers())}
+        finite = [t for t, data in originals if not not_finite([('it', data)])]  # an attention mask may hold infinity
+        self.finite = [(names.get(id(t), 'optimizer state'), t) for t in finite]
+
+    def take(self) -> list:
+        "What the modules and callbacks hold now: attributes, not the values of tensors."
+        return [Saved(d, SAME) for d in self.dicts]
+
+    def begin(self):
+        "Candidates start from what the modules and callbacks hold now."
+        self.start = self.take()
+
+    @torch.no_grad()
+    def restart(self, values=()): # Pairs of a tensor and other values for it
+        "Restore what modules, buffers and callbacks held at the start."
+        for o in self.start: o.restore()
+        for t, value in (*self.buffers, *values):
+            if not torch.equal(t, value): t.copy_(value)  # prepared models notice writes
+
+    @torch.no_grad()
+    def restore_tensors(self):
+        "Restore the values of weights, buffers and optimizer state, which a step may have filled with NaN."
+        for t, data in self.originals: t.copy_(data)
+        if self.learn.opt is not None and not self.optimizer_had_state: self.learn.opt.clear_state()
+        self.learn.model.zero_grad(set_to_none=True)
