@@ -31,6 +31,8 @@ ITEMS = 4  # of a batch: more take longer, but show no other faults
 Tolerance = namedtuple('Tolerance', 'output result weight vector')
 TOLERANCE = dict(fp32=Tolerance(1e-3, 1e-2, 5e-2, 5e-2), fp16=Tolerance(2e-2, 1e-2, 5e-2, 0.2), bf16=Tolerance(5e-2, 2e-2, 0.12, 0.8))
 ROUNDING = dict(fp32=2**-18, fp16=2**-11, bf16=2**-8)  # relative rounding error; for fp32 that of a sum
+MIN_VARIANCE = 0.1  # of a channel, relative to the mean: few items give some channels hardly any, which would amplify gradients
+MIN_SCALE = 2**-24  # of the loss in fp16; with running statistics instead of the batch's, gradients may grow from layer to layer
 LOSSES = 4  # passes to see how much rounding changes the loss, which one of them may change by chance hardly at all
 NO_MODE = "Numbers were only tested for infinity and NaN: the model can't run under a dispatch mode, as `flex_attention` can't."
 DIFFER = 'numbers differ from contiguous fp32'
@@ -151,18 +153,20 @@ class Numbers:
 class TrainingNumbers(Numbers):
     "Compares losses and gradients. Activations have the scale at which the model trains: that of one batch's statistics."
     def set_statistics(self, c):
-        """Set running statistics to those of the items, if the model was never trained: with the initial ones,
-        activations shrink from layer to layer, and gradients in fp16 underflow, which they don't in training."""
-        norms = [m for m in self.learn.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if not any(m.num_batches_tracked is not None for m in norms): return
+        """Set running statistics to those of the items, as in training: with the initial ones, activations shrink from
+        layer to layer, and gradients in fp16 underflow."""
+        norms = [m for m in self.learn.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None]
+        if not norms: return
         self.restart()
         self.steps.activate(c, self.callbacks)
         _set_mode(self.learn.model, True)
-        for m in norms: m.momentum = None  # cumulative: all of a fresh layer's statistics, hardly any of a trained one's
+        for m in norms: m.momentum = 1.
         self.stop.before_gradients = True
         try: self.learn.one_batch(0, self.batch)
         except Exception: self.steps.state.restore_tensors()  # the comparison itself will raise it
-        else: self.values = [(t, t.clone()) for m in norms for t in (m.running_mean, m.running_var) if t is not None and t.isfinite().all()]
+        else:
+            self.values = [(m.running_mean, m.running_mean.clone()) for m in norms]
+            self.values += [(m.running_var, m.running_var.clamp(min=MIN_VARIANCE*m.running_var.mean())) for m in norms]
         self.stop.before_gradients = False
 
     def step(self, c, make_mode, backward=True) -> tuple: # Loss; gradients in fp32, without the scaler's scale; the mode
@@ -179,7 +183,7 @@ class TrainingNumbers(Numbers):
             with mode: self.learn.one_batch(0, self.batch)
             self.stop.mode = None  # it holds results
             grads = [p.grad if p.grad is None else _wide_copy(p.grad)/scale for p in self.learn.model.parameters()]
-            if scale <= 1 or all(g is None or g.isfinite().all() for g in grads): break
+            if scale <= MIN_SCALE or all(g is None or g.isfinite().all() for g in grads): break
             scaler._scale.fill_(scale/16)  # too large for fp16; training would reduce it, too
         return self.learn.loss.detach().float().mean().item(), grads, mode
 
