@@ -11,7 +11,7 @@ from fastai.vision.all import Learner, ProgressCallback, defaults
 
 from channelslast import less_random
 from channelslast.core import devices
-from .helpers import Clock, Compilations, setting_of
+from .helpers import Clock, Compilations, PretendGPU, setting_of
 
 collect_ignore = ['two_processes.py', 'conv_fuzz.py', 'notebooks.py', 'helpers.py', 'bench']  # doctest would import them
 MAX_PROCESSES = 8  # each takes 1 to 2 GB; more would wait for the longest tests
@@ -107,6 +107,17 @@ def accelerates(pytestconfig, has):
     asked = pytestconfig.getoption('accelerates')
     if asked != 'native': has(*asked.replace('none', '').split(','))
     return asked
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    "`gpu('cuda:1')`: from now on, all tensors of this test say that they are on this device. See `PretendGPU`."
+    entered = []
+    def _gpu(device='cuda:1', **kwargs):
+        entered.append(PretendGPU(monkeypatch, device, **kwargs).__enter__())
+        return entered[0]
+    yield _gpu
+    for o in entered: o.__exit__(None, None, None)
 
 
 @pytest.fixture

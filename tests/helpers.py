@@ -10,7 +10,7 @@ import weakref
 import numpy as np
 import torch
 import torchvision
-from fastai.vision.all import (CrossEntropyLossFlat, DataLoader, DataLoaders, ImageDataLoaders, Learner, MixedPrecision, defaults)
+from fastai.vision.all import (CrossEntropyLossFlat, DataLoader, DataLoaders, ImageDataLoaders, Learner, MixedPrecision)
 from PIL import Image
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -130,19 +130,6 @@ def rows_of(timings) -> dict:
     "The rows of a result of `format_find` by their setting, named as in `setting_of`."
     def _name(r): return ', '.join([r.memory_format.replace('_', ' '), r.precision] + ['folded']*r.folded + ['fused']*r.fused + ['compiled']*r.compiled)
     return {_name(r): r for r in timings.rows}
-
-
-def on_fake_gpu(monkeypatch, model=None, peak_mib=50, **kwargs):
-    "A Learner whose device says that it is a CUDA GPU, but that computes on the CPU."
-    real, model, dls = torch.Generator, model or convnet(), kwargs.pop('dls', None) or loaders()
-    class OnCPU(real):
-        def __new__(cls, device=None): return real.__new__(cls)
-    for name, value in dict(synchronize=None, reset_peak_memory_stats=None, max_memory_allocated=peak_mib*2**20, get_device_capability=(7, 0)).items():
-        monkeypatch.setattr(torch.cuda, name, lambda device=None, value=value: value)
-    monkeypatch.setattr(torch, 'Generator', OnCPU)
-    monkeypatch.setattr(defaults, 'use_cuda', False)  # fastai moves batches to the CPU
-    model.to, dls.device = lambda *args: model, torch.device('cuda')
-    return learner(model, dls, **kwargs)
 
 
 # what a Learner holds

@@ -22,21 +22,10 @@ from channelslast.core import devices
 from channelslast.core.devices import autocast_is_fast, fit_device, fp32_precision, is_out_of_memory, known_problem, synchronize
 from channelslast.core.nested_tensors import first_items
 from .bench import timed_fit_step
-from .helpers import (Fails, PretendGPU, Steep, convnet, difference, find, learner, learner_state, loaders, passes_in_new_process, rows_of, setting_of,
+from .helpers import (Fails, Steep, convnet, difference, find, learner, learner_state, loaders, passes_in_new_process, rows_of, setting_of,
                       shake)
 
 CUDA = torch.device('cuda:1')
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    "`gpu('cuda:1')`: from now on, all tensors of this test say that they are on this device. See `PretendGPU`."
-    entered = []
-    def _gpu(device='cuda:1', **kwargs):
-        entered.append(PretendGPU(monkeypatch, device, **kwargs).__enter__())
-        return entered[0]
-    yield _gpu
-    for o in entered: o.__exit__(None, None, None)
 
 
 # steps that the gradient scaler skips

@@ -18,7 +18,7 @@ from channelslast import ChannelsLast
 from channelslast.find.results import FormatTimings, Timing
 from channelslast.learner.setting import Setting
 from .helpers import (Bomb, Fails, WrongInChannelsLast, convnet, difference, find, image_folder, learner, learner_state, loaders,
-                      on_fake_gpu, rows_of, strides)
+                      rows_of, strides)
 
 matplotlib.use('agg')
 BASELINE = dict(formats='contiguous', precisions='fp32')  # measures contiguous fp32 alone
@@ -124,10 +124,10 @@ def test_a_candidate_whose_first_steps_take_far_longer_than_contiguous_fp32_is_d
 
 
 @pytest.mark.parametrize('slow_steps, stays', [(2, True), (9, False)])
-def test_on_a_gpu_a_candidate_may_choose_kernels_in_two_steps(has, fake_steps, monkeypatch, slow_steps, stays):
+def test_on_a_gpu_a_candidate_may_choose_kernels_in_two_steps(has, fake_steps, gpu, slow_steps, stays):
     def _ms(setting, n): return 4000. if 'bf16' in setting and fake_steps.settings.count(setting) <= slow_steps else 100.
     has('bf16'); fake_steps(_ms)
-    t = find(on_fake_gpu(monkeypatch), formats='contiguous')
+    t = find(gpu().learner(), formats='contiguous')
     assert t.rows[1].valid == stays
 
 
@@ -375,10 +375,10 @@ def test_on_a_cpu_the_optimizer_is_timed_alone_and_added_to_each_step(fake_steps
     assert noisy_adam.ran < len(fake_steps.settings)
 
 
-def test_on_a_gpu_the_optimizer_is_part_of_each_step_and_its_time_unknown(fake_steps, noisy_adam, monkeypatch):
+def test_on_a_gpu_the_optimizer_is_part_of_each_step_and_its_time_unknown(fake_steps, noisy_adam, gpu):
     "Calls return before the work is done, so times do not add up."
     fake_steps({})
-    t = find(on_fake_gpu(monkeypatch, opt_func=noisy_adam()), num_it=3, **BASELINE)
+    t = find(gpu().learner(opt_func=noisy_adam()), num_it=3, **BASELINE)
     assert t.optimizer_ms is None and t.rows[0].ms == approx(140.) and t.rows[0].doubt > 0.01 and t.rows[0].memory is not None
 
 

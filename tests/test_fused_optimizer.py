@@ -14,7 +14,7 @@ from torch import nn
 
 from channelslast import fused
 from channelslast.learner.fused_optimizer import fused_argument
-from .helpers import convnet, difference, find, image_folder, learner, learner_state, loaders, names_library, on_fake_gpu, rows_of
+from .helpers import convnet, difference, find, image_folder, learner, learner_state, loaders, names_library, rows_of
 
 Fused = type(fused(SGD)([nn.Parameter(torch.zeros(1))], lr=1.))  # class of the optimizers that `fused` makes
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -300,13 +300,13 @@ def optimizers_take(fake_steps, clock, monkeypatch):
 DEVICES = dict(argvalues=['cpu', 'cuda'], ids=['CPU', 'fake GPU'])  # on a GPU the optimizer's own time is unknown
 
 
-def made_on(device, monkeypatch): return made(Adam) if device == 'cpu' else on_fake_gpu(monkeypatch, convnet().double(), dls=double_loaders(), opt_func=Adam)
+def made_on(device, gpu): return made(Adam) if device == 'cpu' else gpu().learner(convnet().double(), double_loaders(), opt_func=Adam)
 
 
 @pytest.mark.parametrize('device', **DEVICES)
-def test_the_fused_optimizer_is_measured_for_all_settings_that_may_still_win(optimizers_take, monkeypatch, device):
+def test_the_fused_optimizer_is_measured_for_all_settings_that_may_still_win(optimizers_take, gpu, device):
     "Speedups are over contiguous fp32 with the Learner's own optimizer. On a CPU, where times add up, only that is shown without."
-    t = find(made_on(device, monkeypatch), optimizer=True)
+    t = find(made_on(device, gpu), optimizer=True)
     rows = {k: (round(r.ms, 6), round(r.speedup, 4)) for k, r in rows_of(t).items()}
     plain = ['contiguous, fp32'] if device == 'cpu' else ['contiguous, fp32', 'channels last, fp32']
     assert rows == {**{k: (100., 1.) for k in plain}, **{f'{o}, fp32, fused': (70., 1.4286) for o in ('contiguous', 'channels last')}}
@@ -343,9 +343,9 @@ def test_to_fastest_keeps_the_own_optimizer_without_a_clear_gain(optimizers_take
 
 
 @pytest.mark.parametrize('device', **DEVICES)
-def test_a_fused_step_that_fails_is_not_taken(optimizers_take, monkeypatch, device):
+def test_a_fused_step_that_fails_is_not_taken(optimizers_take, gpu, device):
     optimizers_take(40., RuntimeError('no kernel'))
-    t = find(made_on(device, monkeypatch), optimizer=True)
+    t = find(made_on(device, gpu), optimizer=True)
     assert t.fused is False and t.optimizer_ms is None and t.fused_ms is None and not any(r.valid for r in t.rows if r.fused)
     assert (round(t.best.ms, 6), round(t.best.speedup, 6)) == (100., 1.) and {r.note for r in t.rows if r.fused} <= {'RuntimeError: no kernel'}
 

@@ -2,7 +2,7 @@
 Learner.
 
 Noise only makes steps longer, so the fastest of several steps shows what a machine can do, and a burst of other work
-does not change it. The median depends on how busy the machine is. `tests/test_selection.py` counts how often each finds
+does not change it. The median depends on how busy the machine is. `tests/test_race.py` counts how often each finds
 the right one of five candidates from ten recorded steps: the fastest in 200 of 200 cases, the lowest tenth in 198, the
 lowest quarter in 197, the median in 166. `times` are milliseconds of each remaining candidate's steps, by its key."""
 import math

@@ -12,7 +12,7 @@ from torch import nn
 
 from channelslast import ChannelsLast, FoldBatchNorm
 from .helpers import (Bomb, Fails, WrongInChannelsLast, convnet, difference, find, image_folder, learner, learner_state, loaders,
-                      on_fake_gpu, rows_of, shake)
+                      rows_of, shake)
 
 PLAIN = ['contiguous, fp32', 'channels last, fp32']
 HALF = ['contiguous, fp32', 'contiguous, bf16', 'channels last, fp32', 'channels last, bf16']
@@ -113,9 +113,9 @@ def test_the_progress_bar_counts_all_passes_and_ends_with_the_last_one(fake_step
     assert max(b - a for a, b in zip(passes, passes[1:])) <= 4  # it never stands still
 
 
-def test_on_a_gpu_predictions_are_measured_too(fake_steps, monkeypatch):
+def test_on_a_gpu_predictions_are_measured_too(fake_steps, gpu):
     fake_steps({'channels last, fp32, folded': 50.})
-    t = predict(on_fake_gpu(monkeypatch, shake(convnet())))
+    t = predict(gpu().learner(shake(convnet())))
     assert [*rows_of(t)] == PLAIN + folded(PLAIN) and all(r.valid and r.memory is not None for r in t.rows)
     assert t.best is t.rows[3] and [r.ms for r in t.rows] == approx([100., 100., 100., 50.])
 
