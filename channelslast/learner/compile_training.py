@@ -22,30 +22,26 @@ class CompileTraining(StandInCallback):
     """Train with the model compiled by `torch.compile`. Validation and predictions stay as they are.
 
     The second batch of a fit is compiled, which takes seconds to minutes and needs a C++ compiler (on GPUs Triton).
-    Later batches of the same shape run compiled, others as without this callback. Another precision or format, and
-    other frozen layers, compile again, up to four times. `forget()` frees the compiled code. A model that can't be
-    compiled, or draws random numbers of Python or NumPy, runs uncompiled, with a warning. Compiled, dropout draws other
-    numbers, batch norms inside `torch.utils.checkpoint` update their statistics once per step instead of twice, and a
-    second backward pass (`create_graph`, `retain_graph`) fails, which the error says.
+    Later batches of its shape run compiled. Another precision, format or set of frozen layers compiles again, up to four
+    times. `forget()` frees the code. A model that can't be compiled, or draws random numbers of Python or NumPy, runs
+    uncompiled, with a warning. Compiled, dropout draws other numbers, batch norms inside `torch.utils.checkpoint` update
+    their statistics once per step instead of twice, and a second backward pass (`create_graph`) fails, as the error says.
 
     >>> from fastai.vision.all import *; from channelslast import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
-    >>> learn = Learner(DataLoaders(dl, dl), nn.Sequential(Flatten(), nn.Linear(3072, 2)), CrossEntropyLossFlat(),
-    ...                 cbs=CompileTraining())
+    >>> net = nn.Sequential(Flatten(), nn.Linear(3072, 2))
+    >>> learn = Learner(DataLoaders(dl, dl), net, CrossEntropyLossFlat(), cbs=CompileTraining())
     >>> with learn.no_bar(), learn.no_logging(): learn.fit(1) # doctest: +ELLIPSIS
     CompileTraining: Sequential compiled in ... s, for inputs of (4, 3, 32, 32)."""
     reason, seconds = '', None # Why it is uncompiled; seconds of the last compilation
-
     def new_work(self): return Work(codes={}, shapes=None, code=None, program=(), objects=())
     def takes_part(self) -> bool: return self.training
-
     def before_train(self):  # notebooks define methods again
         self.work.objects = program_of({c: None for m in self.model.modules() for c in type(m).__mro__})
         self.work.program = tuple(map(id, self.work.objects))
 
     @property
     def compiled(self) -> int: return sum(c.run is not None for c in self.work.codes.values())
-
     def run_model(self, forward, *args, **kwargs):
         work, model, tensors = self.work, self.model, tensors_of((args, kwargs))
         work.code, work.shapes, self.error_note = None, work.shapes or [t.shape for t in tensors], ''

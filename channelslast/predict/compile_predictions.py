@@ -21,8 +21,8 @@ from .prepared_model import NotPrepared, PredictionCallback, input_key
 
 __all__ = ['CompilePredictions']
 
-MAX_MISSES = 3  # batches in a row that the compiled code does not fit; then it is compiled again
-MAX_UNUSED = 3  # compilations in a row that fitted no later batch; then the model stays uncompiled
+# Batches in a row that the code does not fit, before it is compiled again; compilations in a row that fitted no later batch
+MAX_MISSES = MAX_UNUSED = 3
 
 
 class Misfit(NotPrepared):
@@ -82,10 +82,10 @@ class CompilePredictions(PredictionCallback):
 
     The first batch that the Learner predicts outside a fit is compiled, which takes seconds to minutes and needs a C++
     compiler (on GPUs Triton). Later batches of the same shape run compiled, others as without this callback, so that
-    none waits for a compilation. `forget()` frees the compiled code. Changes are detected as by `FoldBatchNorm`: the
-    next prediction outside a fit compiles again, and a line says so. In a fit, validation runs uncompiled. A private
-    copy of the model is compiled, and its first output is compared with the model's, which is never changed. A model
-    that can't be compiled, keeps state, or draws random numbers of Python or NumPy runs uncompiled, with a warning.
+    none waits for a compilation. `forget()` frees the code. Changes are detected as by `FoldBatchNorm`: the next
+    prediction outside a fit compiles again, and a line says so. A private copy of the model is compiled, and its first
+    output compared with the model's. A model that can't be compiled, keeps state, or draws random numbers of Python or
+    NumPy runs uncompiled, with a warning.
 
     >>> from fastai.vision.all import *; from channelslast import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)

@@ -16,14 +16,13 @@ class FoldBatchNorm(PredictionCallback):
 
     Only safe pairs are folded, found by tracing one forward pass: a 1-D, 2-D or 3-D convolution whose output is read
     only by one batch norm in eval mode, each used once. The pass is traced in a private copy, which shares the memory
-    of all weights that stay as they are. Its output is compared with the model's: it may differ by 1e-5 in fp32, or by
-    what rounding errors of the input cause. `.found` is the number of batch norms that follow a convolution, and
-    `.folded` of these are folded. The model itself is never changed.
+    of all weights that stay as they are. Its output may differ from the model's by 1e-5 in fp32, or by three times what
+    rounding causes. `.found` batch norms follow a convolution, and `.folded` of these are folded.
 
-    The model predicts as without this callback if it can't be copied, changes in each pass, runs its layers in another
-    order, has hooks that the copy lacks, or is compiled, scripted or wrapped for several devices. Changed weights,
-    running statistics and attributes are detected, except a change through `.data` that leaves 8 elements of each
-    tensor, spread over its memory, as they are. Then call `learn.fold_batch_norm.forget()`.
+    The model predicts as without this callback if it can't be copied, changes in each pass, has hooks that the copy
+    lacks, or is compiled, scripted or wrapped for several devices. Changed weights, statistics and attributes are
+    detected, except a change through `.data` that leaves 8 elements of each tensor, spread over its memory, as they
+    are. Then call `learn.fold_batch_norm.forget()`.
 
     >>> from fastai.vision.all import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
@@ -31,8 +30,7 @@ class FoldBatchNorm(PredictionCallback):
     >>> with learn.no_bar(): preds, targs = learn.get_preds()
     >>> learn.fold_batch_norm.folded, learn.fold_batch_norm.found
     (22, 22)"""
-    folded = None  # number of folded batch norms; None before the first batch
-    found = None   # number of batch norms whose input is a convolution's output; None before the first batch
+    folded = found = None  # folded batch norms; those whose input is a convolution's output; None before the first batch
     differs = 'it gives other outputs with its batch norms folded (relative difference {})'
 
     @property
@@ -55,8 +53,7 @@ class FoldBatchNorm(PredictionCallback):
     def refresh(self, run): return run.refresh()
 
     def reason_of(self, e):
-        if isinstance(e, (NotPrepared, CantCopy)): return str(e)
-        return f'it fails with its batch norms folded ({type(e).__name__}: {e})'
+        return str(e) if isinstance(e, (NotPrepared, CantCopy)) else f'it fails with its batch norms folded ({type(e).__name__}: {e})'
 
     def refuse(self, reason):
         self.folded = 0

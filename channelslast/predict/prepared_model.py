@@ -158,7 +158,7 @@ class PredictionCallback(StandInCallback):
     def _prepare_copy(self, state, key, own, truth, args, kwargs):
         work = self.work
         for run in {work.runs[k] for k in own} - {None}:  # prepared for other shapes
-            try: is_right = self._error(run, truth, args, kwargs) <= self._allowed(key[0])[0]
+            try: is_right = _error(run, truth, args, kwargs) <= _tolerance(work.state, key[0], self.exact)[0]
             except Exception: continue
             if is_right: return work.runs.update({key: run})
         if len({*work.runs.values()}) >= self.max_copies: return
@@ -170,7 +170,8 @@ class PredictionCallback(StandInCallback):
                 for o in copy.shared: restore_dict(undo, vars(o) if hasattr(o, '__dict__') else dict(own=o))
                 for restore, old in generators_of(work.state.owned.values()): undo.callback(restore, old)
                 with restore_random_states(): run = self.prepare(copy, truth, args, kwargs)
-                if run: self._compare(run, key[0], truth, args, kwargs)
+                error = run and _compare(work.state, self.exact, run, key[0], truth, args=args, kwargs=kwargs)
+                if error: raise NotPrepared(self.differs.format(f'{error:.0e}'))
         except BaseException as e:
             if new: self.drop()
             if not isinstance(e, Exception): raise
@@ -178,20 +179,22 @@ class PredictionCallback(StandInCallback):
         work.runs[key], work.checked = run, work.inside
         if run: self.on_prepared(run, args, kwargs)
 
-    def _error(self, run, truth, args, kwargs) -> float:
-        with restore_random_states(): return relative_error(run(*args, **kwargs), truth)
 
-    def _allowed(self, kind) -> tuple:
-        weights = [t for t in self.work.state.watched if t.is_floating_point()]
-        dtypes = {t.dtype for t in weights} | {o[1] for o in kind if isinstance(o, tuple) and isinstance(o[0], str)}
-        return rounding_error(dtypes, {t.device for t in weights}, self.exact, HALF_ERROR)
+def _error(run, truth, args, kwargs) -> float:
+    with restore_random_states(): return relative_error(run(*args, **kwargs), truth)
 
-    def _compare(self, run, kind, truth, args, kwargs):
-        "Raise `NotPrepared` if the output differs from the model's by more than rounding explains."
-        from ..core.rounding import Rounding  # needs a private module of PyTorch
-        error, (allowed, eps) = self._error(run, truth, args, kwargs), self._allowed(kind)
-        if allowed < error <= MAX_ERROR:
-            try:
-                with Rounding(eps): allowed = max(allowed, FACTOR*self._error(ModelCopy(self.work.state).model, truth, args, kwargs))
-            except Exception: pass  # a model that checks its input, or can't run in a dispatch mode
-        if not error <= min(allowed, MAX_ERROR): raise NotPrepared(self.differs.format(f'{error:.0e}'))
+
+def _tolerance(state, kind, exact) -> tuple: # Relative error that needs no explanation; the rounding error of one number
+    weights = [t for t in state.watched if t.is_floating_point()]
+    dtypes = {t.dtype for t in weights} | {o[1] for o in kind if isinstance(o, tuple) and isinstance(o[0], str)}
+    return rounding_error(dtypes, {t.device for t in weights}, exact, HALF_ERROR)
+
+
+def _compare(state, exact, run, kind, truth, args, kwargs) -> float: # The error, if it is more than rounding explains, or 0
+    from ..core.rounding import Rounding  # needs a private module of PyTorch
+    error, (allowed, eps) = _error(run, truth, args, kwargs), _tolerance(state, kind, exact)
+    if allowed < error <= MAX_ERROR:
+        try:
+            with Rounding(eps): allowed = max(allowed, FACTOR*_error(ModelCopy(state).model, truth, args, kwargs))
+        except Exception: pass  # a model that checks its input, or can't run in a dispatch mode
+    return 0. if error <= min(allowed, MAX_ERROR) else error
