@@ -312,6 +312,7 @@ def test_the_fused_optimizer_is_measured_for_all_settings_that_may_still_win(opt
     assert rows == {**{k: (100., 1.) for k in plain}, **{f'{o}, fp32, fused': (70., 1.4286) for o in ('contiguous', 'channels last')}}
     assert t.fused is True and rows_of(t)['contiguous, fp32, fused'] is t.best and t.advice == 'opt_func=fused(Adam)'
     assert (t.optimizer_ms, t.fused_ms) == ((pytest.approx(40.), pytest.approx(10.)) if device == 'cpu' else (None, None))
+    assert t.verdict.startswith('Use contiguous fp32 with the fused optimizer: 1.43× as fast as contiguous fp32.')
     assert t.verdict.endswith('Without measuring: learn.opt_func = fused(Adam); learn.to_contiguous(to_fp32=True)')
 
 

@@ -103,8 +103,8 @@ class Measurement:
             numbers.start()
             numbers.run_checks(steps.running[1:])
             settings = proposals.time_optimizer(steps, self.tries_fused) if self.train else [c.setting for c in steps.running]
-            if settings[0].fused: self.current = replace(self.current, fused=True)
-            result = race(lambda s, i: steps.timed_step(steps.candidates[s], i), settings, self.current, self.rounds, self.extra_rounds,
+            self.incumbent = replace(self.current, fused=True) if settings[0].fused else self.current  # on a CPU, all have the faster one
+            result = race(lambda s, i: steps.timed_step(steps.candidates[s], i), settings, self.incumbent, self.rounds, self.extra_rounds,
                           stages=self.stages(steps, numbers), rank=lambda s: s.rank, agree=broadcast_from_rank0)
             base, ms = self.settings[0], steps.optimizer_ms
             if settings[0] != base: result.times = {base: [o - ms[True] + ms[False] for o in result.times[settings[0]]], **result.times}
@@ -150,7 +150,7 @@ class Measurement:
         if gain <= 0 or not batches: return  # the current setting, within a tie
         epochs = math.ceil(1e3*seconds/gain/batches)
         if epochs <= 1: return
-        result.decision = decide({s: eager[s] for s in sorted(eager, key=lambda s: (s != self.current, s.rank))}, self.current)
+        result.decision = decide({s: eager[s] for s in sorted(eager, key=lambda s: (s != self.incumbent, s.rank))}, self.incumbent)
         steps.candidates[best].note = f'{epochs:,} epochs earn the compilation back'
         self.notes.append(f'Compiled, a step would be {1 + gain/fastest(result.times[best]):.2f}× as fast: {epochs:,} epochs earn back the '
                           f'{seconds:.0f} s of the compilation. For a longer training, `learn.add_cb(CompileTraining())`.')

@@ -177,13 +177,13 @@ class TrainingNumbers(Numbers):
             self.steps.activate(c, self.callbacks)
             _set_mode(self.learn.model, self.training)
             self.learn.model.zero_grad(set_to_none=True)
-            scaler = self.learn.scaler or None
-            scale = scaler.get_scale() if scaler and scaler.is_enabled() else 1.
+            scaler = self.learn.scaler if self.learn.scaler and self.learn.scaler.is_enabled() else None
+            scale = scaler.get_scale() if scaler else 1.
             self.stop.mode = mode = make_mode(self.learn.model)
             with mode: self.learn.one_batch(0, self.batch)
             self.stop.mode = None  # it holds results
             grads = [p.grad if p.grad is None else _wide_copy(p.grad)/scale for p in self.learn.model.parameters()]
-            if scale <= MIN_SCALE or all(g is None or g.isfinite().all() for g in grads): break
+            if not scaler or scale <= MIN_SCALE or all(g is None or g.isfinite().all() for g in grads): break
             scaler._scale.fill_(scale/16)  # too large for fp16; training would reduce it, too
         return self.learn.loss.detach().float().mean().item(), grads, mode
 
