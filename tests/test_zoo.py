@@ -261,7 +261,7 @@ def test_compiled_predictions_are_the_same(name, zoo_report):
     gc.collect()
 
 
-@pytest.mark.parametrize('half', ['bf16', 'fp16'])
+@pytest.mark.parametrize('half', ['bf16', pytest.param('fp16', marks=[pytest.mark.zoo, pytest.mark.emulated])])
 @pytest.mark.parametrize('name', architectures(FAST[1:]))
 def test_format_find_accepts_the_numbers_of_each_format_and_precision(name, half, zoo_report, has, fake_steps):
     "All are right here, however much rounding is amplified. Fake times: where half precision is emulated, its steps would be too slow."
