@@ -11,6 +11,7 @@ from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.vision.all import (Adam, Callback, Lamb, Larc, Learner, Lookahead, Optimizer, OptimWrapper, QHAdam, RAdam, RMSProp, SGD,
                                load_learner, ranger, sgd_step, weight_decay)
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from channelslast import fused
 from channelslast.learner.fused_optimizer import fused_argument
@@ -277,6 +278,24 @@ print(learn.opt_func.func is Adam, learn.opt.hypers[0]['eps'])"""
 
 def test_step_with_a_closure_raises_NotImplementedError():
     with pytest.raises(NotImplementedError): fused(SGD)([nn.Parameter(torch.zeros(1))], lr=1.).step(closure=lambda: 0)
+
+
+class Operations(TorchDispatchMode):
+    "The names of all operations."
+    def __init__(self): super().__init__(); self.names = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize('opt_func, kernel', [(Adam, '_fused_adamw_'), (partial(Adam, decouple_wd=False), '_fused_adam_'), (SGD, '_fused_sgd_')],
+                         ids=['adamw', 'adam', 'sgd'])
+def test_the_step_runs_PyTorchs_fused_kernel(opt_func, kernel):
+    learn = made(fused(opt_func) if opt_func in (Adam, SGD) else fused(opt_func.func, **opt_func.keywords))
+    learn.create_opt()
+    learn.model(learn.dls.one_batch()[0].double()).sum().backward()
+    with Operations() as seen: learn.opt.step()
+    assert kernel in seen.names
 
 
 # what `to_fastest` puts in

@@ -57,3 +57,12 @@ def test_less_random_seeds_and_restores_every_CUDA_GPU():
     with less_random(5): a = torch.rand(1, device='cuda')
     with less_random(5): assert torch.equal(a, torch.rand(1, device='cuda'))
     assert all(torch.equal(a, b) for a, b in zip(state, torch.cuda.get_rng_state_all()))
+
+
+def test_less_random_restores_the_state_of_an_apple_gpu(monkeypatch):
+    state = [torch.tensor([1])]
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.mps, 'get_rng_state', lambda: state[-1])
+    monkeypatch.setattr(torch.mps, 'set_rng_state', state.append)
+    with less_random(): state.append(torch.tensor([2]))  # a draw
+    assert state[-1] is state[0]

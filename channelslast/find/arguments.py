@@ -8,7 +8,7 @@ from ..core.devices import fit_device
 from ..core.distributed import broadcast_from_rank0
 from ..learner.preserve_learner import check_model
 from ..learner.setting import FORMATS, PRECISIONS, Setting
-from .load import load_batches
+from .batches import load_batches
 
 __all__ = ['checked_loader', 'checked_batches', 'chosen_settings']
 

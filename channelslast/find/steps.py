@@ -11,9 +11,9 @@ from fastcore.foundation import L
 from ..core.devices import elapsed_ms, fit_device, free_memory, is_out_of_memory
 from ..core.distributed import broadcast_from_rank0, gather_from_ranks, together
 from ..core.memory_format import align_optimizer, convert_module
-from ..core.nested_tensors import first_items
 from ..core.stand_in import StandInCallback
 from ..learner.setting import Setting
+from .batches import halved
 from .state import State, not_finite
 
 __all__ = ['MAX_SKIPS', 'SYNCHRONOUS', 'Eliminated', 'Candidate', 'Steps', 'error_note', 'step_ms', 'step_was_skipped']
@@ -201,12 +201,10 @@ class Steps:
             self.state.restore_tensors()  # outside the handler, whose traceback holds the step's tensors
             free_memory(self.device)
 
-    def halve_batches(self) -> bool:
-        "Cut each batch in half. False if that is not possible."
-        halves = [first_items(b, self.bs, self.bs//2) for b in self.batches] if self.bs and self.bs > 1 else self.batches
-        if any(a is b for a, b in zip(halves, self.batches)): return False
-        self.batches, self.bs = halves, self.bs//2
-        return True
+    def halve_batches(self) -> bool: # False if that is not possible
+        halves = halved(self.batches, self.bs)
+        if halves: self.batches, self.bs = halves, self.bs//2
+        return bool(halves)
 
 
 def error_note(e) -> str:

@@ -1,4 +1,4 @@
-"A few batches of a loader, and the time that it takes to load one."
+"A few batches of a loader, the time that it takes to load one, and halves of them."
 import statistics
 import time
 from itertools import islice
@@ -6,9 +6,9 @@ from itertools import islice
 from fastai.torch_core import to_device
 
 from ..core.devices import fit_device, synchronize
-from ..core.nested_tensors import leaves_of
+from ..core.nested_tensors import first_items, leaves_of
 
-__all__ = ['load_batches']
+__all__ = ['load_batches', 'halved']
 
 BATCHES, LOADER_BATCHES = 4, 8  # to step on; to time the loader with
 LOADER_MS = 20_000  # stop timing a slow loader after this time
@@ -42,3 +42,9 @@ def _ms_per_batch(arrivals, workers, complete) -> float:
     if complete: return (arrivals[-1] - arrivals[2*workers - 1])/(len(arrivals) - 2*workers)
     timed_out = arrivals[-1] > LOADER_MS
     return arrivals[-1]/(max(len(arrivals), workers) if timed_out else len(arrivals))
+
+
+def halved(batches, bs) -> list: # Empty if they can't be halved
+    "The first half of each batch of `bs` items."
+    halves = [first_items(b, bs, bs//2) for b in batches] if bs and bs > 1 else batches
+    return [] if any(a is b for a, b in zip(halves, batches)) else halves
