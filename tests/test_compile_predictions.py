@@ -340,7 +340,7 @@ def test_two_threads_compile_one_after_the_other_and_log_level_and_warnings_stay
     for t in threads: t.start()
     for t in threads: t.join()
     for a, b in zip(found, expected): torch.testing.assert_close(a, b)
-    assert not any(o.compile_predictions.reason for o in learns)
+    assert not any(o.compile_predictions.reason for o in learns), [o.compile_predictions.reason for o in learns]
     assert logging.root.manager.disable == level and warnings.filters == filters
 
 

@@ -12,8 +12,9 @@ from .nested_tensors import tensors_of
 from .onednn_workarounds import note_rewritten
 from .random_state import python_state
 
-__all__ = ['CHANGES', 'compiling_quietly', 'note_reasons', 'own_code', 'print_compiled', 'reason_of']
+__all__ = ['CHANGES', 'DRAWS', 'compiling_quietly', 'note_reasons', 'own_code', 'print_compiled', 'reason_of']
 
+DRAWS = 'it draws random numbers of Python or NumPy'  # likewise, unless another thread drew them
 CHANGES = 'its state changes, or it depends on more than its input'  # a reason to stay uncompiled
 COMPILERS = dict(linux='g++ (such as `apt install g++`)', darwin="Xcode's tools (`xcode-select --install`)",
                  win32="Visual Studio's Build Tools with C++")
@@ -41,7 +42,7 @@ def note_reasons(cb, model, reasons):
     rewritten, draws = [], python_state()
     with note_rewritten(rewritten): yield
     if rewritten: reasons.append("oneDNN's kernels compute one of its convolutions wrongly")
-    if draws != python_state(): reasons.append('it draws random numbers of Python or NumPy')
+    if draws != python_state(): reasons.append(DRAWS)
     if unwrap_model(model) is not model: reasons.append('it is compiled already, or wrapped for several devices')
     if getattr(getattr(cb.learn, 'mixed_precision', None), 'fp32_layers', ()):
         reasons.append('some of its layers are kept in fp32')

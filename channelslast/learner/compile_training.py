@@ -4,7 +4,7 @@ import time
 import torch
 from fastai.callback.core import Callback
 
-from ..core.compiling import CHANGES, compiling_quietly, note_reasons, own_code, print_compiled, reason_of
+from ..core.compiling import CHANGES, DRAWS, compiling_quietly, note_reasons, own_code, print_compiled, reason_of
 from ..core.model_copy import all_hooks_of, program_of
 from ..core.nested_tensors import tensors_of
 from ..core.pickle_as import pickle_as
@@ -13,7 +13,7 @@ from ..core.undo import undo_on_error
 
 __all__ = ['CompileTraining']
 
-MAX_SETTINGS = 4  # to compile for: modes, frozen layers, precision, format
+MAX_SETTINGS, MAX_DRAWS = 4, 3  # modes, frozen layers, precisions, formats; batches in a row that draw: maybe another thread's
 NOTE = 'This step ran code compiled by `CompileTraining`. `learn.remove_cb(CompileTraining)` removes it.'
 
 
@@ -34,7 +34,7 @@ class CompileTraining(StandInCallback):
     >>> with learn.no_bar(), learn.no_logging(): learn.fit(1) # doctest: +ELLIPSIS
     CompileTraining: Sequential compiled in ... s, for inputs of (4, 3, 32, 32)."""
     reason, seconds = '', None # Why it is uncompiled; seconds of the last compilation
-    def new_work(self): return Work(codes={}, shapes=None, code=None, program=(), objects=())
+    def new_work(self): return Work(codes={}, shapes=None, code=None, draws=0, program=(), objects=())
     def takes_part(self) -> bool: return self.training
     def before_train(self):  # notebooks define methods again
         self.work.objects = program_of({c: None for m in self.model.modules() for c in type(m).__mro__})
@@ -62,7 +62,9 @@ class CompileTraining(StandInCallback):
         self.work.code = self.work.codes[setting] = Work(run=None, started=None, refused=False, misses=0, no_grad=())
         reasons = ['a module has a finalizer'] if any(hasattr(m, '__del__') for m in model.modules()) else []
         with note_reasons(self, model, reasons): out = forward(*args, **kwargs)
-        if reasons: self._refuse(reasons[0])
+        self.work.draws = (self.work.draws + 1)*(reasons == [DRAWS])
+        if 0 < self.work.draws < MAX_DRAWS: self.work.codes.pop(setting)
+        elif reasons: self._refuse(reasons[0])
         return out
 
     def _second_batch(self, code, model, forward, args, kwargs):
@@ -84,7 +86,6 @@ class CompileTraining(StandInCallback):
     def after_backward(self):
         code = self.work.code or Work(run=True, started=None, no_grad=())
         if not code.run: code.no_grad = [p for p in self.model.parameters() if p.requires_grad and p.grad is None]
-        for p in code.no_grad:  # compiled code gives zeros where the loss does not depend on a parameter
-            if p.grad is not None and not p.grad.any(): p.grad = None
+        for p in (p for p in code.no_grad if p.grad is not None and not p.grad.any()): p.grad = None  # compiled code gives zeros
         if code.started: print_compiled(self, self.model, *code.started, again=self.compiled > 1)
         code.started = None

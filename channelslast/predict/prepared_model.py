@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ..core.compare import FACTOR, HALF_ERROR, numbers_of, relative_error, rounding_error
-from ..core.compiling import CHANGES
+from ..core.compiling import CHANGES, DRAWS
 from ..core.nested_tensors import leaves_of, tensors_of
 from ..core.random_state import restore_random_states
 from ..core.stand_in import StandInCallback, Work
@@ -145,6 +145,7 @@ class PredictionCallback(StandInCallback):
             with self.watch(): truth = forward(*args, **kwargs)
             reason = '' if state.is_unchanged() else CHANGES
             if versions != versions_of(inputs): reason = 'it changes its buffers or inputs'
+            if DRAWS in self.work.reasons: reason = DRAWS
             with restore_random_states():
                 start.close()  # more passes from the same random states
                 if reason: self._changes(reason)
