@@ -39,7 +39,6 @@ class CompileTraining(StandInCallback):
     def before_train(self):  # notebooks define methods again
         self.work.objects = program_of({c: None for m in self.model.modules() for c in type(m).__mro__})
         self.work.program = tuple(map(id, self.work.objects))
-
     @property
     def compiled(self) -> int: return sum(c.run is not None for c in self.work.codes.values())
     def run_model(self, forward, *args, **kwargs):

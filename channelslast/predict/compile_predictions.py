@@ -129,7 +129,6 @@ class CompilePredictions(PredictionCallback):
         return run
 
     def refresh(self, run) -> bool: return False
-
     def drop(self):
         self.work.again = self.work.again or bool(self.work.runs)
         super().drop()
