@@ -59,6 +59,13 @@ def to_train(timings) -> list: # `Timing`s
     return uniqueify([timings.rows[0], *sorted(channels_last, key=lambda r: r.ms)[:1], timings.best])
 
 
+def table(rows) -> str:
+    return pd.DataFrame([{
+        'format': LABELS[r['timing'].memory_format], 'precision': r['timing'].precision + ', fused'*r['timing'].fused,
+        'ms/step': f"{r['ms']:.1f}", 'speedup': f"{rows[0]['ms']/r['ms']:.2f}×", 'images/s predicting': f"{r['images']:.0f}"}
+        for r in rows]).to_string(index=False)
+
+
 def advice(rows, predictions) -> str:
     "The gains in sentences. The last line is the code that gives them."
     best, predicting = min(rows, key=lambda r: r['ms']), predictions.best
@@ -138,10 +145,6 @@ def main(
     with less_random(): predictions = learn.to_fastest(precisions=measured, train=False).format_timings
     images = find_bs(learn.dls.valid.one_batch())
     for r in rows: r['images'] = images*1e3/(predictions.rows[0] if r is rows[0] else predictions.best).ms
-    print(pd.DataFrame([{
-        'format': LABELS[r['timing'].memory_format], 'precision': r['timing'].precision + ', fused'*r['timing'].fused,
-        'ms/step': f"{r['ms']:.1f}",
-        'speedup': f"{rows[0]['ms']/r['ms']:.2f}×", 'images/s predicting': f"{r['images']:.0f}"}
-        for r in rows]).to_string(index=False))
+    print(table(rows))
     print(advice(rows, predictions))
     if save: save_chart(rows, predictions, save)

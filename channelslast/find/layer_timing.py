@@ -87,7 +87,7 @@ def time_layers(
     def _timing(key, modules):
         half_ms, fp32_ms = map(fastest, zip(*runs[key][WARM_UP:]))
         kept, layers = 'fp32' if fp32_ms < MARGIN*half_ms else precision, tuple(names[m] for m in modules)
-        return LayerTiming(layers, key[0].__name__, tuple(key[1][0]), precision, half_ms, fp32_ms, kept)
+        return LayerTiming(layers, key[0].__name__, tuple(key[1][0]), precision, half_ms, fp32_ms=fp32_ms, kept=kept)
     return [_timing(key, modules) for key, modules in groups.items() if runs[key]]
 
 
