@@ -341,9 +341,10 @@ def test_predictions_of_a_deep_model_in_half_precision_are_accepted(has, half):
     assert f'channels last, {half}, folded' in rows
 
 
-@pytest.mark.parametrize('how', RESULTS)
-@pytest.mark.parametrize('when', WHEN)
-@pytest.mark.parametrize('name', ['residual', pytest.param('resnet18', marks=pytest.mark.slow)])
+# not one of the 512 channels of ResNet-18's last convolution in bf16: it changes the outputs by less than rounding
+@pytest.mark.parametrize('name, how, when', [pytest.param(name, how, when, marks=pytest.mark.slow if name == 'resnet18' else ())
+                                             for name in ('residual', 'resnet18') for how in RESULTS for when in WHEN
+                                             if (name, how, when) != ('resnet18', 'channel_result', 'in_half')])
 def test_predictions_with_a_wrong_kernel_are_refused(has, name, how, when):
     condition, setting, kwargs = WHEN[when]
     has('bf16')
