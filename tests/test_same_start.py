@@ -4,6 +4,7 @@ import torch
 from fastai.vision.all import (SGD, Callback, DataLoader, DataLoaders, Learner, Recorder)
 from torch import nn
 
+from channelslast.core.devices import torch_version
 from channelslast.learner.setting import Setting
 from .helpers import convnet, difference, find, learner, learner_state, loaders, rows_of, shake
 
@@ -199,6 +200,7 @@ def test_a_model_with_a_higher_order_operator_is_measured_without_the_comparison
         assert all(r.valid for r in t.rows) and any('dispatch mode' in o for o in t.notes), t
 
 
+@pytest.mark.skipif(torch_version() < (2, 9), reason='PyTorch 2.8 traces flex_attention with an error')
 def test_flex_attention_itself_is_measured():
     flex = pytest.importorskip('torch.nn.attention.flex_attention').flex_attention
     class Attend(nn.Module):
@@ -206,8 +208,6 @@ def test_flex_attention_itself_is_measured():
         def forward(self, x):
             q = self.conv(x).flatten(2).transpose(1, 2)[:, None]
             return self.head(flex(q, q, q).mean((1, 2)))
-    try: Attend()(torch.randn(2, 3, 8, 8))
-    except Exception as e: pytest.skip(f'flex_attention fails uncompiled in this PyTorch ({type(e).__name__})')
     t = find(learner(Attend()), train=False, num_it=1)
     assert all(r.valid for r in t.rows), t
 
