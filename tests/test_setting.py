@@ -70,3 +70,7 @@ def test_copies_of_a_learner_take_away_what_was_added_to_it():
     Setting().apply(twin)
     assert Setting.of(twin) == Setting() and twin.opt_func is Adam
     assert Setting.of(learn) == Setting('channels_last', 'bf16', fused=True) and learn._grab_cbs(MixedPrecision)
+
+
+def test_settings_are_values():
+    assert Setting('channels_last', 'bf16') == Setting('channels_last', 'bf16') and len({Setting(), Setting()}) == 1

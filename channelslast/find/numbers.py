@@ -33,9 +33,12 @@ TOLERANCE = dict(fp32=Tolerance(1e-3, 1e-2, 5e-2, 5e-2), fp16=Tolerance(2e-2, 1e
 ROUNDING = dict(fp32=2**-18, fp16=2**-11, bf16=2**-8)  # relative rounding error; for fp32 that of a sum
 MIN_VARIANCE = 0.1  # of a channel, relative to the mean: few items give some channels hardly any, which would amplify gradients
 MIN_SCALE = 2**-24  # of the loss in fp16; with running statistics instead of the batch's, gradients may grow from layer to layer
-LOSSES = 4  # passes to see how much rounding changes the loss, which one of them may change by chance hardly at all
-NO_MODE = "Numbers were only tested for infinity and NaN: the model can't run under a dispatch mode, as `flex_attention` can't."
+LOSSES = 4  # passes with rounding errors; in a single one, they may cancel in the loss
+NO_MODE = "Operations were not compared: the model can't run under a dispatch mode, as `flex_attention` can't."
 DIFFER = 'numbers differ from contiguous fp32'
+
+
+def no_mode(model): return nullcontext()
 
 
 class StopBatch(Callback):
@@ -110,7 +113,11 @@ class Numbers:
                 try: return self.run_baseline()
                 except Exception:
                     if batch is self.whole: raise
-        self.steps.attempt(self.steps.baseline, _start)
+        with self.uncompiled(self.steps.baseline): self.steps.attempt(self.steps.baseline, _start)
+
+    def uncompiled(self, c):
+        "Context manager: a model that the user compiled is not compiled again for few items and the eval mode."
+        return nullcontext() if c.setting.compiled else torch.compiler.set_stance('force_eager')
 
     def precision_of(self, c) -> str: return self.fp32_precision if c.setting.precision == 'fp32' else c.setting.precision
 
@@ -124,7 +131,7 @@ class Numbers:
 
     def record(self, keep=True):
         "A function that returns the mode for a pass of a model."
-        return partial(self.Record, keep=keep) if self.replays else lambda model: nullcontext()
+        return partial(self.Record, keep=keep) if self.replays else no_mode
 
     def replay(self, c, record, rounded=False):
         "Likewise, for a pass of contiguous fp32 with the values of a candidate's pass."
@@ -142,9 +149,10 @@ class Numbers:
         for c in candidates:
             if not c.running: continue
             self.steps.on_pass()
-            args = self.steps.attempt(c, partial(self.compare, c))
-            # all processes run the same number of passes, since a model may communicate in them
-            if any(gather_from_ranks(args is not None and self.is_large(c, *args))): self.steps.attempt(c, partial(self.explain, c, *args))
+            with self.uncompiled(c):
+                args = self.steps.attempt(c, partial(self.compare, c))
+                # all processes run the same number of passes, since a model may communicate in them
+                if any(gather_from_ranks(args is not None and self.is_large(c, *args))): self.steps.attempt(c, partial(self.explain, c, *args))
             del args  # free its pass and gradients before the next ones are made
         self.learn.model.zero_grad(set_to_none=True)
         self.steps.state.restart()
@@ -215,7 +223,7 @@ class TrainingNumbers(Numbers):
         if not self.replays: return None
         _, replayed, mode = self.step(self.steps.baseline, self.replay(c, record))
         if mode.wrong: raise Eliminated(f'{DIFFER} (result of {mode.wrong[0]})')
-        return partial(self.replay, c, record, rounded=True), (loss, self.loss), replayed, _errors(grads, replayed)
+        return self.replay(c, record, rounded=True), (loss, self.loss), replayed, _errors(grads, replayed)
 
     def set_differences(self, c, loss, grads):
         c.loss_diff = abs(loss - self.loss)/(abs(self.loss) or 1)
@@ -240,13 +248,13 @@ class TrainingNumbers(Numbers):
             rounded = [self.step(eager, self.rounding(precision, seed), backward=False)[0] for seed in range(LOSSES)]
             if not abs(losses[0] - losses[1]) <= FACTOR*max(abs(o - losses[1]) for o in rounded): raise Eliminated(f'{differ} (loss)')
         large = self.large_errors(c, errors)
-        rounding = dict(zip(self.params, _errors(self.step(eager, make_mode())[1], reference))) if large else {}
+        rounding = dict(zip(self.params, _errors(self.step(eager, make_mode)[1], reference))) if large else {}
         for n, e in large:
             if not e <= FACTOR*rounding[n]: raise Eliminated(f'{differ} (gradient of {n})')
 
     def check_compiled(self, c, eager):
         """Compare a compiled candidate with the same one uncompiled. Its code for these modes is thrown away."""
-        def _step(o): return self.step(o, lambda model: nullcontext())[:2]
+        def _step(o): return self.step(o, no_mode)[:2]
         def _check():
             for _ in range(3): loss, grads = _step(c)  # the first step runs uncompiled, the second one compiles
             if c.prepared.reason: raise Eliminated(f'not compiled: {c.prepared.reason}')
@@ -254,7 +262,7 @@ class TrainingNumbers(Numbers):
             eager_loss, eager_grads = _step(eager)
             missing = [n for n, a, b in zip(self.params, grads, eager_grads) if (a is None) != (b is None)]
             if missing: raise Eliminated(f'a gradient is missing only uncompiled, or only compiled ({missing[0]})')
-            args = partial(self.rounding, self.precision_of(c)), (loss, eager_loss), eager_grads, _errors(grads, eager_grads)
+            args = self.rounding(self.precision_of(c)), (loss, eager_loss), eager_grads, _errors(grads, eager_grads)
             if self.is_large(c, *args): self.explain(c, *args, eager=eager, differ='numbers differ when compiled')
         self.steps.attempt(c, _check)
         c.prepared.forget()
@@ -264,7 +272,7 @@ class TrainingNumbers(Numbers):
 
 class PredictionNumbers(Numbers):
     "Compares outputs."
-    def outputs(self, c, make_mode=lambda model: nullcontext(), passes=1) -> tuple: # Outputs, the mode
+    def outputs(self, c, make_mode=no_mode, passes=1) -> tuple: # Outputs, the mode
         for _ in range(passes):
             self.restart()
             self.steps.activate(c, self.callbacks)
@@ -286,7 +294,7 @@ class PredictionNumbers(Numbers):
         runs as it is, a product that differs from that of contiguous fp32."""
         if c.setting.compiled and self.batch is not self.whole: self.use_whole_batch()
         plain = self.replays and not c.prepared
-        outputs, record = self.outputs(c, self.record() if plain else lambda model: nullcontext(), passes=1 + bool(c.prepared))
+        outputs, record = self.outputs(c, self.record() if plain else no_mode, passes=1 + bool(c.prepared))
         c.pred_diff = relative_error(outputs, self.reference)
         if not numbers_of(self.reference): raise Eliminated('outputs hold no numbers to compare with contiguous fp32')
         check_reading(self.learn, self.reading_errors)

@@ -5,7 +5,6 @@ have taken their first steps and compute the right numbers."""
 from dataclasses import replace
 from functools import partial
 
-import torch
 from fastai.callback.fp16 import AMPMode
 
 from ..core.autocast import DTYPES
@@ -19,13 +18,12 @@ from .steps import SYNCHRONOUS
 
 __all__ = ['time_optimizer', 'with_fp32_layers', 'with_fused_optimizer', 'with_folded_batch_norms', 'compiled_predictions', 'compiled_training']
 
-
-OPTIMIZER_STEPS = 3
+OPTIMIZER_STEPS = 3  # to time the optimizer with
 
 
 def _joined(steps, numbers, settings, note='') -> list:
     "The settings whose new candidates run and compute the right numbers."
-    added = [steps.candidates[s] if s in steps.candidates else steps.add(s, note) for s in settings]
+    added = [steps.add(s, note) for s in settings]
     for c in added: steps.warm_up(c)
     numbers.run_checks(added)
     return [c.setting for c in added if c.running]
@@ -99,7 +97,7 @@ def with_folded_batch_norms(steps, numbers, times) -> list:
         steps.warm_up(c)
         if broadcast_from_rank0(c.running and c.prepared.works): new.append(c)
         else: del steps.candidates[c.setting]
-    with torch.compiler.set_stance('force_eager'): numbers.run_checks(new)
+    numbers.run_checks(new)
     return [c.setting for c in new if c.running]
 
 
