@@ -9,7 +9,7 @@ from torch import Tensor
 from .devices import fp32_precision
 from .nested_tensors import leaves_of, map_tensors
 
-__all__ = ['FACTOR', 'HALF_ERROR', 'perturb', 'numbers_of', 'relative_error', 'rounding_error']
+__all__ = ['FACTOR', 'perturb', 'numbers_of', 'relative_error', 'rounding_error']
 
 FACTOR = 3  # accept up to this many times the difference that rounding errors cause
 HALF_ERROR = 5e-2  # relative error that half precision explains
@@ -50,8 +50,8 @@ def relative_error(output, reference) -> float:
     return max(0. if error == 0 else _relative(error, max(norm, min_norm)) for error, norm in zip(errors, norms))
 
 
-def rounding_error(dtypes, devices, full:dict, half=HALF_ERROR) -> tuple: # Relative; of the least exact number
+def rounding_error(dtypes, devices, full:dict) -> tuple: # Relative; of the least exact number
     "Error in outputs that rounding explains, by `full`, those of exact dtypes, and the rounding error of one number."
     precisions = {fp32_precision(d) for d in devices} if torch.float32 in dtypes else ()
     limits = [REDUCED_FP32[p] for p in precisions if p in REDUCED_FP32]
-    return tuple(map(max, zip(*limits, *((full.get(t, half), torch.finfo(t).eps) for t in dtypes))))
+    return tuple(map(max, zip(*limits, *((full.get(t, HALF_ERROR), torch.finfo(t).eps) for t in dtypes))))

@@ -3,6 +3,7 @@ import math
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import count
 
 import torch
 from fastai.callback.mixup import MixHandler
@@ -32,8 +33,8 @@ from .steps import Steps, error_note
 __all__ = []
 
 MAX_ROUNDS, EXTRA_ROUNDS = 15, 45  # of steps; extra ones while all steps may lie in one slow phase of the machine
-FEW = 2  # rounds after which settings that are not far behind may get folded batch norms or layers in fp32
-PASSES = 2  # factor of the progress bar, for warm-up, comparisons and settings that join
+FEW = 2  # rounds before layers in fp32, folded batch norms and compiled predictions join the race
+JOINING = 4  # factor of the progress bar: settings that join, their first steps and comparisons
 STEP_CALLBACKS = GradientAccumulation, GradientClip, MixHandler, BnFreeze  # part of a step, like all that change data
 MULTI_DEVICE = 'ParallelTrainer', 'DistributedTrainer'  # by name: importing `fastai.distributed` needs accelerate
 
@@ -60,7 +61,7 @@ class Measurement:
         self.learn, self.train, self.compile, self.optimizer, self.scaler = learn, train, compile, optimizer, scaler
         self.loader = checked_loader(learn, train, num_it, dl, compile=compile, optimizer=optimizer)
         self.rounds, self.extra_rounds = (MAX_ROUNDS, EXTRA_ROUNDS) if num_it is None else (num_it, 0)
-        self.formats, self.precisions, self.layers = formats, precisions, [] if layers else None
+        self.layers = [] if layers else None
         self.wrapped = [type(o).__name__ for o in learn.cbs if type(o).__name__ in MULTI_DEVICE]  # callbacks that wrap the model
         self.bs, self.notes = getattr(self.loader, 'bs', None) or getattr(self.loader, 'batch_size', None), []
         self.current = Setting.of(learn, train)
@@ -130,11 +131,9 @@ class Measurement:
         if not hasattr(self.learn, 'progress'):  # `no_bar` removes it
             yield
             return
-        total = PASSES*2*len(self.settings)*(1 + self.rounds)
+        total, passes = JOINING*len(self.settings)*(1 + self.rounds), count(1)
         bar = progress_bar(range(total), leave=False)
-        def _on_pass():
-            steps.passes += 1
-            bar.update(min(steps.passes, total - 1))
+        def _on_pass(): bar.update(min(next(passes), total - 1))
         bar.update(0)
         steps.on_pass = _on_pass
         yield
@@ -143,7 +142,7 @@ class Measurement:
 
     def judge_compilation(self, result, steps):
         "Choose again without the compiled candidate if an epoch of the loader does not earn its compilation back."
-        best, eager = result.decision.best, {s: ms for s, ms in result.times.items() if ms and not s.compiled and steps.candidates[s].valid}
+        best, eager = result.decision.best, {s: ms for s, ms in result.times.items() if ms and not s.compiled and steps.candidates[s].running}
         gain, seconds = min(map(fastest, eager.values())) - fastest(result.times[best]), steps.candidates[best].prepared.seconds
         try: batches = len(self.loader)
         except TypeError: return
@@ -161,7 +160,7 @@ class Measurement:
             ms, note = times.get(s), c.note
             if s in race_result.far_behind: note = '; '.join(filter(None, [note, f'dropped after {len(ms)} steps: far slower']))
             best = fastest(ms) if ms else None
-            return Timing(s, best, ms and base/best, c.loss_diff, c.grad_diff, memory=c.memory, note=note, valid=bool(ms) and c.valid,
+            return Timing(s, best, ms and base/best, c.loss_diff, c.grad_diff, memory=c.memory, note=note, valid=bool(ms) and c.running,
                           doubt=uncertainty(ms) if ms else None, pred_diff=c.pred_diff, compile_s=c.prepared.seconds if s.compiled else None)
         rows = {s: _timing(s, c) for s, c in steps.candidates.items()}
         own = self.settings[0].fused

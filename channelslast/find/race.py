@@ -116,7 +116,7 @@ def near(times: dict) -> list: # Keys, the fastest first
 
 @dataclass
 class Result:
-    "Milliseconds of the steps of each candidate that ran, by its key; the choice; how far behind dropped candidates were."
+    "Milliseconds of each candidate's steps, by its key; the choice; the candidates that were dropped far behind."
     times: dict
     decision: Decision = None
     far_behind: set = field(default_factory=set)
@@ -175,7 +175,7 @@ def _review(result, running, incumbent, rank, keep_first) -> tuple:
     times, first = _running(result, running), next(iter(result.times))
     if too_early(times): return [], False
     keep_first = keep_first or first in times and uncertainty(times[first]) > BASELINE_UNCERTAINTY
-    gone = [running.index(k) for k in eliminated(times) if not (keep_first and k is first)]
+    gone = [running.index(k) for k in eliminated(times) if not (keep_first and k == first)]
     return gone, should_stop(_decide(result, running, incumbent, rank), times)
 
 

@@ -45,7 +45,7 @@ class State:
     def restart(self, values=()): # Pairs of a tensor and other values for it
         "Restore what modules, buffers and callbacks held at the start."
         for o in self.start: o.restore()
-        for t, value in (*self.buffers, *values):
+        for t, value in {id(t): (t, value) for t, value in (*self.buffers, *values)}.values():
             if not torch.equal(t, value): t.copy_(value)  # prepared models notice writes
 
     @torch.no_grad()

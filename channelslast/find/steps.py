@@ -53,10 +53,12 @@ class OptimizerStep(Callback):
 class Candidate:
     "A setting, the callbacks for it, what the Learner keeps from one of its steps to the next, and what was found out."
     def __init__(self, setting:Setting, train:bool, scaler:dict, note=''):
-        self.setting, self.note, self.running, self.valid, self.ready = setting, note, True, True, False
+        self.setting, self.note, self.running, self.ready = setting, note, True, False
         self.cbs, self.scaler, self.state = setting.callbacks(train, **scaler), None, None
         self.loss_diff = self.grad_diff = self.pred_diff = self.memory = None
 
+    @property
+    def is_folded(self) -> bool: return self.setting.folded and not self.setting.compiled  # compiling folds, too
     @property
     def prepared(self): # `FoldBatchNorm`, `CompilePredictions` or `CompileTraining`, or None
         return next((cb for cb in reversed(self.cbs) if isinstance(cb, StandInCallback)), None)
@@ -64,14 +66,14 @@ class Candidate:
     def eliminate(self, note):
         "Stop measuring this candidate, for the reason in `note`."
         if self.setting.compiled: self.prepared.forget()
-        self.note, self.running, self.valid = '; '.join(filter(None, [self.note, note])), False, False
+        self.note, self.running = '; '.join(filter(None, [self.note, note])), False
 
 
 class Steps:
     "Training steps or predictions of candidates that take turns on the same batches and weights."
     def __init__(self, learn, train, batches, originals, bs=None, scaler=None):
         self.learn, self.train, self.batches, self.bs, self.scaler = learn, train, batches, bs, scaler or {}
-        self.passes, self.on_pass = 0, noop
+        self.on_pass = noop
         self.device, self.candidates, self.first_ms = fit_device(learn), {}, None
         self.callbacks = [o for o in learn.cbs if not isinstance(o, (FastaiChannelsLast, MixedPrecision))]
         copies = {data.untyped_storage()._cdata: data.untyped_storage().nbytes() for _, data in originals
@@ -133,14 +135,14 @@ class Steps:
         self.activate(c)
         if self.device.type not in SYNCHRONOUS:  # on GPUs memory is scarce, and reported for each candidate
             for o in self.running:
-                if o.setting.folded and o is not c and not o.setting.compiled: o.prepared.forget()
-        if c.setting.folded and not (c.setting.compiled or c.prepared.ready): self.learn.one_batch(0, batch)  # the weights were moved
+                if o.is_folded and o is not c: o.prepared.forget()
+        if c.is_folded and not c.prepared.ready: self.learn.one_batch(0, batch)  # the weights were moved
         with self.peak_memory(c): ms = step_ms(self.learn, batch)
         self.on_pass()
         for o in c.state: o.take()
         if self.optimizer_step.skipped: ms += self.optimizer_ms[c.setting.fused]
         if c.setting.compiled and c.prepared.reason: raise Eliminated(f'not compiled: {c.prepared.reason}')
-        if c.setting.folded and not c.setting.compiled and not c.prepared.works: raise Eliminated('nothing can be folded')
+        if c.is_folded and not c.prepared.works: raise Eliminated('nothing can be folded')
         return ms
 
     def timed_step(self, c, i=0) -> float:

@@ -13,7 +13,8 @@ from ..core.undo import undo_on_error
 
 __all__ = ['CompileTraining']
 
-MAX_SETTINGS, MAX_DRAWS = 4, 3  # modes, frozen layers, precisions, formats; batches in a row that draw: maybe another thread's
+MAX_SETTINGS = 4  # to compile for: modes, frozen layers, precision, format
+MAX_DRAWS = 3  # first batches in a row with random numbers drawn; fewer may be another thread's
 NOTE = 'This step ran code compiled by `CompileTraining`. `learn.remove_cb(CompileTraining)` removes it.'
 
 
@@ -34,13 +35,17 @@ class CompileTraining(StandInCallback):
     >>> with learn.no_bar(), learn.no_logging(): learn.fit(1) # doctest: +ELLIPSIS
     CompileTraining: Sequential compiled in ... s, for inputs of (4, 3, 32, 32)."""
     reason, seconds = '', None # Why it is uncompiled; seconds of the last compilation
+
     def new_work(self): return Work(codes={}, shapes=None, code=None, draws=0, program=(), objects=())
     def takes_part(self) -> bool: return self.training
+
     def before_train(self):  # notebooks define methods again
         self.work.objects = program_of({c: None for m in self.model.modules() for c in type(m).__mro__})
         self.work.program = tuple(map(id, self.work.objects))
+
     @property
     def compiled(self) -> int: return sum(c.run is not None for c in self.work.codes.values())
+
     def run_model(self, forward, *args, **kwargs):
         work, model, tensors = self.work, self.model, tensors_of((args, kwargs))
         work.code, work.shapes, self.error_note = None, work.shapes or [t.shape for t in tensors], ''
@@ -61,8 +66,8 @@ class CompileTraining(StandInCallback):
         self.work.code = self.work.codes[setting] = Work(run=None, started=None, refused=False, misses=0, no_grad=())
         reasons = ['a module has a finalizer'] if any(hasattr(m, '__del__') for m in model.modules()) else []
         with note_reasons(self, model, reasons): out = forward(*args, **kwargs)
-        self.work.draws = (self.work.draws + 1)*(reasons == [DRAWS])
-        if 0 < self.work.draws < MAX_DRAWS: self.work.codes.pop(setting)
+        self.work.draws = self.work.draws + 1 if reasons == [DRAWS] else 0
+        if 0 < self.work.draws < MAX_DRAWS: self.work.codes.pop(setting)  # the next batch is the first one again
         elif reasons: self._refuse(reasons[0])
         return out
 
@@ -85,6 +90,7 @@ class CompileTraining(StandInCallback):
     def after_backward(self):
         code = self.work.code or Work(run=True, started=None, no_grad=())
         if not code.run: code.no_grad = [p for p in self.model.parameters() if p.requires_grad and p.grad is None]
-        for p in (p for p in code.no_grad if p.grad is not None and not p.grad.any()): p.grad = None  # compiled code gives zeros
+        for p in code.no_grad:  # compiled code gives zeros where the loss does not depend on a parameter
+            if p.grad is not None and not p.grad.any(): p.grad = None
         if code.started: print_compiled(self, self.model, *code.started, again=self.compiled > 1)
         code.started = None

@@ -21,12 +21,8 @@ from .prepared_model import NotPrepared, PredictionCallback, input_key
 
 __all__ = ['CompilePredictions']
 
-# Batches in a row that the code does not fit, before it is compiled again; compilations in a row that fitted no later batch
-MAX_MISSES = MAX_UNUSED = 3
-
-
-class Misfit(NotPrepared):
-    "Raised where compiled code does not fit a call, such as after a change of the number of threads."
+MAX_MISSES = 3  # batches in a row that the compiled code does not fit; then it is compiled again
+MAX_UNUSED = 3  # compilations in a row that fitted no later batch; then the model stays uncompiled
 
 
 def _plain(args):
@@ -40,7 +36,7 @@ _compiling = threading.local()  # `.constants`: tensors that the code which this
 
 def _backend(graph, inputs): # PyTorch keeps each backend for the life of the process
     constants = vars(_compiling).get('constants')
-    if constants is None: raise Misfit(CHANGES)  # a later call that the code does not fit
+    if constants is None: raise NotPrepared(CHANGES)  # a later call that the code does not fit
     constants += [getattr(graph, n.target) for n in graph.graph.nodes if n.op == 'get_attr']
     return torch._inductor.compile(graph, inputs)  # its entrance for graphs
 
@@ -53,7 +49,7 @@ class FrozenModel:
         if len(types) > 1: raise NotPrepared('its outputs are tensors of several types')
         self.start, self.types = time.perf_counter(), types
         def _forward(*args, **kwargs):
-            if not torch.compiler.is_compiling(): raise Misfit('`torch.compile` is disabled')
+            if not torch.compiler.is_compiling(): raise NotPrepared('`torch.compile` is disabled')
             return model(*args, **kwargs)
         forward, n = own_code(_forward), len(PyCodeCache.modules)
         weakref.finalize(forward, remove_from_cache, forward.__code__)
@@ -83,9 +79,9 @@ class CompilePredictions(PredictionCallback):
     The first batch that the Learner predicts outside a fit is compiled, which takes seconds to minutes and needs a C++
     compiler (on GPUs Triton). Later batches of the same shape run compiled, others as without this callback, so that
     none waits for a compilation. `forget()` frees the code. Changes are detected as by `FoldBatchNorm`: the next
-    prediction outside a fit compiles again, and a line says so. A private copy of the model is compiled, and its first
-    output compared with the model's. A model that can't be compiled, keeps state, or draws random numbers of Python or
-    NumPy runs uncompiled, with a warning.
+    prediction outside a fit compiles again, and a line says so; in a fit, validation runs uncompiled. A private copy is
+    compiled, and its first output compared with the model's. A model that can't be compiled, keeps state, or draws
+    random numbers of Python or NumPy runs uncompiled, with a warning.
 
     >>> from fastai.vision.all import *; from channelslast import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
@@ -129,6 +125,7 @@ class CompilePredictions(PredictionCallback):
         return run
 
     def refresh(self, run) -> bool: return False
+
     def drop(self):
         self.work.again = self.work.again or bool(self.work.runs)
         super().drop()

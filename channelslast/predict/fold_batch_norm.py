@@ -19,10 +19,10 @@ class FoldBatchNorm(PredictionCallback):
     of all weights that stay as they are. Its output may differ from the model's by 1e-5 in fp32, or by three times what
     rounding causes. `.found` batch norms follow a convolution, and `.folded` of these are folded.
 
-    The model predicts as without this callback if it can't be copied, changes in each pass, has hooks that the copy
-    lacks, or is compiled, scripted or wrapped for several devices. Changed weights, statistics and attributes are
-    detected, except a change through `.data` that leaves 8 elements of each tensor, spread over its memory, as they
-    are. Then call `learn.fold_batch_norm.forget()`.
+    The model predicts as without this callback if it can't be copied, changes in each pass, runs its layers in another
+    order, has hooks that the copy lacks, or is compiled, scripted or wrapped for several devices. Changes of weights,
+    statistics and attributes are detected, except one through `.data` that leaves 8 elements of each tensor, spread
+    over its memory, as they are. Then call `learn.fold_batch_norm.forget()`.
 
     >>> from fastai.vision.all import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
@@ -30,7 +30,8 @@ class FoldBatchNorm(PredictionCallback):
     >>> with learn.no_bar(): preds, targs = learn.get_preds()
     >>> learn.fold_batch_norm.folded, learn.fold_batch_norm.found
     (22, 22)"""
-    folded = found = None  # folded batch norms; those whose input is a convolution's output; None before the first batch
+    folded = None  # number of folded batch norms; None before the first batch
+    found = None   # number of batch norms whose input is a convolution's output; None before the first batch
     differs = 'it gives other outputs with its batch norms folded (relative difference {})'
 
     @property

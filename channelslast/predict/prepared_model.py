@@ -4,7 +4,7 @@ from contextlib import ExitStack, nullcontext
 import torch
 from torch import Tensor
 
-from ..core.compare import FACTOR, HALF_ERROR, numbers_of, relative_error, rounding_error
+from ..core.compare import FACTOR, numbers_of, relative_error, rounding_error
 from ..core.compiling import CHANGES, DRAWS
 from ..core.nested_tensors import leaves_of, tensors_of
 from ..core.random_state import restore_random_states
@@ -16,7 +16,7 @@ __all__ = ['NotPrepared', 'PredictionCallback', 'input_key']
 
 MAX_SHAPES = 8  # input shapes to compare; if one copy is right for all of them, it serves other shapes too
 MAX_WRITES = 3  # batches in a row that change the model; then it predicts as without the callback
-MAX_ERROR = 0.5  # relative error of outputs that rounding can't explain: that of a model that amplifies it so is useless
+MAX_ERROR = 0.5  # a larger relative error of the outputs is never taken for rounding
 
 
 class NotPrepared(Exception):
@@ -188,7 +188,7 @@ def _error(run, truth, args, kwargs) -> float:
 def _tolerance(state, kind, exact) -> tuple: # Relative error that needs no explanation; the rounding error of one number
     weights = [t for t in state.watched if t.is_floating_point()]
     dtypes = {t.dtype for t in weights} | {o[1] for o in kind if isinstance(o, tuple) and isinstance(o[0], str)}
-    return rounding_error(dtypes, {t.device for t in weights}, exact, HALF_ERROR)
+    return rounding_error(dtypes, {t.device for t in weights}, exact)
 
 
 def _compare(state, exact, run, kind, truth, args, kwargs) -> float: # The error, if it is more than rounding explains, or 0
