@@ -122,7 +122,7 @@ class Fails(nn.Module):
 
 
 def find(learn=None, **kwargs):
-    "`format_find` with few steps, without single layers."
+    "`format_find` with few steps, without layers in fp32."
     return (learn or learner()).format_find(**dict(num_it=4, show_plot=False, layers=False, optimizer=False) | kwargs)
 
 

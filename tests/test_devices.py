@@ -548,27 +548,6 @@ def test_format_find_takes_more_steps_the_shorter_they_are_but_at_most_num_it(fa
 
 
 @pytest.mark.filterwarnings('ignore')  # autocast needs a real GPU
-def test_layers_are_timed_in_several_passes_on_a_gpu_and_in_one_on_a_cpu(has, gpu, clock):
-    "A GPU computes one pass while the next one is launched. To wait for it takes 5 ms here, a pass 1 ms."
-    has('bf16')
-    class Conv(nn.Conv2d):
-        def forward(self, x):
-            clock.pass_ms(1)
-            passes.append(1)
-            return super().forward(x)
-    passes = []
-    def _find(make):
-        learn = make(nn.Sequential(Conv(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)))
-        before = learner_state(learn)
-        layer = find(learn, layers=True, num_it=1).layers[0]
-        assert difference(before, learner_state(learn)) == '' and layer.cls == 'Conv'
-        return layer.half_ms
-    assert _find(learner) == pytest.approx(1)
-    on_cpu = len(passes)
-    assert 1 < _find(gpu(clock=clock, wait_ms=2.5).learner) < 3 and len(passes) > 3*on_cpu
-
-
-@pytest.mark.filterwarnings('ignore')  # autocast needs a real GPU
 @pytest.mark.parametrize('device, slow_steps, valid', [('cuda', 9, False), ('cuda', 2, True), ('cpu', 2, False), ('cpu', 1, True)])
 def test_a_candidate_is_dropped_as_emulated_if_its_first_steps_are_slow(has, gpu, fake_steps, device, slow_steps, valid):
     "On a GPU, the second step may still choose kernels."

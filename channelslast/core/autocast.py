@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from .nested_tensors import map_tensors
 
-__all__ = ['DTYPES', 'HALF_DTYPES', 'cast_floats', 'fp32_forward', 'run_in_fp32', 'restore_autocast']
+__all__ = ['DTYPES', 'HALF_DTYPES', 'cast_floats', 'run_in_fp32', 'restore_autocast']
 
 DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
 HALF_DTYPES = tuple(DTYPES.values())
@@ -19,17 +19,6 @@ HALF_DTYPES = tuple(DTYPES.values())
 def cast_floats(x, to: torch.dtype, types: tuple):
     "`x`, a tensor or containers of tensors, with tensors of these dtypes cast to `to`. Container types are kept."
     return map_tensors(lambda t: t.to(to) if t.dtype in types else t, x)
-
-
-def fp32_forward(forward, device_type: str, half: torch.dtype):
-    "`forward` outside autocast. Inputs in half precision are cast to fp32, and fp32 outputs back to `half`."
-    def _forward(*args, **kwargs):
-        if not torch.is_autocast_enabled(device_type): return forward(*args, **kwargs)
-        with torch.autocast(device_type, enabled=False):
-            args, kwargs = cast_floats((args, kwargs), torch.float32, HALF_DTYPES)
-            out = forward(*args, **kwargs)
-        return cast_floats(out, half, (torch.float32,))
-    return _forward
 
 
 _calls = threading.local()  # `.left`: modules of this thread that run in fp32, and True if they left autocast

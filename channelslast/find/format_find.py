@@ -58,10 +58,9 @@ class Measurement:
     "One call of `format_find`, with its arguments."
     def __init__(self, learn, precisions=None, formats=None, num_it=None, layers=True, train=True, dl=None, compile=False,
                  optimizer=True, **scaler):
-        self.learn, self.train, self.compile, self.optimizer, self.scaler = learn, train, compile, optimizer, scaler
+        self.learn, self.train, self.compile, self.optimizer, self.layers, self.scaler = learn, train, compile, optimizer, layers, scaler
         self.loader = checked_loader(learn, train, num_it, dl, compile=compile, optimizer=optimizer)
         self.rounds, self.extra_rounds = (MAX_ROUNDS, EXTRA_ROUNDS) if num_it is None else (num_it, 0)
-        self.layers = [] if layers else None
         self.wrapped = [type(o).__name__ for o in learn.cbs if type(o).__name__ in MULTI_DEVICE]  # callbacks that wrap the model
         self.bs, self.notes = getattr(self.loader, 'bs', None) or getattr(self.loader, 'batch_size', None), []
         self.current = Setting.of(learn, train)
@@ -122,7 +121,7 @@ class Measurement:
         fused, compile = self.tries_fused and not steps.optimizer_ms, self.compile and not self.wrapped
         if self.train: more = [(MIN_ROUNDS, proposals.with_fused_optimizer, fused), (MIN_ROUNDS, proposals.compiled_training, compile)]
         else: more = [(FEW, proposals.with_folded_batch_norms, True), (FEW, proposals.compiled_predictions, compile)]
-        layers = [(FEW, partial(proposals.with_fp32_layers, steps, numbers, self.layers))] if half and self.layers is not None else []
+        layers = [(FEW, partial(proposals.with_fp32_layers, steps, numbers))] if half and self.layers else []
         return layers + [(n, partial(f, steps, numbers)) for n, f, wanted in more if wanted]
 
     @contextmanager
@@ -166,7 +165,7 @@ class Measurement:
         own = self.settings[0].fused
         return FormatTimings(
             [*rows.values()], rows[decision.best], max(TIE, decision.max_gain), rows.get(decision.rival), self.loader_ms,
-            layers=self.layers or [], optimizer_ms=steps.optimizer_ms.get(own), fused_ms=None if own else steps.optimizer_ms.get(True),
+            optimizer_ms=steps.optimizer_ms.get(own), fused_ms=None if own else steps.optimizer_ms.get(True),
             advice=self.advice, train=self.train, frozen=self.frozen, notes=[*self.notes, *self.conditions(steps.bs)], current=self.current)
 
     def conditions(self, used) -> list:
@@ -189,7 +188,7 @@ def format_find(self:Learner,
     formats=None, # Some of `'contiguous'`, `'channels_last'`; None: both
     num_it:int=None, # Maximum timed steps per candidate; None: 15, or up to 60 if all steps are very short
     show_plot:bool=True, # Draw the chart?
-    layers:bool=True, # Also measure single layers, and try to keep in fp32 those that half precision slows down?
+    layers:bool=True, # Also try depthwise convolutions in fp32, next to half precision?
     train:bool=True, # Measure training steps? False: predictions, as `get_preds` makes them
     dl=None, # Data to predict on, in batches of the size you will use; None: the validation loader
     compile:bool=False, # Also measure with the model compiled by `torch.compile`? Each compilation takes up to minutes
@@ -199,7 +198,7 @@ def format_find(self:Learner,
     """Measure a training step, or predictions with `train=False`, in each setting. The Learner stays bit for bit
     unchanged. Returns a `FormatTimings`: a row per setting, the best one, a verdict.
 
-    Settings are memory formats and precisions; then layers in fp32, the fused optimizer (training), folded batch norms
+    Settings are memory formats and precisions; then depthwise convolutions in fp32, the fused optimizer (training), folded batch norms
     (predictions), and with `compile=True` the model compiled by `torch.compile`, which needs a C++ compiler. They take
     turns on a few batches, and the fastest step of each counts. A setting whose loss, gradients or outputs differ from
     those of contiguous fp32 by more than rounding explains is refused. The batch size affects which one is fastest.

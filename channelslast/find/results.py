@@ -31,7 +31,7 @@ class Timing:
     loss_diff: float = None # Relative difference of the loss from contiguous fp32; eval mode (detectors: training mode)
     grad_diff: float = None # The same for all gradients: norm of the difference divided by their norm
     memory: float = None    # Peak MiB on the device; None where the device can't tell
-    note: str = ''          # How many layers stay in fp32; why it was eliminated or measured in fewer steps
+    note: str = ''          # How many convolutions stay in fp32; why it was eliminated or measured in fewer steps
     valid: bool = True      # True if it ran and computes the same, so that it may be chosen
     doubt: float = None     # Uncertainty: the true step may be up to this fraction faster than `ms`
     pred_diff: float = None # Relative difference of all outputs from contiguous fp32; predictions only
@@ -74,7 +74,6 @@ class FormatTimings:
     margin: float = TIE         # The rival may be faster by up to this fraction; at least 0.02, a tie
     rival: Timing = None        # The one that may be faster
     loader_ms: float = 0.       # Milliseconds to load a batch
-    layers: list = ()           # One `LayerTiming` per distinct layer and half precision
     optimizer_ms: float = None  # The optimizer's part of a step in contiguous fp32; None on GPUs, which overlap it
     fused_ms: float = None      # That of its fused step, if it was measured
     advice: str = None          # Argument of `Learner` for the fused step of the same optimizer, if one is known
@@ -85,6 +84,8 @@ class FormatTimings:
 
     @property
     def fused(self) -> bool: return self.best.fused
+    @property
+    def layers(self) -> tuple: return self.best.setting.fp32_layers # Names of layers that stay in fp32
     @property
     def code(self) -> str:
         "The line that gives a new Learner the best setting; empty if it has that already."

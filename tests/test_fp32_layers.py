@@ -1,4 +1,4 @@
-"Mixed precision with some layers in fp32 (`fp32_layers`), and the search for such layers, with fake times."
+"Mixed precision with some layers in fp32 (`fp32_layers`), and the search for a candidate with such layers."
 import subprocess
 import sys
 from copy import deepcopy
@@ -6,7 +6,6 @@ from copy import deepcopy
 import pytest
 import torch
 from fastai.vision.all import Learner, MixedPrecision, load_learner
-from pytest import approx
 from torch import nn
 
 from .helpers import convnet, difference, find, image_folder, learner, learner_state, loaders, model_state, names_library, rows_of
@@ -210,97 +209,54 @@ def test_fp32_layers_run_in_fp32_on_cuda(mode):
     assert {t[:3] for t in m.two.types} == {(FULL,)*3}
 
 
-# the search for layers that are faster in fp32
+# depthwise convolutions in fp32, as a candidate
 
-@pytest.fixture
-def net(clock, has):
-    """`net(half, fp32)`: a network whose depthwise convolution takes so many milliseconds in bf16 and in fp32; its
-    other layers take 1 and 2. `.calls` lists these layers."""
-    class Timed:
-        def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs); self.ms = 1., 2.
-        def forward(self, x):
-            _net.calls.append(self)
-            clock.pass_ms(self.ms[not torch.is_autocast_enabled('cpu')])
-            return super().forward(x)
-    class Conv(Timed, nn.Conv2d): pass
-    class Transposed(Timed, nn.ConvTranspose2d): pass
-    class Linear(Timed, nn.Linear): pass
-    def _net(half=2., fp32=1.):
-        m = nn.Sequential(Conv(3, 8, 3), nn.ReLU(), Conv(8, 8, 3, padding=1, groups=8), Conv(8, 8, 3, padding=1), Conv(8, 8, 3, padding=1),
-                          Transposed(8, 8, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Linear(8, 4))
-        m[2].ms = half, fp32
-        return m
-    _net.calls = []
-    has('bf16')
-    return _net
+def depthwise_net():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 3, groups=4),
+                         nn.ConvTranspose2d(8, 8, 2, groups=8), nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
 
 
-def test_each_distinct_layer_is_timed_once_with_its_input_shape(net):
-    m = net()
-    t = find(learner(m), layers=True, num_it=1)
-    assert [(r.names, r.cls, r.shape, r.precision) for r in t.layers] == [
-        (('0',), 'Conv', (8, 3, 8, 8), 'bf16'), (('2',), 'Conv', (8, 8, 6, 6), 'bf16'), (('3', '4'), 'Conv', (8, 8, 6, 6), 'bf16'),
-        (('5',), 'Transposed', (8, 8, 6, 6), 'bf16'), (('8',), 'Linear', (8, 8), 'bf16')]
-    assert [(r.kept, round(r.half_ms, 3), round(r.fp32_ms, 3)) for r in t.layers] == [('bf16', 1., 2.), ('fp32', 2., 1.)] + [('bf16', 1., 2.)]*3
-    assert net.calls.count(m[3]) > net.calls.count(m[4])  # one for both
-
-
-def test_the_fastest_of_noisy_passes_counts_for_a_layer(net, clock):
-    "A burst of other work in the first passes of one layer."
-    m = net()
-    class Noisy(type(m[2])):
-        def forward(self, x):
-            if torch.is_autocast_enabled('cpu') and net.calls.count(self) % 3: clock.pass_ms(50.)
-            return super().forward(x)
-    m[2].__class__ = Noisy
-    m[2].ms = 1., 2.
-    t = find(learner(m), layers=True, num_it=1)
-    assert [r.kept for r in t.layers] == ['bf16']*5 and t.layers[1].half_ms == approx(1.)
-
-
-@pytest.mark.parametrize('fp32, kept', [(0.8, 'fp32'), (0.97, 'bf16'), (1.1, 'bf16')])
-def test_a_layer_stays_in_fp32_only_where_that_is_clearly_faster(net, fp32, kept):
-    t = find(learner(net(1., fp32)), layers=True, num_it=1)
-    assert t.layers[1].kept == kept and ('channels last, bf16+fp32' in rows_of(t)) == (kept == 'fp32')
-
-
-def test_layers_that_cannot_run_alone_or_have_inputs_of_several_shapes_are_not_timed(has, fake_steps):
-    class Odd(nn.Linear):
-        def forward(self, x, more): return super().forward(x)
-    class Net(nn.Module):
-        def __init__(self): super().__init__(); self.c, self.o, self.l = nn.Conv2d(3, 3, 3), Odd(3, 4), nn.Linear(4, 4)
-        def forward(self, x): return self.l(self.l(self.o(self.c(x).mean((2, 3)), 1)).repeat(2, 1))[:len(x)]  # `l` gets two shapes
-    has('bf16'); fake_steps({})
-    t = find(learner(Net()), layers=True, num_it=1)
-    assert [r.names for r in t.layers] == [('c',)] and all(r.valid for r in t.rows)
-
-
-def test_a_candidate_with_some_layers_in_fp32_is_added(net, fake_steps):
-    fake_steps({})
-    learn = learner(net())
+def test_a_candidate_with_depthwise_convolutions_in_fp32_joins_each_half_precision(has, fake_steps):
+    has('bf16', 'fp16'); fake_steps({})
+    learn = learner(depthwise_net())
     learn.fit(1)
     before = learner_state(learn)
     t = find(learn, layers=True)
-    assert len(t.rows) == 5 and [*rows_of(t)][-1] == 'channels last, bf16+fp32'
-    assert t.rows[-1].note == '1 of 6 layers in fp32' and t.rows[-1].valid and t.rows[-1].grad_diff is not None
+    assert [o for o in rows_of(t) if '+' in o] == ['channels last, fp16+fp32', 'channels last, bf16+fp32']
+    for r in t.rows[-2:]:
+        assert r.setting.fp32_layers == ('2', '4') and r.note == '2 of 5 convolutions in fp32' and r.valid and r.grad_diff is not None
     assert difference(before, learner_state(learn)) == ''
-    t = find(learn, num_it=1)
-    assert len(t.rows) == 4 and t.layers == []
-    assert len(find(learn, formats='contiguous', layers=True, num_it=1).rows) == 2
 
 
-def test_no_candidate_is_added_where_no_layer_is_faster_in_fp32(net):
-    t = find(learner(net(1., 2.)), layers=True, num_it=1)
-    assert len(t.rows) == 4 and len(t.layers) == 5 and all(r.kept == 'bf16' for r in t.layers)
+def dense_net(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize('kwargs', [dict(layers=False), dict(formats='contiguous'), dict(precisions='fp32'), dict(model=dense_net)])
+def test_no_such_candidate_joins(has, fake_steps, kwargs):
+    "Without `layers`, channels last, half precision or depthwise convolutions."
+    has('bf16'); fake_steps({})
+    t = find(learner(kwargs.pop('model', depthwise_net)()), **dict(layers=True, num_it=1) | kwargs)
+    assert not [o for o in rows_of(t) if '+' in o] and t.layers == ()
+
+
+def test_depthwise_convolutions_inside_a_script_stay_in_half_precision(has, fake_steps):
+    "Layers of a script run in C++ and can't be set one by one."
+    has('bf16'); fake_steps({})
+    part = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU())
+    m = depthwise_net()
+    m[1] = torch.jit.script(part)
+    t = find(learner(m), layers=True, num_it=1)
+    assert t.rows[-1].setting.fp32_layers == ('2', '4') and t.rows[-1].valid
 
 
 @pytest.mark.parametrize('mixed, best', [(80., 'bf16+fp32'), (99., 'bf16')])
-def test_to_fastest_keeps_layers_in_fp32_only_where_that_makes_the_step_clearly_faster(net, fake_steps, capsys, mixed, best):
+def test_to_fastest_keeps_layers_in_fp32_only_where_that_makes_the_step_clearly_faster(has, fake_steps, capsys, mixed, best):
     fake_steps({'contiguous, fp32': 140., 'channels last, fp32': 140., 'contiguous, bf16': 130., 'channels last, bf16+fp32': mixed})
-    learn = learner(net(0.2, 0.1))
+    has('bf16')
+    learn = learner(depthwise_net())
     for _ in range(2):
         assert learn.to_fastest(num_it=3, optimizer=False) is learn
         assert learn.format_timings.best.precision == best and len(learn._grab_cbs(MixedPrecision)) == 1
-        assert learn.mixed_precision.fp32_layers == (('2',) if '+' in best else ())
+        assert learn.mixed_precision.fp32_layers == learn.format_timings.layers == (('2', '4') if '+' in best else ())
         assert f'Training in channels last, {best}: ' in capsys.readouterr().out
     learn.fit(1)
