@@ -9,7 +9,7 @@ from channelslast import CompilePredictions, CompileTraining, FoldBatchNorm, fus
 from channelslast.learner.setting import FORMATS, PRECISIONS, Setting
 from .helpers import convnet, learner, loaders, shake
 
-SETTINGS = [(Setting(f, p, layers*(p != 'fp32'), folded=not train and extra, compiled=extra, fused=train and extra), train)
+SETTINGS = [(Setting(f, p, layers*(p != 'fp32'), folded=not train and extra, compiled='inductor'*extra, fused=train and extra), train)
             for f in FORMATS for p in PRECISIONS for layers in ((), ('0', '3')) if layers == () or p != 'fp32'
             for train in (True, False) for extra in (False, True)]
 
@@ -38,14 +38,14 @@ def test_the_printed_line_is_short(setting, line): assert setting.code(train=Fal
 def test_settings_are_ordered_by_what_they_add():
     def _is_simpler(a, b): return a.rank < b.rank
     assert _is_simpler(Setting(), Setting('channels_last')) and _is_simpler(Setting('channels_last'), Setting(fused=True))
-    assert _is_simpler(Setting(fused=True), Setting(compiled=True)) and _is_simpler(Setting('channels_last', compiled=True), Setting(precision='bf16'))
+    assert _is_simpler(Setting(fused=True), Setting(compiled='inductor')) and _is_simpler(Setting('channels_last', compiled='inductor'), Setting(precision='bf16'))
 
 
 @pytest.mark.parametrize('train', [True, False])
 def test_apply_replaces_what_it_added_before_and_keeps_what_the_user_added(train):
     kind = CompileTraining if train else CompilePredictions
     learn = learner(shake(convnet()))
-    Setting('channels_last', compiled=True, folded=not train, fused=train).apply(learn, train)
+    Setting('channels_last', compiled='inductor', folded=not train, fused=train).apply(learn, train)
     assert len(learn._grab_cbs(kind)) == 1 and len(learn._grab_cbs(FoldBatchNorm)) == (not train)
     Setting('channels_last').apply(learn, train)
     assert not learn._grab_cbs(kind) and not learn._grab_cbs(FoldBatchNorm) and learn.opt_func is Adam
@@ -57,7 +57,7 @@ def test_apply_replaces_what_it_added_before_and_keeps_what_the_user_added(train
 
 
 def test_apply_for_predictions_leaves_what_was_added_for_training_and_back():
-    learn = Setting(compiled=True).apply(learner(shake(convnet())))
+    learn = Setting(compiled='inductor').apply(learner(shake(convnet())))
     Setting(folded=True).apply(learn, train=False)
     assert learn._grab_cbs(CompileTraining) and learn._grab_cbs(FoldBatchNorm)
     Setting().apply(learn)

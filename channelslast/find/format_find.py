@@ -66,7 +66,7 @@ class Measurement:
         self.current = Setting.of(learn, train)
         kind = CompileTraining if train else CompilePredictions
         if self.current.compiled and not compile:  # otherwise it is not measured
-            self.current = replace(self.current, compiled=False)
+            self.current = replace(self.current, compiled='')
             if {*learn._grab_cbs(kind)} - {*added_by_to_fastest(learn)['callbacks']}:
                 self.notes.append(f'Measured uncompiled: `{kind.__name__}` stays. Pass `compile=True` to measure it, too.')
         own_fused = train and self.current.fused and not (optimizer and added_by_to_fastest(learn)['optimizer'])

@@ -103,7 +103,7 @@ def compiled_predictions(steps, numbers, times) -> list:
 def compiled_training(steps, numbers, times) -> list:
     "The fastest candidate with its model compiled: once to compare its numbers, once to train."
     s = broadcast_from_rank0(min((s for s in times if not s.fp32_layers), key=lambda s: min(times[s])))
-    c = steps.add(replace(s, compiled=True))
+    c = steps.add(replace(s, compiled='inductor'))
     numbers.check_compiled(c, steps.candidates[s])
     steps.state.restore_tensors()
     for _ in range(3):  # compiles the training mode's code

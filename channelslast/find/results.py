@@ -44,7 +44,7 @@ class Timing:
     @property
     def folded(self) -> bool: return self.setting.folded
     @property
-    def compiled(self) -> bool: return self.setting.compiled
+    def compiled(self) -> str: return self.setting.compiled # Name of the backend
     @property
     def fused(self) -> bool: return self.setting.fused
 

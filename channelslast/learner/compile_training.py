@@ -34,7 +34,7 @@ class CompileTraining(StandInCallback):
     >>> learn = Learner(DataLoaders(dl, dl), net, CrossEntropyLossFlat(), cbs=CompileTraining())
     >>> with learn.no_bar(), learn.no_logging(): learn.fit(1) # doctest: +ELLIPSIS
     CompileTraining: Sequential compiled in ... s, for inputs of (4, 3, 32, 32)."""
-    reason, seconds = '', None # Why it is uncompiled; seconds of the last compilation
+    backend, reason, seconds = 'inductor', '', None # `torch.compile`'s default; Why it is uncompiled; seconds of the last compilation
 
     def new_work(self): return Work(codes={}, shapes=None, code=None, draws=0, program=(), objects=())
     def takes_part(self) -> bool: return self.training

@@ -15,10 +15,11 @@ from .compile_training import CompileTraining
 from .fused_optimizer import FusedOptimizer, fused, restore_optimizer, use_fused
 from .mixed_precision import DeviceMixedPrecision
 
-__all__ = ['FORMATS', 'PRECISIONS', 'LABELS', 'Setting']
+__all__ = ['FORMATS', 'PRECISIONS', 'LABELS', 'BACKENDS', 'Setting']
 
 FORMATS, PRECISIONS = ('contiguous', 'channels_last'), ('fp32', 'fp16', 'bf16')
 LABELS = dict(contiguous='contiguous', channels_last='channels last')
+BACKENDS = dict(inductor='compiled', openvino='OpenVINO', onnxruntime='ONNX Runtime') # As shown in results
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Setting:
     precision: str = 'fp32'           # One of `PRECISIONS`
     fp32_layers: tuple = ()           # Names of modules that stay in fp32
     folded: bool = False              # With `FoldBatchNorm`; predictions only
-    compiled: bool = False            # With `CompilePredictions` or `CompileTraining`
+    compiled: str = ''                # Backend of `CompilePredictions`, such as `'inductor'`, that of `CompileTraining`
     fused: bool = False               # With the fused step of the Learner's optimizer; training only
 
     @property
@@ -43,30 +44,31 @@ class Setting:
     def precisions(self) -> str: return self.precision + '+fp32'*bool(self.fp32_layers)
 
     def __str__(self):
-        kind = 'compiled' if self.compiled else 'folded' if self.folded else ''
+        kind = BACKENDS[self.compiled] if self.compiled else 'folded' if self.folded else ''
         return ', '.join(filter(None, [LABELS[self.memory_format], self.precisions, kind, 'fused'*self.fused]))
 
     @property
     def in_words(self) -> str: # In sentences
         name = f"{LABELS[self.memory_format]}{' in' if self.precisions != 'fp32' or self.is_channels_last else ''} {self.precisions}"
-        kinds = ['the model compiled'*self.compiled, 'batch norms folded'*(self.folded and not self.compiled), 'the fused optimizer'*self.fused]
+        compiled = dict(BACKENDS, inductor='the model compiled').get(self.compiled, '')
+        kinds = [compiled, 'batch norms folded'*(self.folded and not compiled), 'the fused optimizer'*self.fused]
         return ' with '.join([name, ' and '.join(filter(None, kinds))]) if any(kinds) else name
 
     @property
     def rank(self) -> tuple:
         "Orders settings: the simpler one first."
-        return self.precision != 'fp32', bool(self.fp32_layers), self.compiled, self.folded, self.fused, self.is_channels_last
+        return self.precision != 'fp32', bool(self.fp32_layers), bool(self.compiled), self.folded, self.fused, self.is_channels_last
 
     @staticmethod
     def of(learn, train=True) -> 'Setting':
         "The Learner's setting for training or predictions."
         mp, device = next(iter(learn._grab_cbs(MixedPrecision)), None), fit_device(learn)
         runs = isinstance(mp, DeviceMixedPrecision) or (mp and device.type == 'cuda')  # fastai's own supports only CUDA
-        half = runs and devices.autocast_is_fast(device, mp.amp_mode)
+        half, compiled = runs and devices.autocast_is_fast(device, mp.amp_mode), learn._grab_cbs(CompileTraining if train else CompilePredictions)
         return Setting(
             'channels_last' if learn._grab_cbs(FastaiChannelsLast) else 'contiguous', mp.amp_mode.value if half else 'fp32',
             tuple(getattr(mp, 'fp32_layers', ())) if half else (), not train and bool(learn._grab_cbs(FoldBatchNorm)),
-            bool(learn._grab_cbs(CompileTraining if train else CompilePredictions)),
+            compiled[0].backend if compiled else '',
             train and (isinstance(learn.opt, FusedOptimizer) if learn.opt is not None else isinstance(learn.opt_func, fused)))
 
     def callbacks(self, train=True, **scaler) -> list:
@@ -75,9 +77,11 @@ class Setting:
         if self.precision != 'fp32':
             cbs.append(DeviceMixedPrecision(self.precision, self.fp32_layers, **(scaler if self.precision == 'fp16' else {})))
         cbs += [FoldBatchNorm()]*self.folded
-        cbs += [CompileTraining() if train else CompilePredictions()]*self.compiled
+        if self.compiled: cbs.append(self.compiled_callback(train))
         for cb in cbs: cb.quiet = True
         return cbs
+
+    def compiled_callback(self, train): return CompileTraining() if train else CompilePredictions(self.compiled)
 
     def apply(self, learn,
         train=True, # For training? False: for predictions
@@ -97,7 +101,7 @@ class Setting:
         if not train and not self.folded: gone += learn._grab_cbs(FoldBatchNorm)
         learn.remove_cbs([o for o in gone if o in learn.cbs])
         new = [FoldBatchNorm()] if self.folded and not learn._grab_cbs(FoldBatchNorm) else []
-        if self.compiled and not learn._grab_cbs(kind): new.append(compiled or kind())
+        if self.compiled and not learn._grab_cbs(kind): new.append(compiled or self.compiled_callback(train))
         record_added(learn, callbacks=[o for o in added if o in learn.cbs] + new)
         learn.add_cbs(new)
         if compiled in new:
@@ -115,6 +119,7 @@ class Setting:
         if self.fp32_layers: amp += f', fp32_layers={[*self.fp32_layers]}'
         calls = [f'to_channelslast({amp})']*(self.is_channels_last or self.precision != 'fp32')
         calls += ['to_contiguous()']*bool(calls and not self.is_channels_last) + ['add_cb(FoldBatchNorm())']*self.folded
-        calls += [f"add_cb({'CompileTraining' if train else 'CompilePredictions'}())"]*self.compiled
+        backend = '' if self.compiled == 'inductor' else repr(self.compiled)
+        if self.compiled: calls.append('add_cb(CompileTraining())' if train else f'add_cb(CompilePredictions({backend}))')
         line = '.'.join(['learn', *(calls or ['to_contiguous(to_fp32=True)'])])
         return f"learn.{optimizer.replace('=', ' = ', 1)}; {line}" if self.fused and optimizer else line

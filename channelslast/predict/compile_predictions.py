@@ -92,7 +92,7 @@ class CompilePredictions(PredictionCallback):
     order = math.inf  # after `FoldBatchNorm`, which runs other shapes
     max_copies, exact = 1, {torch.float64: 1e-3, torch.float32: 1e-3}
     differs = 'its outputs differ when compiled (relative difference {})'
-    reason, seconds = '', None  # Why the model is not compiled; seconds that the last compilation took
+    backend, reason, seconds = 'inductor', '', None  # Why the model is not compiled; seconds that the last compilation took
 
     @property
     def compiled(self) -> bool:
