@@ -23,6 +23,7 @@ from ..learner.mixed_precision import check_scaler
 from ..learner.preserve_learner import preserve_learner
 from ..learner.setting import Setting
 from ..predict.compile_predictions import CompilePredictions
+from ..predict.runtimes import BACKENDS, missing_packages
 from . import proposals
 from .arguments import checked_batches, checked_loader, chosen_settings
 from .numbers import PredictionNumbers, TrainingNumbers
@@ -69,6 +70,7 @@ class Measurement:
             self.current = replace(self.current, compiled='')
             if {*learn._grab_cbs(kind)} - {*added_by_to_fastest(learn)['callbacks']}:
                 self.notes.append(f'Measured uncompiled: `{kind.__name__}` stays. Pass `compile=True` to measure it, too.')
+        if not train: self.notes += self.other_runtimes()
         own_fused = train and self.current.fused and not (optimizer and added_by_to_fastest(learn)['optimizer'])
         self.settings = chosen_settings(learn, formats, precisions, own_fused)
 
@@ -120,9 +122,14 @@ class Measurement:
         half = any(s.precision != 'fp32' for s in self.settings)
         fused, compile = self.tries_fused and not steps.optimizer_ms, self.compile and not self.wrapped
         if self.train: more = [(MIN_ROUNDS, proposals.with_fused_optimizer, fused), (MIN_ROUNDS, proposals.compiled_training, compile)]
-        else: more = [(FEW, proposals.with_folded_batch_norms, True), (FEW, proposals.compiled_predictions, compile)]
+        else: more = [(FEW, proposals.with_folded_batch_norms, True), (FEW, partial(proposals.compiled_predictions, backends=self.backends), compile)]
         layers = [(FEW, partial(proposals.with_fp32_layers, steps, numbers))] if half and self.layers else []
         return layers + [(n, partial(f, steps, numbers)) for n, f, wanted in more if wanted]
+
+    @property
+    def backends(self) -> list: # Of `CompilePredictions`, as far as they are installed and run on the device
+        on_cpu = fit_device(self.learn).type == 'cpu'
+        return broadcast_from_rank0([k for k in BACKENDS if k == 'inductor' or on_cpu and not missing_packages(k)])
 
     @contextmanager
     def progress(self, steps):
@@ -181,6 +188,15 @@ class Measurement:
         return notes
 
 
+    def other_runtimes(self) -> list:
+        "A sentence on runtimes that were not tried: why, and how to."
+        installed = ' and '.join(b.name for k, b in BACKENDS.items() if k != 'inductor' and not missing_packages(k))
+        if fit_device(self.learn).type != 'cpu': return [f'Not tried: {installed}. It runs on CPUs only.'] if installed and self.compile else []
+        if installed: return [] if self.compile else [f'Not tried: {installed}. Pass `compile=True` to measure it, too.']
+        return ['On CPUs, OpenVINO often predicts faster: `pip install openvino`, then pass `compile=True`. Single images took 1/1.2 to '
+                '1/2.3 of the time of contiguous fp32, with fast bf16 1/2.7 to 1/6.5 (nbs/05_benchmarks.ipynb).']
+
+
 @patch
 @delegates(torch.amp.GradScaler, but=['device'])
 def format_find(self:Learner,
@@ -191,18 +207,19 @@ def format_find(self:Learner,
     layers:bool=True, # Also try depthwise convolutions in fp32, next to half precision?
     train:bool=True, # Measure training steps? False: predictions, as `get_preds` makes them
     dl=None, # Data to predict on, in batches of the size you will use; None: the validation loader
-    compile:bool=False, # Also measure with the model compiled by `torch.compile`? Each compilation takes up to minutes
+    compile:bool=False, # Also measure the model compiled? Each compilation takes seconds to minutes
     optimizer:bool=True, # Also measure the fused step of the same optimizer (`fused`)? Training only
     **kwargs
 ) -> FormatTimings:
     """Measure a training step, or predictions with `train=False`, in each setting. The Learner stays bit for bit
     unchanged. Returns a `FormatTimings`: a row per setting, the best one, a verdict.
 
-    Settings are memory formats and precisions; then depthwise convolutions in fp32, the fused optimizer (training), folded batch norms
-    (predictions), and with `compile=True` the model compiled by `torch.compile`, which needs a C++ compiler. They take
-    turns on a few batches, and the fastest step of each counts. A setting whose loss, gradients or outputs differ from
-    those of contiguous fp32 by more than rounding explains is refused. The batch size affects which one is fastest.
-    `nbs/03_format_find.ipynb` shows how it works.
+    Settings are memory formats and precisions; then depthwise convolutions in fp32, the fused optimizer (training), folded
+    batch norms (predictions), and with `compile=True` the model compiled by `torch.compile`, which needs a C++ compiler,
+    and for predictions on a CPU by OpenVINO and ONNX Runtime, if they are installed. Settings take turns on a few batches,
+    and the fastest step of each counts. A setting whose loss, gradients or outputs differ from those of contiguous fp32 by
+    more than rounding explains is refused. The batch size affects which one is fastest. `nbs/03_format_find.ipynb` shows
+    how it works.
 
     Costs the memory of one more copy of the model and the optimizer's state. Other arguments are those of
     `torch.amp.GradScaler`, for fp16. Raises `ValueError` for invalid arguments, a model that can't train or has

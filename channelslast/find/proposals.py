@@ -92,12 +92,15 @@ def with_folded_batch_norms(steps, numbers, times) -> list:
     return [c.setting for c in new if c.running]
 
 
-def compiled_predictions(steps, numbers, times) -> list:
-    "The fastest candidate of each precision with its model compiled. The compiler picks its own formats."
+def compiled_predictions(steps, numbers, times, backends) -> list:
+    "The fastest candidate of each precision with its model compiled by each backend, which picks its own formats."
     fastest = {}
     for s in sorted(times, key=lambda s: min(times[s])):
         if not s.fp32_layers: fastest.setdefault(s.precision, s)
-    return _joined(steps, numbers, [replace(s, compiled=True) for s in broadcast_from_rank0([*fastest.values()])])
+    # other shapes than the compiled one need folded batch norms only with `torch.compile`
+    new = [replace(s, compiled=o, folded=s.folded and o == 'inductor') for o in backends for s in broadcast_from_rank0([*fastest.values()])
+           if s.precision == 'fp32' or o != 'onnxruntime']
+    return _joined(steps, numbers, new)
 
 
 def compiled_training(steps, numbers, times) -> list:

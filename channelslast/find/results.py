@@ -35,7 +35,7 @@ class Timing:
     valid: bool = True      # True if it ran and computes the same, so that it may be chosen
     doubt: float = None     # Uncertainty: the true step may be up to this fraction faster than `ms`
     pred_diff: float = None # Relative difference of all outputs from contiguous fp32; predictions only
-    compile_s: float = None # Seconds that the compilation took
+    compile_s: float = None # Seconds that the compilation took, by the backend `compiled`
 
     @property
     def memory_format(self) -> str: return self.setting.memory_format
@@ -135,7 +135,7 @@ class FormatTimings:
         if not self.best.compiled: return ''
         gain = min(r.ms for r in self.rows if r.valid and not r.compiled) - self.best.ms
         batches = f': {math.ceil(self.best.compile_s*1e3/gain):,} batches earn it back' if gain > 0 else ''
-        return f'The compilation took {self.best.compile_s:.0f} s{batches}.'
+        return f'The compilation by {self.best.compiled} took {self.best.compile_s:.0f} s{batches}.'
 
     @property
     def _loader(self) -> str:
@@ -185,7 +185,7 @@ def _table(t) -> pd.DataFrame:
     table = pd.DataFrame([{
         '': '→' if r is t.best else '', 'format': LABELS[r.memory_format], 'precision': r.precision,
         'batch norm': 'folded' if r.folded and not r.compiled else '',
-        'compiled': '' if r.compile_s is None else f'{r.compile_s:.0f} s', 'optimizer': 'fused'*r.fused,
+        'compiled': r.compiled + ('' if r.compile_s is None else f', {r.compile_s:.0f} s'), 'optimizer': 'fused'*r.fused,
         'ms/step' if t.train else 'ms/batch': _num(r.ms, '.1f'),
         '±': _num(r.doubt, '.0%'), 'speedup': '–' if r.speedup is None else f'{r.speedup:.2f}×',
         'loss diff': _num(r.loss_diff, '.0e'), 'grad diff': _num(r.grad_diff, '.0e'),

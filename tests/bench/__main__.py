@@ -21,6 +21,7 @@ def main(
     busy: store_true = False, # Run format_find while a second process computes in bursts; not the reference timing
     predict: store_true = False, # Measure predictions instead of training: 224 px, in batches and one by one
     compile: store_true = False, # With --predict: also measure compiled predictions; compiling a model takes minutes
+    app: store_true = False, # Measure learn.predict(image) instead, with all that predicts faster
     report: store_true = False, # Print training, predictions and format_summary as Markdown to paste; can be resumed
 ):
     "Compare what format_find picks for a panel of models with an independent, longer measurement."
@@ -36,7 +37,7 @@ def main(
     # fastai's own `to_channelslast`, which is measured too, warns in each fit on a CPU
     warnings.filterwarnings('ignore', module=r'fastai\.callback\.fp16')
     machine = versions(device) + (', `keep_memory()`' if keep_memory(False) else '')
-    kinds = ['compiled predictions'] if compile else ['predictions'] if predict else ['training', 'predictions', 'format_summary']
+    kinds = ['app'] if app else ['compiled predictions'] if compile else ['predictions'] if predict else ['training', 'predictions', 'format_summary']
     if report: return print_report(plan(kinds, names, size, bs, device), device, num_it, busy, machine)
     print(machine, flush=True)
     rows = []
@@ -49,7 +50,7 @@ def main(
     print(pd.DataFrame(rows, columns=columns(rows)).fillna('–').to_string(index=False))
     print(summary(rows))
     if all('error' in r for r in rows): sys.exit('All rows failed')
-    if not predict: print(overhead(device))
+    if not predict and not app: print(overhead(device))
 
 
 def cli(): run(main, 'python -m tests.bench')

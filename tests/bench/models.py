@@ -22,10 +22,12 @@ def plan(kinds, names, size, bs, device) -> list: # `(kind, name, px, bs)` of ea
     """What to measure, model by model. Without `size` and `bs`, training on a CPU or an Apple GPU has the panel's own sizes.
     Predictions and other GPUs get 224 px (clips 112)."""
     small = device.type in ('cpu', 'mps')  # an Apple GPU shares the main memory
-    def _sizes(name, predict):
+    def _sizes(name, kind):
+        if kind == 'app': return [(224, 1)]
+        predict = 'predictions' in kind
         if small and not predict: return [PANEL.get(name, (64, 16))]
         return [(112 if name == 'r3d_18' else 224, images) for images in [16 if small else 128] + [1]*predict]
-    return uniqueify((k, n, size or px, bs or images) for n in names for k in kinds for px, images in _sizes(n, 'predictions' in k))
+    return uniqueify((k, n, size or px, bs or images) for n in names for k in kinds for px, images in _sizes(n, k))
 
 
 def make_learner(name, size, bs, device) -> Learner:

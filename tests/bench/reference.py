@@ -11,6 +11,7 @@ from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -103,6 +104,45 @@ class ModelTime(Callback):
         self.ms.append((time.perf_counter() - self.start)*1e3)
 
 
+class ByHand(Callback):
+    "Predict with another runtime in the model's place, as its users do without this library: `run(array)` gives an array."
+    order = 10**6  # after the batch is converted
+    def __init__(self, run):
+        class _Runtime(nn.Module):
+            def forward(self, x): return torch.from_numpy(run(x.numpy()))
+        self.runtime = _Runtime()
+    def before_batch(self): self.own, self.learn.model = self.model, self.runtime
+    def after_pred(self): self.learn.model = self.own
+
+
+def openvino_by_hand(model, x):
+    import openvino
+    compiled = openvino.compile_model(openvino.convert_model(model, example_input=x), 'CPU')
+    return lambda a: compiled(a)[0]
+
+
+def onnxruntime_by_hand(model, x):
+    import onnxruntime
+    exported = torch.onnx.export(model, (x,), dynamo=True, verbose=False).model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(exported, providers=['CPUExecutionProvider'])
+    name = session.get_inputs()[0].name
+    return lambda a: session.run(None, {name: a})[0]
+
+
+BY_HAND = dict(openvino=openvino_by_hand, onnxruntime=onnxruntime_by_hand)
+
+
+def by_hand(learn, batch) -> dict: # A callback by the runtime's name
+    "The Learner's model in each installed runtime, which takes the measured batch size only."
+    model, x = deepcopy(learn.model).eval(), torch.as_subclass(batch[0], torch.Tensor)
+    callbacks = {}
+    for k, f in BY_HAND.items() if x.is_cpu else ():
+        if not find_spec(k): continue
+        try: callbacks[k] = ByHand(f(model, x))
+        except Exception: pass  # it can't convert this model
+    return callbacks
+
+
 def compiled_columns(rows, ms) -> dict:
     "The fastest valid eager and compiled candidates, and their ratio, by their times `ms` in the model alone."
     def _best(compiled): return min((r for r in rows if r.valid and bool(r.compiled) == compiled), key=lambda r: ms[str(r.setting)], default=None)
@@ -148,6 +188,7 @@ def judge(
             except RuntimeError as e:  # fastai's callback can't convert a Conv3d
                 if is_out_of_memory(e): raise
             else: steps['fastai'] = fastai
+            for k, cb in (by_hand(learn, batch) if compile else {}).items(): steps[f'{k} by hand'] = _timed(k, deepcopy(learn).add_cb(cb))
             return steps
         times = on_fresh_copies(_steps, num_it, COMPILED_COPIES if compile else FRESH_COPIES)
     ms = {k: min(v) for k, v in times.items()}
@@ -155,6 +196,7 @@ def judge(
     row = {'model': name, 'px': size, 'batch': bs}
     if train: row['ms/step'] = f'{ms[best]:.1f}'
     else: row |= {'fastai ms/batch': f'{ms[own]/2:.1f}', **{k: _speedup(k) for k in ran}}
+    row |= {k: _speedup(k) for k in ms if k.endswith('by hand')}
     if compile: row |= compiled_columns(timings.rows, {k: min(v) for k, v in model_ms.items()})
     row |= {'pick': best, 'pick/best': f'{ms[best]/min(ms[k] for k, r in ran.items() if r.valid):.2f}', 'speedup': _speedup(best),
             "speedup over fastai's own": f"{ms['fastai']/ms[best]:.2f}×" if 'fastai' in ms else 'fails',

@@ -14,16 +14,18 @@ from fastcore.basics import uniqueify
 from channelslast import less_random
 from channelslast.command.common import UsageError
 from channelslast.core import devices
+from .app import judge_app
 from .models import make_learner
 from .reference import judge
 
 FILE = Path('channelslast-report.jsonl')  # the finished rows of reports, in the current folder
-TITLES = {'training': 'Training steps', 'predictions': 'Predictions', 'compiled predictions': 'Predictions, also with the model compiled',
+TITLES = {'training': 'Training steps', 'predictions': 'Predictions', 'compiled predictions': 'Predictions, also with the model compiled', 'app': 'One image: `learn.predict(image)`',
           'format_summary': '`format_summary` of a training step in channels last'}
 
 
 def measure(kind, name, px, bs, device, num_it, busy) -> dict:
     "Measure one row. For `'format_summary'`, the model trains in channels last, in fp16 if the device is fast in it."
+    if kind == 'app': return judge_app(name, px, device, num_it)
     if kind != 'format_summary': return judge(name, px, bs, device, num_it, busy, kind == 'training', kind == 'compiled predictions')
     fp16 = devices.autocast_is_fast(device, AMPMode.FP16)
     with less_random(): result = make_learner(name, px, bs, device).to_channelslast(to_fp16=fp16).format_summary()
