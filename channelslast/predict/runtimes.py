@@ -25,7 +25,7 @@ def missing_packages(backend: str) -> str: # `'pip install …'`, or `''` if not
 
 def check_backend(backend: str):
     "Raise a `ValueError` if there is no such backend, or an `ImportError` if its packages are missing."
-    if backend not in BACKENDS:
+    if backend not in [*BACKENDS]:
         raise ValueError(f"CompilePredictions(backend={backend!r}): use {', '.join(map(repr, BACKENDS))}")
     install = missing_packages(backend)
     if install: raise ImportError(f'{BACKENDS[backend].name} is not installed: `{install}`')
@@ -57,9 +57,10 @@ class Runtime:
             raise NotPrepared(f'{BACKENDS[backend].name} computes float64 in fp32')
         output = next(n for n in graph.graph.nodes if n.op == 'output')
         self.dtypes, random = [n.meta['example_value'].dtype for n in output.args[0]], torch.get_rng_state()
-        with torch.autocast('cpu', enabled=False): traced = torch.jit.trace(flat, tensors, check_trace=False, strict=False)
-        if not torch.equal(random, torch.get_rng_state()): raise NotPrepared('it draws random numbers')
-        self.run = BACKENDS[backend].convert(traced, tensors, flat, half)
+        with torch.autocast('cpu', enabled=False):  # TorchScript casts by itself
+            traced = torch.jit.trace(flat, tensors, check_trace=False, strict=False)
+            if not torch.equal(random, torch.get_rng_state()): raise NotPrepared('it draws random numbers')
+            self.run, self.any_size = BACKENDS[backend].convert(traced, tensors, flat, half), any(map(flat.any_size, flat.shapes))
 
     def __call__(self, *args):
         outs = self.run([t.numpy() for t in args if isinstance(t, Tensor)])
