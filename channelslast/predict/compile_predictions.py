@@ -93,14 +93,21 @@ class FrozenModel:
 
 @pickle_as(Callback)
 class CompilePredictions(PredictionCallback):
-    """Predict with the model compiled by `torch.compile`, its weights frozen as constants of the compiled code.
+    """Predict with the model compiled, its weights frozen as constants of the compiled code.
 
-    The first batch that the Learner predicts outside a fit is compiled, which takes seconds to minutes and needs a C++
-    compiler (on GPUs Triton). Later batches of the same shape run compiled, others as without this callback, so that
-    none waits for a compilation. `forget()` frees the code. Changes are detected as by `FoldBatchNorm`: the next
-    prediction outside a fit compiles again, and a line says so; in a fit, validation runs uncompiled. A private copy is
-    compiled, and its first output compared with the model's. A model that can't be compiled, keeps state, or draws
-    random numbers of Python or NumPy runs uncompiled, with a warning.
+    `backend='inductor'`, PyTorch's own, compiles in seconds to minutes and needs a C++ compiler (on GPUs Triton).
+    `'openvino'` and `'onnxruntime'` convert in seconds, need no compiler, are often faster on a CPU, and run on CPUs
+    only: `pip install openvino`, or `pip install onnx onnxruntime`. Under mixed precision OpenVINO computes in its dtype
+    where the CPU has it, otherwise in fp32; ONNX Runtime computes in fp32. Outputs keep their dtypes.
+
+    The first batch that the Learner predicts outside a fit is compiled. Later batches of the same shape run compiled,
+    others as without this callback, so that none waits for a compilation. What a runtime has converted serves other
+    sizes, each after one comparison with the model's output. A batch of one, and sizes for which the model runs other
+    operations, are converted apart, up to four times in all. `forget()` frees the code. Changes are detected as by
+    `FoldBatchNorm`: the next prediction outside a fit compiles again, and a line says so; in a fit, validation runs
+    uncompiled. A private copy is compiled, and its first output compared with the model's. A model that can't be
+    compiled, keeps state, or draws random numbers of Python or NumPy (for runtimes also of PyTorch) runs uncompiled,
+    with a warning.
 
     >>> from fastai.vision.all import *; from channelslast import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
@@ -112,6 +119,7 @@ class CompilePredictions(PredictionCallback):
     exact = {torch.float64: 1e-3, torch.float32: 1e-3}
     differs = 'its outputs differ when compiled (relative difference {})'
     reason, seconds = '', None  # Why the model is not compiled; seconds that the last compilation took
+    backend = 'inductor'  # of subclasses that don't call `__init__`
 
     def __init__(self, backend: str = 'inductor'): # `'inductor'`, `'openvino'` or `'onnxruntime'`
         check_backend(backend)
