@@ -17,5 +17,5 @@ setup(
     classifiers=cfg['classifiers'].strip().splitlines(),
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=['channelslast*']), package_data=dict(channelslast=['py.typed']), python_requires=f">={cfg['min_python']}",
-    install_requires=cfg['requirements'].split(), extras_require=dict(dev=cfg['dev_requirements'].split()),
+    install_requires=cfg['requirements'].split(), extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'cpu')},
     entry_points=dict(console_scripts=cfg['console_scripts'].split()))

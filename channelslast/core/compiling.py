@@ -59,9 +59,10 @@ def reason_of(e) -> str:
     return f'{type(e).__name__}: {line[:100]}'
 
 
-def print_compiled(cb, model, start, args, kwargs, again=False):
+def print_compiled(cb, model, start, args, kwargs, again=False, how='compiled', more=''):
     "Record that a callback compiled the model since `start`, and print it unless the callback is quiet."
     cb.reason, cb.seconds = '', time.perf_counter() - start
     shapes = ', '.join(str(tuple(t.shape)) for t in tensors_of((args, kwargs)))
-    if not cb.quiet: print(f"{type(cb).__name__}: {type(model).__name__} compiled {'again ' if again else ''}in "
-                           f"{cb.seconds:.0f} s, for inputs of {shapes}.")
+    seconds = f'{cb.seconds:.{0 if how == "compiled" else 1}f}'
+    if not cb.quiet: print(f"{type(cb).__name__}: {type(model).__name__} {how} {'again ' if again else ''}in {seconds} s, "
+                           f"for inputs of {shapes}{more}.")

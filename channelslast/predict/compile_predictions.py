@@ -10,14 +10,16 @@ from fastai.callback.core import Callback
 from fastai.layers import ToTensorBase
 from fastai.torch_core import TensorBase
 from fastcore.basics import noop
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.compiling import CHANGES, compiling_quietly, note_reasons, own_code, print_compiled, reason_of
+from ..core.devices import fit_device, model_device
 from ..core.nested_tensors import map_tensors, tensors_of
 from ..core.pickle_as import pickle_as
 from ..core.stand_in import running_fits
 from ..core.model_copy import is_plain
 from .prepared_model import NotPrepared, PredictionCallback, input_key
+from .runtimes import BACKENDS, Runtime, check_backend
 
 __all__ = ['CompilePredictions']
 
@@ -31,57 +33,81 @@ def _plain(args):
     return map_tensors(lambda t: _f(t.clone() if t.is_inference() else t), args)
 
 
-_compiling = threading.local()  # `.constants`: tensors that the code which this thread compiles holds
+_compiling = threading.local()  # `.run`: the `FrozenModel` that this thread compiles
 
 
 def _backend(graph, inputs): # PyTorch keeps each backend for the life of the process
-    constants = vars(_compiling).get('constants')
-    if constants is None: raise NotPrepared(CHANGES)  # a later call that the code does not fit
-    constants += [getattr(graph, n.target) for n in graph.graph.nodes if n.op == 'get_attr']
-    return torch._inductor.compile(graph, inputs)  # its entrance for graphs
+    run = vars(_compiling).get('run')
+    if run is None: raise NotPrepared(CHANGES)  # a later call that the code does not fit
+    run.constants += [getattr(graph, n.target) for n in graph.graph.nodes if n.op == 'get_attr']
+    if not run.converted: return torch._inductor.compile(graph, inputs)  # its entrance for graphs
+    code = Runtime(run.backend, graph, inputs)
+    run.any_size = code.any_size
+    return code
 
 
 class FrozenModel:
-    "A model compiled for one kind of input. `constants` gets the tensors that the compiled code holds."
-    def __init__(self, model, args, kwargs, types, constants): # `types` of the tensors that the model gives uncompiled
+    """A model compiled for one kind of input, by a runtime for all sizes that PyTorch's guards admit. `.constants` are
+    the tensors that the compiled code holds."""
+    def __init__(self, model, args, kwargs, types, backend): # `types` of the tensors that the model gives uncompiled
+        from torch._dynamo import config  # no public switch compiles recurrent layers
         from torch._dynamo.eval_frame import remove_from_cache  # PyTorch keeps compiled code and its constants
         from torch._inductor.codecache import PyCodeCache  # for the life of the process
         if len(types) > 1: raise NotPrepared('its outputs are tensors of several types')
-        self.start, self.types = time.perf_counter(), types
+        self.start, self.types, self.backend, self.constants, self.any_size = time.perf_counter(), types, backend, [], False
         def _forward(*args, **kwargs):
             if not torch.compiler.is_compiling(): raise NotPrepared('`torch.compile` is disabled')
             return model(*args, **kwargs)
         forward, n = own_code(_forward), len(PyCodeCache.modules)
         weakref.finalize(forward, remove_from_cache, forward.__code__)
         self.run = torch.compile(forward, fullgraph=True, dynamic=False, backend=_backend)
+        inputs = self._inputs(args, kwargs)
+        if self.converted:
+            for t in tensors_of(inputs): torch._dynamo.maybe_mark_dynamic(t, [d for d, n in enumerate(t.shape) if n > 1])
         try:
-            _compiling.constants = constants
+            _compiling.run = self
             # `options` come too late: the weights would be inputs of the compiled code
-            with compiling_quietly(), torch._inductor.config.patch(freezing=True): self(*args, **kwargs)
+            with compiling_quietly(), torch._inductor.config.patch(freezing=True), config.patch(allow_rnn=self.converted):
+                self._call(*inputs)
         finally:
-            _compiling.constants = None
+            _compiling.run = None
             for m in PyCodeCache.modules[n:]: sys.modules.pop(m.__name__, None)
             del PyCodeCache.modules[n:]
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def __call__(self, *args, **kwargs):
-        args, kwargs = _plain((args, kwargs))
+    @property
+    def converted(self) -> bool: return self.backend != 'inductor'
+
+    def _inputs(self, args, kwargs):
+        args = _plain((args, kwargs))
+        return map_tensors(lambda t: t.detach().contiguous(), args) if self.converted else args
+
+    def _call(self, args, kwargs):
         try: out = self.run(*args, **kwargs)
         except Exception as e: raise getattr(e, 'inner_exception', e) from None
         return out if self.types <= {Tensor} else map_tensors(lambda t: torch.as_subclass(t, *self.types), out)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __call__(self, *args, **kwargs): return self._call(*self._inputs(args, kwargs))
+
 
 @pickle_as(Callback)
 class CompilePredictions(PredictionCallback):
-    """Predict with the model compiled by `torch.compile`, its weights frozen as constants of the compiled code.
+    """Predict with the model compiled, its weights frozen as constants of the compiled code.
 
-    The first batch that the Learner predicts outside a fit is compiled, which takes seconds to minutes and needs a C++
-    compiler (on GPUs Triton). Later batches of the same shape run compiled, others as without this callback, so that
-    none waits for a compilation. `forget()` frees the code. Changes are detected as by `FoldBatchNorm`: the next
-    prediction outside a fit compiles again, and a line says so; in a fit, validation runs uncompiled. A private copy is
-    compiled, and its first output compared with the model's. A model that can't be compiled, keeps state, or draws
-    random numbers of Python or NumPy runs uncompiled, with a warning.
+    `backend='inductor'`, PyTorch's own, compiles in seconds to minutes and needs a C++ compiler (on GPUs Triton).
+    `'openvino'` and `'onnxruntime'` convert in seconds, need no compiler, are often faster on a CPU, and run on CPUs
+    only: `pip install openvino`, or `pip install onnx onnxruntime`. Under mixed precision OpenVINO computes in its dtype
+    where the CPU has it, otherwise in fp32; ONNX Runtime computes in fp32. Outputs keep their dtypes.
+
+    The first batch that the Learner predicts outside a fit is compiled. Later batches of the same shape run compiled,
+    others as without this callback, so that none waits for a compilation. What a runtime has converted serves other
+    sizes, each after one comparison with the model's output. A batch of one, and sizes for which the model runs other
+    operations, are converted apart, up to four times in all. `forget()` frees the code. Changes are detected as by
+    `FoldBatchNorm`: the next prediction outside a fit compiles again, and a line says so; in a fit, validation runs
+    uncompiled. A private copy is compiled, and its first output compared with the model's. A model that can't be
+    compiled, keeps state, or draws random numbers of Python or NumPy (for runtimes also of PyTorch) runs uncompiled,
+    with a warning.
 
     >>> from fastai.vision.all import *; from channelslast import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
@@ -90,9 +116,22 @@ class CompilePredictions(PredictionCallback):
     >>> with learn.no_bar(): preds, targs = learn.get_preds() # doctest: +ELLIPSIS
     CompilePredictions: Sequential compiled in ... s, for inputs of (4, 3, 32, 32)."""
     order = math.inf  # after `FoldBatchNorm`, which runs other shapes
-    max_copies, exact = 1, {torch.float64: 1e-3, torch.float32: 1e-3}
+    exact = {torch.float64: 1e-3, torch.float32: 1e-3}
     differs = 'its outputs differ when compiled (relative difference {})'
-    backend, reason, seconds = 'inductor', '', None  # Why the model is not compiled; seconds that the last compilation took
+    reason, seconds = '', None  # Why the model is not compiled; seconds that the last compilation took
+    backend = 'inductor'  # of subclasses that don't call `__init__`
+
+    def __init__(self, backend: str = 'inductor'): # `'inductor'`, `'openvino'` or `'onnxruntime'`
+        check_backend(backend)
+        self.backend = backend
+
+    def __setattr__(self, name, value):
+        if name == 'learn' and value is not None and self.backend != 'inductor' and fit_device(value).type != 'cpu':
+            raise ValueError(f'{BACKENDS[self.backend].name} computes on the CPU only, and this Learner is on {fit_device(value)}')
+        super().__setattr__(name, value)
+
+    @property
+    def max_copies(self) -> int: return 1 if self.backend == 'inductor' else 4  # batches of one, other branches on sizes
 
     @property
     def compiled(self) -> bool:
@@ -105,21 +144,27 @@ class CompilePredictions(PredictionCallback):
         if self.work.state: self.work.state.take_values()
 
     def key(self, args, kwargs) -> tuple:
-        tensors = tensors_of((args, kwargs))
-        return (*input_key(args, kwargs)[0], *((t.shape, t.stride()) for t in tensors)), ()
+        tensors, (kind, _) = tensors_of((args, kwargs)), input_key(args, kwargs)
+        if self.backend == 'inductor': return (*kind, *((t.shape, t.stride()) for t in tensors)), ()
+        alike = ((tuple(min(n, 2) for n in t.shape), t.dim_order(ambiguity_check=False)) for t in tensors)  # PyTorch's guards tell 0 and 1 apart
+        return (*kind, torch.get_num_threads(), *alike), tuple(t.shape for t in tensors)
 
     def may_prepare(self) -> bool: return not running_fits.get(self.learn)
     def setting(self): return getattr(getattr(self.learn, 'mixed_precision', None), 'fp32_layers', ())
     def watch(self): return note_reasons(self, self.model, self.work.reasons)
 
     def prepare(self, copy, truth, args, kwargs):
-        state = self.work.state
+        state, converted = self.work.state, self.backend != 'inductor'
         if self.work.reasons: raise NotPrepared(self.work.reasons[0])
+        if converted and model_device(self.model).type != 'cpu': raise NotPrepared(f'{BACKENDS[self.backend].name} computes on the CPU only')
         for m in copy.model.modules():
             if type(m) is ToTensorBase: m.forward = noop  # the output is cast afterwards
-        run = FrozenModel(copy.model, args, kwargs, {type(t) for t in tensors_of(truth)}, constants := [])
-        others = {id(t): t for t in constants if t.data_ptr() not in {t.data_ptr() for t in state.watched}}
+            if converted and isinstance(m, nn.RNNBase): m.cpu()  # finds the copy's weights now, not in its first pass
+        run = FrozenModel(copy.model, args, kwargs, {type(t) for t in tensors_of(truth)}, self.backend)
+        others = {id(t): t for t in run.constants if t.data_ptr() not in {t.data_ptr() for t in state.watched}}
+        run.constants = None
         if not all(map(is_plain, others.values())): raise NotPrepared('it depends on tensors of other types')
+        if not (state.same_memory() and state.same_values()): self.work.runs.clear()  # code with other values
         state.tensors += others.values()  # compared from now on
         state.take_values()
         return run
@@ -136,7 +181,8 @@ class CompilePredictions(PredictionCallback):
 
     def on_prepared(self, run, args, kwargs):
         self.work.misses, self.work.unused = 0, self.work.unused + 1
-        print_compiled(self, self.model, run.start, args, kwargs, self.work.again)
+        how = f'converted by {BACKENDS[self.backend].name}' if run.converted else 'compiled'
+        print_compiled(self, self.model, run.start, args, kwargs, self.work.again, how, ' and other sizes'*run.any_size)
         if self.work.unused > MAX_UNUSED: self.refuse(CHANGES)
 
     def reason_of(self, e): return str(e) if isinstance(e, NotPrepared) else reason_of(e)

@@ -1,0 +1,103 @@
+"""OpenVINO and ONNX Runtime, which compute on CPUs what `torch.compile` has traced.
+
+PyTorch's guards decide which calls the traced graph is right for. Converters get it as TorchScript, for any size: of
+PyTorch's two exports this one takes seconds, and both runtimes know it from PyTorch 2.8 to 2.15."""
+import io
+import sys
+from collections import namedtuple
+from importlib.util import find_spec
+
+import torch
+from torch import SymInt, Tensor, nn
+
+from .prepared_model import NotPrepared
+
+__all__ = ['BACKENDS', 'Runtime', 'check_backend', 'missing_packages']
+
+Backend = namedtuple('Backend', 'name packages convert')
+
+
+def missing_packages(backend: str) -> str: # `'pip install …'`, or `''` if nothing is missing
+    "How to install what a backend needs and this environment lacks."
+    packages = BACKENDS[backend].packages
+    return '' if all(map(find_spec, packages)) else f"pip install {' '.join(packages)}"
+
+
+def check_backend(backend: str):
+    "Raise a `ValueError` if there is no such backend, or an `ImportError` if its packages are missing."
+    if backend not in [*BACKENDS]:
+        raise ValueError(f"CompilePredictions(backend={backend!r}): use {', '.join(map(repr, BACKENDS))}")
+    install = missing_packages(backend)
+    if install: raise ImportError(f'{BACKENDS[backend].name} is not installed: `{install}`')
+
+
+class Flat(nn.Module):
+    "A traced graph that takes tensors only. Its other inputs are sizes of these."
+    def __init__(self, graph):
+        super().__init__()
+        inputs = [n.meta['example_value'] for n in graph.graph.nodes if n.op == 'placeholder']
+        self.net, self.shapes = graph, [tuple(t.shape) for t in inputs if isinstance(t, Tensor)]
+        where = {str(n): (i, d) for i, shape in enumerate(self.shapes) for d, n in enumerate(shape)}
+        self.sizes = [None if isinstance(o, Tensor) else where[str(o)] for o in inputs]
+
+    def forward(self, *tensors):
+        sizes, rest = [o and tensors[o[0]].shape[o[1]] for o in self.sizes], iter(tensors)
+        return tuple(self.net(*[next(rest) if o is None else n for o, n in zip(self.sizes, sizes)]))
+
+    def any_size(self, shape) -> list: return [d for d, n in enumerate(shape) if isinstance(n, SymInt)]
+
+
+class Runtime:
+    """A graph, converted. Outputs are new tensors of the dtypes that PyTorch gives. Under autocast the runtime gets the
+    graph in fp32, and is asked for the half precision: OpenVINO uses it where the CPU has it."""
+    def __init__(self, backend, graph, inputs):
+        flat, tensors = Flat(graph).eval(), tuple(t.detach() for t in inputs if isinstance(t, Tensor))
+        half = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else torch.float32
+        if torch.float64 in {t.dtype for t in (*tensors, *flat.parameters(), *flat.buffers())}:
+            raise NotPrepared(f'{BACKENDS[backend].name} computes float64 in fp32')
+        output = next(n for n in graph.graph.nodes if n.op == 'output')
+        self.dtypes, random = [n.meta['example_value'].dtype for n in output.args[0]], torch.get_rng_state()
+        with torch.autocast('cpu', enabled=False):  # TorchScript casts by itself
+            traced = torch.jit.trace(flat, tensors, check_trace=False, strict=False)
+            if not torch.equal(random, torch.get_rng_state()): raise NotPrepared('it draws random numbers')
+            self.run, self.any_size = BACKENDS[backend].convert(traced, tensors, flat, half), any(map(flat.any_size, flat.shapes))
+
+    def __call__(self, *args):
+        outs = self.run([t.numpy() for t in args if isinstance(t, Tensor)])
+        return tuple(torch.from_numpy(o).to(dtype) for o, dtype in zip(outs, self.dtypes, strict=True))
+
+
+def _to_openvino(traced, tensors, flat, half):
+    silent = sys.modules.setdefault('openvino_telemetry', None) is None  # it would send events from the import on
+    try: import openvino
+    finally:
+        if silent: del sys.modules['openvino_telemetry']
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder  # `convert_model` would send events
+    manager = FrontEndManager()  # exists, like the decoder, until the graph is converted
+    frontend, decoder = manager.load_by_framework('pytorch'), TorchScriptPythonDecoder(traced, example_input=tensors)
+    model = frontend.convert(frontend.load(decoder))
+    for o, t, shape in zip(model.inputs, tensors, flat.shapes, strict=True):
+        node, dynamic = o.get_node(), flat.any_size(shape)
+        node.set_element_type(openvino.Type(t.numpy().dtype))
+        node.set_partial_shape(openvino.PartialShape([-1 if d in dynamic else n for d, n in enumerate(t.shape)]))
+    model.validate_nodes_and_infer_types()
+    hint = {torch.bfloat16: 'bf16', torch.float16: 'f16'}.get(half, 'f32')  # without one it chooses bf16 by itself
+    compiled = openvino.compile_model(model, 'CPU', dict(INFERENCE_PRECISION_HINT=hint, PERFORMANCE_HINT='LATENCY',
+                                                         INFERENCE_NUM_THREADS=torch.get_num_threads()))
+    return lambda arrays: [*compiled(arrays).values()]  # copies of its outputs
+
+
+def _to_onnxruntime(traced, tensors, flat, half):
+    import onnxruntime
+    names, file, options = [f'input_{i}' for i in range(len(tensors))], io.BytesIO(), onnxruntime.SessionOptions()
+    torch.onnx.export(traced, tensors, file, dynamo=False, input_names=names,
+                      dynamic_axes={k: flat.any_size(shape) for k, shape in zip(names, flat.shapes)})
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=['CPUExecutionProvider'])
+    used = {o.name for o in session.get_inputs()}
+    return lambda arrays: session.run(None, {k: a for k, a in zip(names, arrays) if k in used})
+
+
+BACKENDS = dict(inductor=Backend('PyTorch', (), None), openvino=Backend('OpenVINO', ('openvino',), _to_openvino),
+                onnxruntime=Backend('ONNX Runtime', ('onnx', 'onnxruntime'), _to_onnxruntime))

@@ -1,0 +1,294 @@
+"""`CompilePredictions('openvino')` and `('onnxruntime')`: the same predictions in all sizes, dtypes and structures, in silence. What
+they share with the compiler is in test_compile_predictions.py, test_never_stale.py and test_hands_off.py."""
+import importlib
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from fastai.vision.all import Callback, Learner, MixedPrecision, Recorder, TensorImage, load_learner
+from torch import nn
+
+from channelslast import CompilePredictions
+from channelslast.core.compare import relative_error
+from channelslast.predict.runtimes import missing_packages
+from .helpers import Breaks, convnet, image_folder, learner, loaders, names_library, preds_of, truth_of
+
+pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
+NAMES = dict(openvino='OpenVINO', onnxruntime='ONNX Runtime')
+
+
+@pytest.fixture(params=NAMES)
+def runtime(request, monkeypatch):
+    install = missing_packages(request.param)
+    if install: pytest.skip(f'needs `{install}`')
+    monkeypatch.setitem(sys.modules, 'openvino_telemetry', None)  # no test sends events, whoever imports OpenVINO first
+    return request.param
+
+
+def net(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+def predicting(runtime, model=None, **kwargs):
+    "A Learner that predicts batches, given one by one to `predict`."
+    learn = learner(model or net(), loaders(n=8), cbs=CompilePredictions(runtime), **kwargs)
+    learn.loss_func = lambda pred, *y: torch.zeros(())
+    learn.remove_cb(Recorder)
+    learn.model.eval()
+    learn.training = False
+    return learn
+
+
+def predict(learn, *xs):
+    "The Learner's output for these inputs, and True if PyTorch ran the model itself. The output must be the model's."
+    with torch.no_grad():
+        truth = learn.model(*xs)
+        with torch.profiler.profile() as profiled:
+            learn.one_batch(0, (*xs, torch.zeros(len(xs[0]))))
+    assert relative_error(learn.pred, truth) < 1e-4
+    return learn.pred, any('conv' in o.key or 'linear' in o.key for o in profiled.key_averages())
+
+
+def is_converted(learn, *xs) -> bool: return not predict(learn, *xs)[1]
+
+
+# sizes
+
+def test_one_conversion_serves_all_sizes_after_one_comparison_each(runtime, capsys):
+    learn = predicting(runtime)
+    x = torch.randn(4, 3, 12, 12)
+    assert not is_converted(learn, x) and is_converted(learn, x)
+    for other in x[:3], x[..., :9], torch.randn(5, 3, 7, 20):
+        assert not is_converted(learn, other) and is_converted(learn, other)
+    assert f'Sequential converted by {NAMES[runtime]} in ' in (out := capsys.readouterr().out) and out.count('\n') == 1 and 'other sizes' in out
+
+
+def test_a_batch_of_one_is_converted_apart(runtime, capsys):
+    "PyTorch traces sizes of 1 apart."
+    learn, x = predicting(runtime), torch.randn(4, 3, 12, 12)
+    for _ in range(2): converted = [is_converted(learn, o) for o in (x, x[:1])]
+    assert converted == [True, True] and capsys.readouterr().out.count('converted') == 2
+
+
+class BranchOnSize(nn.Module):
+    "The branch changes the output by less than a comparison could see."
+    def __init__(self): super().__init__(); self.net = net()
+    def forward(self, x): return self.net(x)*(3 if x.shape[-1] > 20 else 1)
+
+
+def test_a_model_with_a_branch_on_the_size_is_right_on_both_sides(runtime):
+    learn = predicting(runtime, BranchOnSize())
+    small, large = torch.randn(4, 3, 12, 12), torch.randn(4, 3, 24, 24)
+    for _ in range(2): converted = [is_converted(learn, o) for o in (small, large, small[:3], large[:3])]
+    assert converted == [True]*4
+
+
+class OneSize(nn.Module):
+    "Any number of images, of one size."
+    def __init__(self): super().__init__(); self.l = nn.Linear(3*8*8, 4)
+    def forward(self, x): return self.l(x.flatten(1))
+
+
+def test_a_model_for_one_image_size_raises_its_own_error_for_another(runtime):
+    learn, x = predicting(runtime, OneSize()), torch.randn(4, 3, 8, 8)
+    for _ in range(2): converted = [is_converted(learn, o) for o in (x, x[:3])]
+    with pytest.raises(RuntimeError, match='shapes cannot be multiplied'), torch.no_grad(): predict(learn, x[..., :7])
+    assert converted == [True, True] and is_converted(learn, x)
+
+
+# inputs and outputs
+
+def test_outputs_of_two_batches_are_independent_and_inputs_stay(runtime):
+    learn, x = predicting(runtime), torch.randn(4, 3, 8, 8)
+    predict(learn, x)
+    before, (first, _) = x.clone(), predict(learn, x)
+    kept = first.clone()
+    second, _ = predict(learn, x*2)
+    assert torch.equal(first, kept) and not torch.equal(first, second) and torch.equal(x, before)
+    first.zero_()  # writable
+    assert is_converted(learn, x)
+
+
+class Nested(nn.Module):
+    "Two inputs of other dtypes, one of them not used; outputs of several dtypes in containers."
+    def __init__(self): super().__init__(); self.net, self.e = net(), nn.Embedding(9, 4)
+    def forward(self, image, tokens, extra=None):
+        y = self.net(image.float()/255) + self.e(tokens).mean(1)
+        return dict(logits=y, more=(y.argmax(1), [y > 0, None]), n=3)
+
+
+def test_several_inputs_of_any_dtype_and_nested_outputs_are_equal(runtime):
+    learn = predicting(runtime, Nested())
+    batch = torch.randint(0, 255, (4, 3, 8, 8), dtype=torch.uint8), torch.randint(0, 9, (4, 5)), torch.randn(4, 2)
+    predict(learn, *batch)
+    out, own = predict(learn, *batch)
+    with torch.no_grad(): truth = learn.model(*batch)
+    assert not own and [*out] == [*truth] and out['n'] == 3 and out['more'][1][1] is None
+    for a, b in zip((out['logits'], out['more'][0], out['more'][1][0]), (truth['logits'], truth['more'][0], truth['more'][1][0])):
+        torch.testing.assert_close(a, b)
+
+
+INPUTS = {'channels last': lambda x: x.to(memory_format=torch.channels_last), 'not contiguous': lambda x: x.transpose(2, 3),
+          'with a gradient': lambda x: x.clone().requires_grad_(), 'float64': lambda x: x.double()}
+
+
+@pytest.mark.parametrize('kind', INPUTS)
+def test_inputs_of_any_kind_are_equal(runtime, kind):
+    model = net().double() if kind == 'float64' else net()
+    learn, x = predicting(runtime, model), INPUTS[kind](torch.randn(4, 3, 8, 6))
+    if kind == 'float64':
+        with pytest.warns(UserWarning, match='float64'): predict(learn, x)
+    for _ in range(2): out, own = predict(learn, x)
+    assert own == (kind == 'float64') and out.dtype == x.dtype
+
+
+def test_fastai_tensors_and_inference_tensors_are_converted_and_outputs_keep_their_type(runtime):
+    class Convert(Callback):
+        order = 100  # after fastai's callback that makes plain tensors
+        def before_batch(self):
+            with torch.inference_mode(): self.learn.xb = TensorImage(self.x.clone()),
+    learn, x = predicting(runtime), torch.randn(4, 3, 8, 8)
+    learn.add_cb(Convert())
+    outs = [predict(learn, x) for _ in range(2)]
+    assert [own for _, own in outs] == [True, False] and {type(out) for out, _ in outs} == {TensorImage}
+
+
+def test_a_recurrent_network_is_converted(runtime):
+    class Recurrent(nn.Module):
+        def __init__(self): super().__init__(); self.e, self.r, self.l = nn.Embedding(9, 4), nn.GRU(4, 8, batch_first=True), nn.Linear(8, 2)
+        def forward(self, x): return self.l(self.r(self.e(x))[0][:, -1])
+    learn, x = predicting(runtime, Recurrent()), torch.randint(0, 9, (4, 5))
+    for _ in range(2): predict(learn, x)
+    assert learn.compile_predictions.compiled and is_converted(learn, x)
+
+
+# what is not converted
+
+class Random(nn.Module):
+    "Noise that no comparison could tell from rounding."
+    def __init__(self): super().__init__(); self.net = net()
+    def forward(self, x): return self.net(x) + 1e-8*torch.rand(4)
+
+
+@pytest.mark.parametrize('model, reason', [(Breaks, ''), (Random, 'random numbers')])
+def test_a_model_that_cannot_be_converted_runs_uncompiled_with_one_short_warning(runtime, model, reason):
+    learn = learner(model(), loaders(n=32), cbs=CompilePredictions(runtime))
+    with pytest.warns(UserWarning, match=f'CompilePredictions: {model.__name__} stays uncompiled: .*{reason}') as w:
+        for _ in range(2): assert relative_error(preds_of(learn), truth_of(learn)) < 1e-4
+    told = [str(o.message) for o in w if 'CompilePredictions' in str(o.message)]
+    assert len(told) == 1 and len(told[0]) < 250 and '\n' not in told[0] and not learn.compile_predictions.compiled
+
+
+@pytest.mark.parametrize('backend, missing', [('openvino', 'openvino'), ('onnxruntime', 'onnx'), ('onnxruntime', 'onnxruntime')])
+def test_a_missing_package_raises_ImportError_with_the_line_that_installs_it(backend, missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    install = dict(openvino='pip install openvino', onnxruntime='pip install onnx onnxruntime')[backend]
+    with pytest.raises(ImportError, match=f'`{install}`'): CompilePredictions(backend)
+
+
+@pytest.mark.parametrize('backend', ['OpenVINO', 'eager', None, 3, []])
+def test_an_unknown_backend_raises_ValueError_that_names_those_there_are(backend):
+    with pytest.raises(ValueError, match="use 'inductor', 'openvino', 'onnxruntime'"): CompilePredictions(backend)
+
+
+def test_on_another_device_adding_the_callback_raises_ValueError_and_changes_nothing(runtime, gpu):
+    learn, cb = gpu('cuda:1').learner(net()), CompilePredictions(runtime)
+    before = [*learn.cbs], sorted(vars(learn))
+    with pytest.raises(ValueError, match=f'{NAMES[runtime]} computes on the CPU only.*cuda'): learn.add_cb(cb)
+    assert before == ([*learn.cbs], sorted(vars(learn))) and cb.learn is None
+
+
+def test_a_model_that_moves_to_another_device_runs_uncompiled_with_a_warning(runtime, gpu):
+    learn = predicting(runtime)
+    gpu('cuda:1')
+    with pytest.warns(UserWarning, match=f'stays uncompiled: {NAMES[runtime]} computes on the CPU only'):
+        assert not is_converted(learn, torch.randn(4, 3, 8, 8))
+
+
+# precision and threads
+
+def spy(monkeypatch, runtime, look):
+    "Call `look(config)` for each conversion."
+    module, name = importlib.import_module(runtime), dict(openvino='compile_model', onnxruntime='InferenceSession')[runtime]
+    real, position = getattr(module, name), dict(openvino=2, onnxruntime=1)[runtime]
+    def _convert(*args, **kwargs):
+        look(args[position])
+        return real(*args, **kwargs)
+    monkeypatch.setattr(module, name, _convert)
+
+
+@pytest.mark.parametrize('amp_mode', ['bf16', 'fp16', None])
+def test_in_mixed_precision_outputs_have_its_dtype_and_OpenVINO_is_told_the_precision(runtime, amp_mode, has, monkeypatch):
+    has('bf16', 'fp16')
+    hints = []
+    if runtime == 'openvino': spy(monkeypatch, runtime, lambda config: hints.append(config['INFERENCE_PRECISION_HINT']))
+    learn, dtypes = learner(net(), loaders(n=16), cbs=CompilePredictions(runtime)), []
+    class Dtypes(Callback):
+        order = MixedPrecision.order - 1
+        def after_pred(self): dtypes.append(self.pred.dtype)
+    learn.add_cb(Dtypes())
+    if amp_mode: learn.to_channelslast(amp_mode=amp_mode)
+    for _ in range(2): assert relative_error(preds_of(learn), truth_of(learn)) < 5e-2
+    assert learn.compile_predictions.compiled and hints == [{'bf16': 'bf16', 'fp16': 'f16', None: 'f32'}[amp_mode]]*(runtime == 'openvino')
+    assert {*dtypes} == {{'bf16': torch.bfloat16, 'fp16': torch.float16, None: torch.float32}[amp_mode]}
+
+
+def test_another_number_of_threads_converts_again_with_as_many(runtime, monkeypatch):
+    used, n, learn, x = [], torch.get_num_threads(), predicting(runtime), torch.randn(4, 3, 8, 8)
+    spy(monkeypatch, runtime, lambda config: used.append(config['INFERENCE_NUM_THREADS'] if runtime == 'openvino' else config.intra_op_num_threads))
+    try:
+        for m in n, n + 1, n:
+            torch.set_num_threads(m)
+            for _ in range(2): converted = is_converted(learn, x)
+            assert converted
+    finally: torch.set_num_threads(n)
+    assert used == [n, n + 1] and not learn.compile_predictions.reason
+
+
+# silence, files, interruptions, exports
+
+def test_converting_prints_one_line_warns_of_nothing_and_leaves_no_file(runtime, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for k in 'HOME', 'TMPDIR': monkeypatch.setenv(k, str(tmp_path))
+    learn = learner(net(), loaders(n=16), cbs=CompilePredictions(runtime))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for _ in range(2): preds_of(learn)
+    out, err = capfd.readouterr()
+    assert out.count('\n') == 1 and err == '' and learn.compile_predictions.compiled
+    assert [*tmp_path.rglob('*')] == []
+
+
+@pytest.mark.slow
+def test_importing_OpenVINO_sends_no_events():
+    "In a new process: its `openvino_telemetry` sends the first event when it is imported."
+    code = """import sys
+from tests.helpers import CompilePredictions, convnet, learner, preds_of
+learn = learner(convnet(), cbs=CompilePredictions('openvino'))
+preds_of(learn)
+sys.exit(not learn.compile_predictions.compiled or 'openvino_telemetry' in sys.modules)"""
+    if missing_packages('openvino'): pytest.skip('openvino is not installed')
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+def test_an_interruption_of_the_conversion_leaves_the_Learner_and_the_next_prediction_converts(runtime, monkeypatch):
+    learn, real = learner(net(), loaders(n=16), cbs=CompilePredictions(runtime)), torch.jit.trace
+    def _interrupt(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr(torch.jit, 'trace', _interrupt)
+    model = learn.model
+    with pytest.raises(KeyboardInterrupt): preds_of(learn)
+    monkeypatch.setattr(torch.jit, 'trace', real)
+    assert learn.model is model and not learn.compile_predictions.compiled and not learn.compile_predictions.reason
+    for _ in range(2): assert relative_error(preds_of(learn), truth_of(learn)) < 1e-4
+    assert learn.compile_predictions.compiled
+
+
+def test_an_export_predicts_without_the_library(runtime, tmp_path):
+    dls = image_folder(tmp_path, 8)
+    learn = Learner(dls, convnet(n=2), nn.CrossEntropyLoss(), path=tmp_path, cbs=CompilePredictions(runtime))
+    image = dls.valid_ds.items[0]
+    for _ in range(2): expected = learn.predict(image)[2]
+    learn.export('e.pkl')
+    assert not names_library((tmp_path/'e.pkl').read_bytes())
+    torch.testing.assert_close(load_learner(tmp_path/'e.pkl').predict(image)[2], expected, rtol=1e-4, atol=1e-5)
