@@ -2,6 +2,7 @@
 import gc
 import os
 import re
+import sys
 import time
 from copy import deepcopy
 
@@ -143,6 +144,12 @@ def fake_steps(clock, monkeypatch):
         monkeypatch.setattr(Learner, 'one_batch', _one_batch)
     settings = _fake.settings = []
     return _fake
+
+
+@pytest.fixture
+def no_runtimes(monkeypatch):
+    "As if neither OpenVINO nor ONNX Runtime were installed."
+    for o in 'openvino', 'onnxruntime': monkeypatch.setitem(sys.modules, o, None)
 
 
 @pytest.fixture

@@ -126,9 +126,12 @@ def find(learn=None, **kwargs):
     return (learn or learner()).format_find(**dict(num_it=4, show_plot=False, layers=False, optimizer=False) | kwargs)
 
 
+def backend_name(backend): return 'compiled' if backend == 'inductor' else backend
+
+
 def rows_of(timings) -> dict:
     "The rows of a result of `format_find` by their setting, named as in `setting_of`."
-    def _name(r): return ', '.join([r.memory_format.replace('_', ' '), r.precision] + ['folded']*r.folded + ['fused']*r.fused + ['compiled']*r.compiled)
+    def _name(r): return ', '.join([r.memory_format.replace('_', ' '), r.precision] + ['folded']*r.folded + ['fused']*r.fused + [backend_name(r.compiled)]*bool(r.compiled))
     return {_name(r): r for r in timings.rows}
 
 
@@ -266,7 +269,8 @@ def setting_of(learn) -> str:
     parts = ['channels last' if learn._grab_cbs(ChannelsLast) else 'contiguous', precision]
     parts += ['folded']*bool(learn._grab_cbs(FoldBatchNorm))
     parts += ['fused']*(learn.training and isinstance(learn.opt, FusedOptimizer))
-    return ', '.join(parts + ['compiled']*bool(learn._grab_cbs(CompileTraining if learn.training else CompilePredictions)))
+    compiled = learn._grab_cbs(CompileTraining if learn.training else CompilePredictions)
+    return ', '.join(parts + [backend_name(cb.backend) for cb in compiled])
 
 
 class Clock:

@@ -362,6 +362,7 @@ def test_bench_of_predictions_measures_squeezenet_unet_and_video_models(run):
     check_bench_of_predictions(run, 'squeezenet1_1', 'unet', 'r3d_18', fails=4)
 
 
+@pytest.mark.usefixtures('no_runtimes')
 def test_bench_of_compiled_predictions_shows_the_best_eager_and_compiled_candidates_or_why_none_was_compiled(run, monkeypatch):
     "The compiler is replaced by the traced operations themselves."
     real = torch.compile

@@ -375,6 +375,7 @@ def to_fastest(learn, **kwargs):
     with learn.no_bar(): return learn.to_fastest(train=False, compile=True, num_it=3, **kwargs)
 
 
+@pytest.mark.usefixtures('no_runtimes')
 @pytest.mark.parametrize('modes, kinds', [((), ['fp32']), (('bf16',), ['bf16', 'fp32']), (('fp16', 'bf16'), ['bf16', 'fp16', 'fp32'])])
 def test_format_find_compiles_each_precision_once_and_leaves_the_Learner(has, no_faster, uncompiled, modes, kinds):
     has(*modes)
@@ -388,6 +389,7 @@ def test_format_find_compiles_each_precision_once_and_leaves_the_Learner(has, no
     assert 'compiled' in repr(t) and not any(r.compiled for r in find(learn, train=False).rows)
 
 
+@pytest.mark.usefixtures('no_runtimes')
 def test_to_fastest_uses_the_code_that_was_measured_until_weights_change(fast, uncompiled, capsys):
     learn = learner(shake(convnet()), loaders(n=16))
     to_fastest(learn)
@@ -400,6 +402,7 @@ def test_to_fastest_uses_the_code_that_was_measured_until_weights_change(fast, u
     assert len(uncompiled) == 2 and 'compiled again' in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures('no_runtimes')
 def test_other_settings_remove_what_to_fastest_compiled(fast, uncompiled):
     learn = to_fastest(learner(shake(convnet()), loaders(n=16)))
     assert not learn.to_contiguous(to_fp32=True)._grab_cbs(CompilePredictions)
@@ -408,11 +411,13 @@ def test_other_settings_remove_what_to_fastest_compiled(fast, uncompiled):
     assert not learn._grab_cbs(CompilePredictions) and uncompiled.alive() == 0
 
 
+@pytest.mark.usefixtures('no_runtimes')
 def test_a_model_that_cannot_be_compiled_is_a_row_with_a_note(fast, traced):
     row, = [r for r in find_compiled(learner(Breaks(), loaders(n=16))).rows if r.compiled]
     assert row.note.startswith(f'not compiled: {REFUSED}') and not row.valid
 
 
+@pytest.mark.usefixtures('no_runtimes')
 def test_wrong_outputs_of_compiled_code_are_a_row_with_a_note(fast, uncompiled):
     uncompiled.output = lambda out: out*1.01
     t = find_compiled()
@@ -427,6 +432,7 @@ def test_on_several_devices_nothing_is_compiled_and_the_verdict_says_why(fast, u
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('no_runtimes')
 def test_format_find_with_the_compiler_and_real_times(compilations):
     learn = learner(shake(convnet()), loaders(n=16))
     expected = truth_of(learn)

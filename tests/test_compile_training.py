@@ -414,7 +414,7 @@ def test_to_fastest_trains_with_the_code_that_was_measured(fast, uncompiled, cap
     assert ', compiled' in capsys.readouterr().out and n == 2 and learn.compile_training.compiled == 1
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert len(uncompiled) == n and learn.compile_training.compiled == 1  # in eval mode, to compare numbers, and in training mode
-    assert 'The compilation took ' in learn.format_timings.verdict
+    assert 'The compilation by inductor took ' in learn.format_timings.verdict
 
 
 def test_other_settings_remove_what_to_fastest_compiled(fast, uncompiled):

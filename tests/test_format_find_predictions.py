@@ -1,5 +1,6 @@
 "`format_find(train=False)` and `to_fastest(train=False)`, mostly with fake times."
 import pickle
+import sys
 import warnings
 
 import pytest
@@ -245,3 +246,95 @@ def test_an_app_that_loads_an_export_measures_on_files_and_predicts(tmp_path, ca
     app.to_fastest(train=False, dl=app.dls.test_dl([file]*3, bs=1), num_it=3)
     torch.testing.assert_close(app.predict(file)[2], expected, rtol=1e-4, atol=1e-5)
     assert 'Predictions in ' in capsys.readouterr().out
+
+
+# OpenVINO and ONNX Runtime
+
+NAMES = dict(openvino='OpenVINO', onnxruntime='ONNX Runtime')
+
+
+@pytest.fixture
+def compilers(monkeypatch):
+    "`compilers('openvino')`: only these runtimes are installed, and `torch.compile` compiles nothing. Skips without them."
+    def _only(*names):
+        for o in names: pytest.importorskip(o, reason=f'{o} is not installed')
+        for o in {*NAMES} - {*names}: monkeypatch.setitem(sys.modules, o, None)
+    real = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda f, backend=None, **kwargs: real(f, backend=backend, **kwargs))
+    monkeypatch.setattr(torch._inductor, 'compile', lambda graph, inputs: graph)
+    return _only
+
+
+def small(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('modes, expected', [((), [('fp32', 'inductor'), ('fp32', 'openvino'), ('fp32', 'onnxruntime')]),
+    (('bf16',), [('fp32', 'inductor'), ('fp32', 'openvino'), ('fp32', 'onnxruntime'), ('bf16', 'inductor'), ('bf16', 'openvino')])])
+def test_each_installed_runtime_is_measured_and_the_learner_stays(has, fake_steps, compilers, modes, expected):
+    "ONNX Runtime computes in fp32 only."
+    compilers('openvino', 'onnxruntime'); has(*modes); fake_steps({})
+    learn = learner(shake(small()))
+    before = learner_state(learn)
+    t = predict(learn, compile=True)
+    rows = [r for r in t.rows if r.compiled]
+    assert sorted((r.precision, r.compiled) for r in rows) == sorted(expected) and all(r.valid and r.compile_s is not None for r in rows)
+    assert not any(r.folded for r in rows if r.compiled != 'inductor') and not t.best.compiled
+    assert difference(before, learner_state(learn)) == '' and all(f'{o}, ' in repr(t) for _, o in expected)
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('backend', NAMES)
+def test_to_fastest_predicts_with_the_runtime_that_was_measured(fake_steps, compilers, capsys, backend):
+    compilers(backend); fake_steps({f'contiguous, fp32, {backend}': 10., f'channels last, fp32, {backend}': 10.})
+    learn = learner(shake(small()), loaders(n=16))
+    expected = learn.get_preds()[0]
+    learn.to_fastest(train=False, compile=True, num_it=3)
+    out = capsys.readouterr().out
+    assert f'fp32, {NAMES[backend]}: 10.00× as fast as contiguous fp32.' in out and f"add_cb(CompilePredictions('{backend}'))" in out
+    assert f'with {NAMES[backend]}: 10.00×' in learn.format_timings.verdict and learn.format_timings.best.compiled == backend
+    assert f'The compilation by {backend} took ' in learn.format_timings.verdict
+    torch.testing.assert_close(learn.get_preds()[0], expected)
+    assert capsys.readouterr().out == ''  # nothing is converted again
+    assert learn.compile_predictions.compiled and learn.compile_predictions.backend == backend
+    assert not learn.to_contiguous(to_fp32=True)._grab_cbs(CompilePredictions)
+
+
+class Sorts(nn.Module):
+    "Neither runtime has this operation."
+    def __init__(self): super().__init__(); self.net = small()
+    def forward(self, x): return self.net(x) + torch.special.bessel_j0(x).mean()
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('backend', NAMES)
+def test_a_model_that_a_runtime_cannot_convert_is_a_row_with_a_note(fake_steps, compilers, backend):
+    compilers(backend); fake_steps({})
+    t = predict(learner(Sorts()), compile=True, formats='contiguous')
+    row, = [r for r in t.rows if r.compiled == backend]
+    assert row.note.startswith('not compiled: ') and not row.valid and '\n' not in row.note and t.best.valid
+
+
+@pytest.mark.parametrize('installed, kwargs, says', [
+    ((), dict(), 'pip install openvino'), ((), dict(compile=True), 'pip install openvino'),
+    (('openvino',), dict(), 'Not tried: OpenVINO. Pass `compile=True`'), (('openvino',), dict(compile=True), None)])
+def test_the_verdict_says_once_how_to_measure_a_runtime(fake_steps, compilers, capsys, installed, kwargs, says):
+    compilers(*installed); fake_steps({})
+    learn = learner(small())
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.to_fastest(train=False, num_it=1, **kwargs)
+    texts = learn.format_timings.verdict, capsys.readouterr().out
+    assert all(o.count(says) == 1 if says else 'Not tried' not in o and 'pip' not in o for o in texts)
+    assert 'pip' not in find(learn).verdict  # training
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_on_a_gpu_no_runtime_is_measured_or_recommended(gpu, fake_steps, compilers):
+    fake_steps({})
+    compilers()
+    assert 'pip' not in gpu().learner(small()).format_find(train=False, num_it=1, show_plot=False).verdict
+    compilers('openvino')
+    learn = gpu().learner(small())
+    t = learn.format_find(train=False, num_it=1, show_plot=False, compile=True)
+    assert 'openvino' not in [r.compiled for r in t.rows] and 'Not tried: OpenVINO. It runs on CPUs only.' in t.verdict

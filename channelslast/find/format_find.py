@@ -70,7 +70,7 @@ class Measurement:
             self.current = replace(self.current, compiled='')
             if {*learn._grab_cbs(kind)} - {*added_by_to_fastest(learn)['callbacks']}:
                 self.notes.append(f'Measured uncompiled: `{kind.__name__}` stays. Pass `compile=True` to measure it, too.')
-        if not train: self.notes += self.other_runtimes()
+        self.runtimes = [] if train else self.other_runtimes()
         own_fused = train and self.current.fused and not (optimizer and added_by_to_fastest(learn)['optimizer'])
         self.settings = chosen_settings(learn, formats, precisions, own_fused)
 
@@ -177,7 +177,7 @@ class Measurement:
 
     def conditions(self, used) -> list:
         "Sentences on how the measured step differs, or may differ, from steps of a later fit."
-        notes = []
+        notes = [*self.runtimes]
         if self.compile and self.wrapped: notes.append(f'The model stays uncompiled, because `{self.wrapped[0]}` wraps it.')
         if used != self.bs:
             notes.append(f'Measured on {used} of the {self.bs} items of each batch: contiguous fp32 has no memory for more.')
@@ -269,4 +269,5 @@ def to_fastest(self:Learner, *,
     speed = f"{'Training' if timings.train else 'Predictions'} in {best.setting}: {best.speedup:.2f}× as fast as contiguous fp32."
     print(' '.join(filter(None, [speed, timings.frozen_hint, *measurement.notes])))
     if timings.code: print(f'Without measuring: {timings.code}')
+    for text in measurement.runtimes: print(text)
     return self
