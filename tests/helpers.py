@@ -131,7 +131,9 @@ def backend_name(backend): return 'compiled' if backend == 'inductor' else backe
 
 def rows_of(timings) -> dict:
     "The rows of a result of `format_find` by their setting, named as in `setting_of`."
-    def _name(r): return ', '.join([r.memory_format.replace('_', ' '), r.precision] + ['folded']*r.folded + ['fused']*r.fused + [backend_name(r.compiled)]*bool(r.compiled))
+    def _name(r):
+        kinds = ['folded']*r.folded + ['fused']*r.fused + [backend_name(r.compiled)]*bool(r.compiled)
+        return ', '.join([r.memory_format.replace('_', ' '), r.precision] + kinds)
     return {_name(r): r for r in timings.rows}
 
 

@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from pytest import approx
 from torch import nn
 
-from channelslast import ChannelsLast, FoldBatchNorm
+from channelslast import ChannelsLast, CompilePredictions, FoldBatchNorm
 from .helpers import (Bomb, Fails, WrongInChannelsLast, convnet, difference, find, image_folder, learner, learner_state, loaders,
                       rows_of, shake)
 

@@ -19,8 +19,8 @@ from .models import make_learner
 from .reference import judge
 
 FILE = Path('channelslast-report.jsonl')  # the finished rows of reports, in the current folder
-TITLES = {'training': 'Training steps', 'predictions': 'Predictions', 'compiled predictions': 'Predictions, also with the model compiled', 'app': 'One image: `learn.predict(image)`',
-          'format_summary': '`format_summary` of a training step in channels last'}
+TITLES = {'training': 'Training steps', 'predictions': 'Predictions', 'compiled predictions': 'Predictions, also with the model compiled',
+          'app': 'One image: `learn.predict(image)`', 'format_summary': '`format_summary` of a training step in channels last'}
 
 
 def measure(kind, name, px, bs, device, num_it, busy) -> dict:
