@@ -168,7 +168,7 @@ class FormatTimings:
     def plot(self,
         ax=None, # matplotlib axes to draw on; None makes new ones
     ):
-        "Draw the speedup of each candidate that ran as bars, with a line at contiguous fp32. Returns the axes."
+        "Draw the speedup of each setting that ran as bars, with a line at contiguous fp32. Returns the axes."
         from matplotlib import pyplot as plt
         rows, what = [r for r in self.rows if r.ms], 'a training step' if self.train else 'predictions'
         if ax is None: ax = plt.subplots(figsize=(7, 0.9 + 0.45*len(rows)), layout='constrained')[1]
