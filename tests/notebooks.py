@@ -40,10 +40,10 @@ def plots(nb) -> list:
 
 
 def tidy(nb):
-    "Remove progress bars, and metadata and warnings that differ from run to run for no reason."
+    "Remove progress bars, and metadata and warnings that differ from run to run for no reason. Tags stay: the site reads them."
     nb.metadata = nbformat.from_dict(dict(kernelspec=dict(display_name='Python 3', language='python', name='python3'), language_info=dict(name='python')))
     for c in nb.cells:
-        c.metadata = nbformat.NotebookNode()
+        c.metadata = nbformat.from_dict({k: v for k, v in c.metadata.items() if k == 'tags'})
         if c.cell_type != 'code': continue
         c.outputs = [o for o in c.outputs if not PROGRESS.search(text(o)) and o.get('data', {}).get('text/html') != ''
                      and not (o.get('name') == 'stderr' and 'site-packages' in text(o))]  # warnings of other packages

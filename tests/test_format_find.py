@@ -288,6 +288,7 @@ def test_the_result_prints_renders_and_plots(has, fake_steps):
     assert repr(t).splitlines()[4].lstrip().startswith('→ channels last') and '1.43×' in repr(t)
     assert t.verdict == "Use channels last in bf16: 1.43× as fast as contiguous fp32. Without measuring: learn.to_channelslast(amp_mode='bf16')"
     assert all(o in repr(t) for o in t.verdict.split('. '))
+    assert "<code>learn.to_channelslast(amp_mode='bf16')</code>" in t._repr_html_() and '`' not in t._repr_html_()
     assert '<table' in t._repr_html_() and 'MiB' not in repr(t) and 'note' not in repr(t)
     assert list(t.to_frame().precision) == ['fp32', 'bf16', 'fp32', 'bf16'] and t.to_frame().ms[3] == approx(70.)
     with pytest.raises(AttributeError): t.best.ms = 1

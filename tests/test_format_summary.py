@@ -407,7 +407,7 @@ def test_remedies_are_under_the_table_once_per_class():
     assert [c for c in classes if sum(o.startswith(f'{c}: ') for o in lines[5:]) != 1] == [] and len(lines) == 10 and max(map(len, lines)) <= 160
     assert 'Remedies are under the table.' in lines[1] and lines[2].split() == ['module', 'class', 'op', 'pass', 'kind', 'shape', 'moved']
     page = s._repr_html_()
-    assert page.count('<p>InstanceNorm2d: `nn.GroupNorm(C, C, affine=False)` computes the same') == 1 and 'Remedies are under the table.' in page
+    assert page.count('<p>InstanceNorm2d: <code>nn.GroupNorm(C, C, affine=False)</code> computes the same') == 1 and 'Remedies are under the table.' in page
     assert page.index('</table>') < page.index('… and 7 more rows') < page.index('<p>InstanceNorm2d') and 'Remedies' not in s.verdict
     assert 'Remedies' not in repr(FormatSummary(rows('a'), s.counts))
 

@@ -1,4 +1,4 @@
-"Common uses of a fastai Learner give the same losses, predictions and choices in channels last as in contiguous."
+"Common uses of a fastai Learner give the same losses, predictions and choices in channels last, and in the fastest setting, as in contiguous."
 import pytest
 from fastai.vision.all import (Adam, CategoryBlock, ClassificationInterpretation, CutMix, DataBlock, EarlyStoppingCallback, GradientAccumulation,
                                GradientClip, ImageBlock, ImageDataLoaders, LabelSmoothingCrossEntropy, Lamb, Learner, MaskBlock, MixUp,
@@ -177,13 +177,39 @@ def run(habit, switch, path):
         return habit(switch, path)
 
 
-@pytest.mark.parametrize('name', [*FAST, *(pytest.param(o, marks=pytest.mark.slow) for o in SLOW)])
-def test_a_habit_gives_the_same_numbers_in_channels_last_as_in_contiguous(name, tmp_path, monkeypatch, has):
-    has()  # in fp32 on every machine: half precision has its own tests with their own tolerance
+NAMES = [*FAST, *(pytest.param(o, marks=pytest.mark.slow) for o in SLOW)]
+PREDICTING = 'tta', 'interpretation', 'show_results', 'predict', 'export'
+
+
+def assert_close(a, b):
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b):
+        torch.testing.assert_close(torch.as_tensor(y, dtype=torch.float64), torch.as_tensor(x, dtype=torch.float64), rtol=2e-3, atol=2e-3)
+
+
+@pytest.fixture
+def in_fp32(has, monkeypatch):
+    "Half precision has its own tests with their own tolerance."
+    has()
     monkeypatch.setattr(plt, 'show', noop)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_habit_gives_the_same_numbers_in_channels_last_as_in_contiguous(name, tmp_path, in_fp32):
     mixed = not name.startswith('to_')
     plain = run(HABITS[name], noop, tmp_path/'contiguous')
-    last = run(HABITS[name], lambda learn: learn.to_channelslast(to_fp16=mixed), tmp_path/'last')
-    assert len(plain) == len(last) > 0
-    for a, b in zip(plain, last):
-        torch.testing.assert_close(torch.as_tensor(b, dtype=torch.float64), torch.as_tensor(a, dtype=torch.float64), rtol=2e-3, atol=2e-3)
+    assert_close(plain, run(HABITS[name], lambda learn: learn.to_channelslast(to_fp16=mixed), tmp_path/'last'))
+
+
+@pytest.mark.parametrize('name, train', [
+    *(pytest.param(o, True, id=o, marks=[pytest.mark.slow]*(o in SLOW)) for o in HABITS),
+    *(pytest.param(o, False, id=f'{o}-predictions', marks=[pytest.mark.slow]*(o not in PREDICTING)) for o in HABITS)])
+def test_a_habit_gives_the_same_numbers_after_to_fastest_as_in_contiguous(name, train, tmp_path, in_fp32):
+    "Whichever setting is the fastest: nothing is pretended, so it may differ from run to run."
+    measured = []
+    def _switch(learn):
+        measured.append(learn.to_fastest(train=train, num_it=1, layers=False).format_timings)
+        return learn
+    plain = run(HABITS[name], noop, tmp_path/'contiguous')
+    assert_close(plain, run(HABITS[name], _switch, tmp_path/'fastest'))
+    assert len(measured) == 1 and measured[0].train == train and {r.memory_format for r in measured[0].rows if r.valid} == {'contiguous', 'channels_last'}

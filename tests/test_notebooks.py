@@ -1,5 +1,6 @@
-"The stored outputs of the notebooks, and the README's code. (pytest runs the notebooks themselves through nbmake.)"
+"The stored outputs of the notebooks, their pages of the site, and the README's code. (pytest runs the notebooks themselves through nbmake.)"
 import re
+import runpy
 from io import BytesIO
 
 import nbformat
@@ -65,6 +66,46 @@ def test_tidy_removes_progress_bars_metadata_and_warnings_of_other_packages():
     nb.cells[0].outputs += _nb(output_type='stream', name='stderr', text='UserWarning: ours').cells[0].outputs
     tidy(nb)
     assert [o.text for o in nb.cells[0].outputs] == ['UserWarning: ours']
+
+
+def test_tidy_keeps_tags():
+    nb = _nb(output_type='stream', text='')
+    nb.cells[0].metadata.update(tags=['remove-input'], execution=dict(started='now'))
+    tidy(nb)
+    assert nb.cells[0].metadata == dict(tags=['remove-input'])
+
+
+SITE = runpy.run_path(folder.parent/'.github'/'mkdocs_hook.py')  # it imports mkdocs only to build the site
+
+
+def _site_page(path, tags=(), **output):
+    nb = _nb(**output)
+    nb.cells[0].metadata.tags = [*tags]
+    nbformat.write(nb, path/'a.ipynb')
+    return SITE['page'](path/'a.ipynb')
+
+
+@pytest.mark.parametrize('tags, shown', [([], ['```python', 'out']), (['remove-input'], ['out']), (['remove-cell'], [])])
+def test_tags_remove_the_input_or_the_cell_from_the_site(tags, shown, tmp_path):
+    text, _ = _site_page(tmp_path, tags, output_type='stream', text='out')
+    assert [o for o in ('```python', 'out') if o in text] == shown
+
+
+def test_the_site_escapes_text_drops_styles_and_saves_pictures(tmp_path):
+    assert '&lt;b' in _site_page(tmp_path, output_type='stream', text='<b')[0]
+    text, _ = _site_page(tmp_path, output_type='display_data', data={'text/html': '<style scoped>x</style><table border="1" class="dataframe"></table>'})
+    assert '<style' not in text and '<table></table>' in text
+    text, pictures = _site_page(tmp_path, output_type='display_data', data={'image/png': 'YQ==', 'text/plain': '<Figure>'})
+    assert '![](a/1.png)' in text and pictures == [b'a'] and 'Figure' not in text
+
+
+def test_links_between_notebooks_lead_to_pages_of_the_site():
+    assert SITE['on_page_markdown']('[a](05_b.ipynb#c)', None, None, None) == '[a](05_b.md#c)'
+
+
+def test_the_site_has_each_notebook_and_page_in_its_menu():
+    menu = re.findall(r': ([\w]+)\.md$', (folder.parent/'.github'/'mkdocs.yml').read_text(encoding='utf-8'), re.M)
+    assert sorted(menu) == sorted(p.stem for p in (*PAGES, *folder.glob('*.md')))
 
 
 def test_the_readmes_picture_is_that_of_the_notebook(): assert picture.read_bytes() == plots(page('index'))[0]

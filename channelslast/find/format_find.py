@@ -202,7 +202,7 @@ class Measurement:
 def format_find(self:Learner,
     precisions=None, # Some of `'fp32'`, `'fp16'`, `'bf16'`; None: fp32 and those that are fast on the device
     formats=None, # Some of `'contiguous'`, `'channels_last'`; None: both
-    num_it:int=None, # Maximum timed steps per candidate; None: 15, or up to 60 if all steps are very short
+    num_it:int=None, # Maximum timed steps per setting; None: 15, or up to 60 if all steps are very short
     show_plot:bool=True, # Draw the chart?
     layers:bool=True, # Also try depthwise convolutions in fp32, next to half precision?
     train:bool=True, # Measure training steps? False: predictions, as `get_preds` makes them

@@ -1,10 +1,10 @@
 "Results of `format_find`: the measurements, and the table, verdict and chart made from them."
-import html
 import math
 from dataclasses import asdict, dataclass, is_dataclass
 
 import pandas as pd
 
+from ..core.markup import paragraph, tag_code
 from ..learner.setting import LABELS, Setting
 from .race import TIE
 
@@ -161,12 +161,14 @@ class FormatTimings:
 
     def __repr__(self):
         return '\n'.join([_table(self).to_string(index=False, max_colwidth=NOTE_WIDTH), *self._sentences()])
-    def _repr_html_(self): return f'{_table(self).to_html(index=False)}<p>{html.escape(self.verdict)}</p>'
+    def _repr_html_(self):
+        verdict = self.verdict.removesuffix(self.code) + (self.code and f'`{self.code}`')
+        return tag_code(_table(self).to_html(index=False)) + paragraph(verdict)
 
     def plot(self,
         ax=None, # matplotlib axes to draw on; None makes new ones
     ):
-        "Draw the speedup of each candidate that ran as bars, with a line at contiguous fp32. Returns the axes."
+        "Draw the speedup of each setting that ran as bars, with a line at contiguous fp32. Returns the axes."
         from matplotlib import pyplot as plt
         rows, what = [r for r in self.rows if r.ms], 'a training step' if self.train else 'predictions'
         if ax is None: ax = plt.subplots(figsize=(7, 0.9 + 0.45*len(rows)), layout='constrained')[1]

@@ -1,5 +1,4 @@
 "`Learner.format_summary`: where the model keeps channels last, and where it loses it."
-import html
 import re
 from collections import Counter, defaultdict
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from fastcore.basics import patch, uniqueify
 from fastcore.foundation import L
 
 from ..core.devices import fit_device
+from ..core.markup import paragraph
 from ..core.nested_tensors import tensors_of
 from ..learner.preserve_learner import check_model, preserve_learner
 
@@ -88,11 +88,10 @@ class FormatSummary:
         return f'Channels last is lost {_times(lost)} (kept by {ratio}), {where}. {moved}'
 
     def __repr__(self): return '\n'.join(_parts(self, _fill, partial(pd.DataFrame.to_string, index=False)))
-    def _repr_html_(self): return ''.join(_parts(self, _paragraph, partial(pd.DataFrame.to_html, index=False)))
+    def _repr_html_(self): return ''.join(_parts(self, paragraph, partial(pd.DataFrame.to_html, index=False)))
 
 
 def _fill(text): return fill(text, WIDTH, break_on_hyphens=False)
-def _paragraph(text): return f'<p>{html.escape(text)}</p>'
 def _mb(n): return f'{n/1e6:.1f} MB' if n >= 5e4 else f'{n/1e3:.1f} kB' if n >= 50 else f'{n} B'
 def _times(n): return 'once' if n == 1 else f'{n} times'
 
