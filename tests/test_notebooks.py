@@ -147,20 +147,19 @@ def is_odd(i): return i % 2  # at the top level, since an export pickles it
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 def test_the_readmes_code_runs(no_download, tmp_path, monkeypatch):
-    "Every fenced Python block runs, and then the calls in the sentences, one after the other, as for a reader."
+    "The lines of the diff run, and then the calls in the sentences, one after the other, as for a reader."
     monkeypatch.chdir(tmp_path)
     readme = (folder.parent/'README.md').read_text(encoding='utf-8')
-    blocks = re.findall(r'```python\n(.*?)```', readme, re.S)
-    calls = re.findall(r'`((?:assert )?(?:Learner\(|learn\.|dl=learn\.|from ).*?)`', readme.split('```python')[1].split('```', 1)[1])
-    assert len(blocks) + len(calls) >= 7, calls
+    block = re.search(r'```diff\n(.*?)```', readme, re.S)[1]
+    calls = re.findall(r'`((?:assert )?(?:Learner\(|learn\.|dl=learn\.|from ).*?)`', readme.split('```diff')[1].split('```', 1)[1])
+    assert len(calls) >= 7, calls
     images = np.random.default_rng(0).integers(0, 255, (32, 40, 40, 3), np.uint8)
     dls = DataBlock((ImageBlock, CategoryBlock), get_items=noop, get_x=images.__getitem__, get_y=is_odd,
                     item_tfms=Resize(32)).dataloaders(range(32), bs=8, device=torch.device('cpu'), num_workers=0)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4*30*30, 4))
     names = dict(dls=dls, files=[PILImage.create(o) for o in images[:4]], model=model)
-    for block in blocks:
-        exec(compile(block, 'README.md', 'exec'), names)
-    assert not names['learn'].format_timings.train
+    exec(compile('\n'.join(o[1:] for o in block.splitlines()), 'README.md', 'exec'), names)
+    assert names['learn'].format_timings.train
     for call in calls: exec(compile(call, 'README.md', 'exec'), names)
     assert not names['learn'].format_timings.train
     names['learn'].to_contiguous(to_fp32=True)
