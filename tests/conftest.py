@@ -12,7 +12,7 @@ from fastai.vision.all import Learner, ProgressCallback, defaults
 
 from channelslast import less_random
 from channelslast.core import devices
-from .helpers import Clock, Compilations, PretendGPU, setting_of
+from .helpers import Clock, Compilations, PretendGPU, setting_of, use_backend
 
 collect_ignore = ['two_processes.py', 'conv_fuzz.py', 'notebooks.py', 'helpers.py', 'bench']  # doctest would import them
 MAX_PROCESSES = 8  # each takes 1 to 2 GB; more would wait for the longest tests
@@ -172,3 +172,16 @@ def traced(monkeypatch):
     monkeypatch.setattr(torch._inductor, 'compile', lambda graph, inputs, **kwargs: deepcopy(graph))
     def _compile(f, backend, **kwargs): return real(f, backend='aot_eager' if backend == 'inductor' else backend, **kwargs)
     return Compilations(monkeypatch, _compile)
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    "`CompilePredictions()` means this backend: see `each_backend` of helpers.py."
+    use_backend(monkeypatch, request.param)
+    return request.param
+
+
+@pytest.fixture
+def code(request, backend):
+    "Like `uncompiled` for the compiler; runtimes really convert."
+    return request.getfixturevalue('uncompiled' if backend == 'inductor' else 'compilations')

@@ -8,6 +8,7 @@ import threading
 import weakref
 
 import numpy as np
+import pytest
 import torch
 import torchvision
 from fastai.vision.all import (CrossEntropyLossFlat, DataLoader, DataLoaders, ImageDataLoaders, Learner, MixedPrecision)
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_map
 from channelslast import ChannelsLast, CompilePredictions, CompileTraining, FoldBatchNorm
 from channelslast.__main__ import cli
 from channelslast.learner.fused_optimizer import FusedOptimizer
+from channelslast.predict.runtimes import missing_packages
 
 
 # models and Learners
@@ -316,6 +318,21 @@ class Load:
 # predictions and compilations
 
 REFUSED = 'Unsupported'  # the compiler's error for `Breaks`
+BACKENDS = 'inductor', 'openvino', 'onnxruntime'
+
+
+def each_backend(*fast):
+    "Run a test with the compiler and both runtimes; those that are not `fast` in the slow suite."
+    fast = fast or ('inductor', 'openvino')
+    return pytest.mark.parametrize('backend', [pytest.param(o, marks=() if o in fast else pytest.mark.slow) for o in BACKENDS], indirect=True)
+
+
+def use_backend(monkeypatch, backend):
+    "From now on, `CompilePredictions()` means this backend. Skips the test where it is not installed."
+    install = missing_packages(backend)
+    if install: pytest.skip(f'needs `{install}`')
+    monkeypatch.setitem(sys.modules, 'openvino_telemetry', None)  # no test sends events, whoever imports OpenVINO first
+    monkeypatch.setattr(CompilePredictions.__init__, '__defaults__', (backend,))
 
 
 def block(i, o, act=True, **kwargs): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, **kwargs), nn.BatchNorm2d(o), *([nn.ReLU(True)] if act else []))

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from channelslast import CompilePredictions, CompileTraining, FoldBatchNorm
 from channelslast.core.compare import relative_error
-from .helpers import block, convnet, difference, image_folder, learner, loaders, model_state, names_library, passes_in_new_process, preds_of, shake, truth_of
+from .helpers import (block, convnet, difference, image_folder, learner, loaders, model_state, names_library, passes_in_new_process, preds_of, shake,
+                      truth_of, use_backend)
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*stays un', 'ignore::FutureWarning', 'ignore::DeprecationWarning')
 EVENTS = ('before_batch after_pred after_loss before_backward after_cancel_backward after_backward before_step after_cancel_step after_step '
@@ -23,9 +24,13 @@ EVENTS = ('before_batch after_pred after_loss before_backward after_cancel_backw
 
 
 @pytest.fixture(autouse=True)
-def machine(monkeypatch, has, uncompiled):
-    "A CPU that is fast in bf16, and whose kernels compute padded convolutions wrongly; nothing is really compiled."
+def machine(request, monkeypatch, has):
+    "A CPU that is fast in bf16, and whose kernels compute padded convolutions wrongly. Only OpenVINO really converts."
     has('bf16')
+    params = getattr(request.node, 'callspec', None) and request.node.callspec.params
+    converts = 'converted predictions' in (params or {}).values()
+    request.getfixturevalue('compilations' if converts else 'uncompiled')
+    if converts: use_backend(monkeypatch, 'openvino')
     monkeypatch.setattr(torch.cpu, '_is_avx512_supported', lambda: True)
 
 
@@ -42,9 +47,11 @@ SETTINGS = { # what is done with a Learner, and with these layers
     'channels last': lambda learn, layers=(): learn.to_channelslast(to_fp16=False), 'bf16': lambda learn, layers=(): learn.to_channelslast(amp_mode='bf16'),
     'fp32_layers': lambda learn, layers=('0', '1', '7'): learn.to_channelslast(amp_mode='bf16', fp32_layers=layers),
     'folded': lambda learn, layers=(): learn.add_cb(FoldBatchNorm()), 'compiled predictions': lambda learn, layers=(): learn.add_cb(CompilePredictions()),
+    'converted predictions': lambda learn, layers=(): learn.add_cb(CompilePredictions('openvino')),
     'compiled training': lambda learn, layers=(): learn.add_cb(CompileTraining()), 'all but fp32_layers': lambda learn, layers=(): all_but_fp32_layers(learn),
     'all': lambda learn, layers=('1',): all_but_fp32_layers(learn).to_channelslast(amp_mode='bf16', fp32_layers=layers)}
-settings = pytest.mark.parametrize('setting', [pytest.param(o, marks=pytest.mark.slow if o in ('bf16', 'all but fp32_layers') else ()) for o in SETTINGS])
+SLOW = 'bf16', 'all but fp32_layers', 'converted predictions'
+settings = pytest.mark.parametrize('setting', [pytest.param(o, marks=pytest.mark.slow if o in SLOW else ()) for o in SETTINGS])
 
 
 class AtEachEvent(Callback):
@@ -218,10 +225,11 @@ def in_threads(*functions):
 
 
 THREADS = {'folded': ['folded']*3, 'channels last': ['channels last']*3, 'fp32_layers': ['fp32_layers']*3, 'compiled predictions': ['compiled predictions']*3,
+           'converted predictions': ['converted predictions']*3,
            'mixed': ['folded', 'fp32_layers', 'compiled predictions']}
 
 
-@pytest.mark.parametrize('names', [pytest.param(o, marks=pytest.mark.slow if o == 'channels last' else ()) for o in THREADS])
+@pytest.mark.parametrize('names', [pytest.param(o, marks=pytest.mark.slow if o in ('channels last', 'converted predictions') else ()) for o in THREADS])
 def test_three_Learners_predict_with_one_model_in_three_threads(names):
     "Weights, keys and modules stay, bit for bit, and predictions are right, also those of the first batch."
     model, dls = net().eval(), loaders(n=16)
@@ -369,7 +377,8 @@ class Raises(nn.Module):
         return self.head(x)
 
 
-INTERRUPTED = [pytest.param(o, marks=() if o in ('fp32_layers', 'folded', 'compiled predictions', 'compiled training') else pytest.mark.slow) for o in SETTINGS]
+INTERRUPTED = [pytest.param(o, marks=() if o in ('fp32_layers', 'folded', 'compiled predictions', 'compiled training') else pytest.mark.slow)
+               for o in SETTINGS if o != 'converted predictions']
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, pytest.param(ArithmeticError, marks=pytest.mark.slow)])

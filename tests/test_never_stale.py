@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 
 from channelslast import CompilePredictions, FoldBatchNorm
 from channelslast.core.compare import relative_error
-from .helpers import Pairs, learner, loaders, preds_of, shake, truth_of
+from .helpers import BACKENDS, Pairs, learner, loaders, preds_of, shake, truth_of, use_backend
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
 NORM = nn.modules.batchnorm._BatchNorm
@@ -24,17 +24,20 @@ NORM = nn.modules.batchnorm._BatchNorm
 
 @pytest.fixture
 def callback(request):
-    if request.param is CompilePredictions: request.getfixturevalue('traced')
-    return request.param
+    "`FoldBatchNorm`, or `CompilePredictions`, whose backend it is in this test."
+    if request.param is FoldBatchNorm: return FoldBatchNorm
+    request.getfixturevalue('traced')
+    use_backend(request.getfixturevalue('monkeypatch'), request.param)
+    return CompilePredictions
 
 
-def cases(name, table, compiled=(), folded=None):
-    "Each case with both callbacks. Fast are those of `compiled`, which trace the model several times, and of `folded`, or all."
-    fast = {CompilePredictions: compiled, FoldBatchNorm: table if folded is None else folded}
-    marks = {(cb, k): () if k in fast[cb] else pytest.mark.slow for cb in fast for k in table}
-    ids = {FoldBatchNorm: 'folded', CompilePredictions: 'compiled'}
-    return pytest.mark.parametrize(f'callback, {name}', [pytest.param(cb, k, marks=marks[cb, k], id=f'{ids[cb]}, {k}') for cb in fast for k in table],
-                                   indirect=['callback'])
+def cases(name, table, compiled=(), folded=None, converted=()):
+    """Each case with both callbacks, and `CompilePredictions` with each backend. Fast are those of `compiled`, which trace the model
+    several times, of `converted` by OpenVINO, and of `folded`, or all."""
+    fast = {FoldBatchNorm: table if folded is None else folded, 'inductor': compiled, 'openvino': converted, 'onnxruntime': ()}
+    ids = {FoldBatchNorm: 'folded', 'inductor': 'compiled'}
+    return pytest.mark.parametrize(f'callback, {name}', [pytest.param(cb, k, marks=() if k in fast[cb] else pytest.mark.slow, id=f'{ids.get(cb, cb)}, {k}')
+                                                         for cb in fast for k in table], indirect=['callback'])
 
 
 def net_for(callback):
@@ -191,12 +194,13 @@ FAST = ('a fit', 'data assigned at the same address', 'running statistics', 'tor
         'load_state_dict with assign', 'forget')
 
 
-@cases('how', WEIGHTS, FAST)
+@cases('how', WEIGHTS, FAST, converted=('a fit', 'data assigned at the same address', 'torch AdamW fused', 'load_state_dict with assign'))
 def test_changed_weights_are_predicted_with(callback, how, tmp_path):
-    check(callback, Pairs(), WEIGHTS[how], True, how not in ('load', 'fp64'), path=tmp_path, splitter=lambda m: [[*m.one.parameters()], [*m.head.parameters()]])
+    used = True if how != 'fp64' or getattr(callback(), 'backend', 'inductor') == 'inductor' else None  # runtimes compute in fp32
+    check(callback, Pairs(), WEIGHTS[how], used, how not in ('load', 'fp64'), path=tmp_path, splitter=lambda m: [[*m.one.parameters()], [*m.head.parameters()]])
 
 
-@pytest.mark.parametrize('callback', [FoldBatchNorm, CompilePredictions], indirect=True)
+@pytest.mark.parametrize('callback', [FoldBatchNorm, *BACKENDS], indirect=True)
 def test_weights_that_become_NaN_and_back_are_predicted_with(callback):
     learn = learner(Pairs(), loaders(n=16), cbs=callback())
     preds_of(learn)
@@ -324,7 +328,7 @@ FAST = ('nested list', 'number next to a layer in an object', 'one more layer in
         'tensor in a partial', 'tensor in slots', 'tensor in a list, assigned')
 
 
-@cases('what', ATTRIBUTES, FAST)
+@cases('what', ATTRIBUTES, FAST, converted=('nested list', 'tensor in an object', 'tensor in a list, assigned'))
 def test_changed_attributes_are_predicted_with(callback, what):
     held, f, change = ATTRIBUTES[what]
     check(callback, Applies(net_for(callback), held(), f), on_model(change), True if callback is FoldBatchNorm else None)
@@ -376,7 +380,7 @@ class Constants(nn.Module):
 CONSTANTS = 'class attribute', 'class attribute, assigned', 'closure', 'default argument', 'global'
 
 
-@cases('where', CONSTANTS, CONSTANTS, ['closure'])
+@cases('where', CONSTANTS, CONSTANTS, ['closure'], CONSTANTS)
 def test_changed_tensors_outside_the_model_are_predicted_with(callback, where, monkeypatch):
     monkeypatch.setattr(Constants, 'shared', torch.ones(4))
     closed = torch.ones(4)
@@ -456,7 +460,7 @@ def test_redefined_methods_are_predicted_with(callback, what, monkeypatch):
     check(callback, Redefined(), lambda learn: monkeypatch.setattr(cls, name, new))
 
 
-@cases('what', ['method', 'function', 'assigned function'], ['method'], ['method'])
+@cases('what', ['method', 'function', 'assigned function'], ['method'], ['method'], ['function'])
 def test_code_that_autoreload_defines_again_is_predicted_with(callback, what, monkeypatch):
     "IPython's `%autoreload` keeps the function and replaces its code, where it can."
     monkeypatch.setattr(Inner, 'helper', types.FunctionType(Inner.helper.__code__, globals()))

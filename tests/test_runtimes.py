@@ -19,12 +19,12 @@ pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::Deprec
 NAMES = dict(openvino='OpenVINO', onnxruntime='ONNX Runtime')
 
 
-@pytest.fixture(params=NAMES)
-def runtime(request, monkeypatch):
-    install = missing_packages(request.param)
-    if install: pytest.skip(f'needs `{install}`')
-    monkeypatch.setitem(sys.modules, 'openvino_telemetry', None)  # no test sends events, whoever imports OpenVINO first
-    return request.param
+@pytest.fixture
+def runtime(backend): return backend
+
+
+def pytest_generate_tests(metafunc):
+    if 'runtime' in metafunc.fixturenames: metafunc.parametrize('backend', NAMES, indirect=True)
 
 
 def net(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))

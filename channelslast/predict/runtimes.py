@@ -54,7 +54,7 @@ class Runtime:
         flat, tensors = Flat(graph).eval(), tuple(t.detach() for t in inputs if isinstance(t, Tensor))
         half = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else torch.float32
         if torch.float64 in {t.dtype for t in (*tensors, *flat.parameters(), *flat.buffers())}:
-            raise NotPrepared(f'{BACKENDS[backend].name} computes float64 in fp32')
+            raise NotPrepared(f'it computes in float64, and {BACKENDS[backend].name} in fp32')
         output = next(n for n in graph.graph.nodes if n.op == 'output')
         self.dtypes, random = [n.meta['example_value'].dtype for n in output.args[0]], torch.get_rng_state()
         with torch.autocast('cpu', enabled=False):  # TorchScript casts by itself
