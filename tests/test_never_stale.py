@@ -613,7 +613,8 @@ def test_buffers_of_any_dtype_and_layout_are_predicted_with(callback, buffer):
     def _change(learn):
         t = getattr(learn.model.held, buffer).data
         (t[:1] if buffer == 'expanded' else t).copy_(torch.tensor(0. if buffer == 'bool' else 3.))
-    check(callback, Applies(net_for(callback), special_buffers(), scale), _change, True)
+    used = getattr(callback(), 'backend', '') != 'onnxruntime' or None  # ONNX lacks complex numbers
+    check(callback, Applies(net_for(callback), special_buffers(), scale), _change, used)
 
 
 @cases('dtype', [torch.float64, torch.bfloat16])

@@ -84,6 +84,21 @@ def test_a_model_with_a_branch_on_the_size_is_right_on_both_sides(runtime):
     assert converted == [True]*4
 
 
+class ManyBranches(nn.Module):
+    def __init__(self): super().__init__(); self.net = net()
+    def forward(self, x):
+        y = self.net(x)
+        for n in range(10, 40, 4): y = y*2 if x.shape[-1] > n else y
+        return y
+
+
+def test_a_model_with_more_branches_than_conversions_is_right_in_all_of_them(runtime, capsys):
+    learn = predicting(runtime, ManyBranches())
+    sizes = [torch.randn(4, 3, 8, n) for n in range(8, 38, 4)]
+    for _ in range(2): converted = [is_converted(learn, x) for x in sizes]
+    assert converted[:3] == [True]*3 and not all(converted) and capsys.readouterr().out.count('converted') < 6
+
+
 class OneSize(nn.Module):
     "Any number of images, of one size."
     def __init__(self): super().__init__(); self.l = nn.Linear(3*8*8, 4)

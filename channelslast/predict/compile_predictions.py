@@ -50,7 +50,7 @@ class FrozenModel:
     """A model compiled for one kind of input, by a runtime for all sizes that PyTorch's guards admit. `.constants` are
     the tensors that the compiled code holds."""
     def __init__(self, model, args, kwargs, types, backend): # `types` of the tensors that the model gives uncompiled
-        from torch._dynamo import config  # no public switch compiles recurrent layers
+        from torch._dynamo import config  # no public name has its limit, or the switch for recurrent layers
         from torch._dynamo.eval_frame import remove_from_cache  # PyTorch keeps compiled code and its constants
         from torch._inductor.codecache import PyCodeCache  # for the life of the process
         if len(types) > 1: raise NotPrepared('its outputs are tensors of several types')
@@ -60,7 +60,7 @@ class FrozenModel:
             return model(*args, **kwargs)
         forward, n = own_code(_forward), len(PyCodeCache.modules)
         weakref.finalize(forward, remove_from_cache, forward.__code__)
-        self.run = torch.compile(forward, fullgraph=True, dynamic=False, backend=_backend)
+        self.run, self.config, self.sizes = torch.compile(forward, fullgraph=True, dynamic=False, backend=_backend), config, {()}
         inputs = self._inputs(args, kwargs)
         if self.converted:
             for t in tensors_of(inputs): torch._dynamo.maybe_mark_dynamic(t, [d for d, n in enumerate(t.shape) if n > 1])
@@ -88,7 +88,13 @@ class FrozenModel:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __call__(self, *args, **kwargs): return self._call(*self._inputs(args, kwargs))
+    def __call__(self, *args, **kwargs):
+        inputs = self._inputs(args, kwargs)
+        sizes = tuple(t.shape for t in tensors_of(inputs)) if self.converted else ()
+        if sizes in self.sizes: return self._call(*inputs)
+        with compiling_quietly(), self.config.patch(recompile_limit=1): out = self._call(*inputs)  # or an error, in no time
+        self.sizes.add(sizes)
+        return out
 
 
 @pickle_as(Callback)
@@ -183,7 +189,7 @@ class CompilePredictions(PredictionCallback):
         self.work.misses, self.work.unused = 0, self.work.unused + 1
         how = f'converted by {BACKENDS[self.backend].name}' if run.converted else 'compiled'
         print_compiled(self, self.model, run.start, args, kwargs, self.work.again, how, ' and other sizes'*run.any_size)
-        if self.work.unused > MAX_UNUSED: self.refuse(CHANGES)
+        if self.work.unused >= MAX_UNUSED + self.max_copies: self.refuse(CHANGES)
 
     def reason_of(self, e): return str(e) if isinstance(e, NotPrepared) else reason_of(e)
 
