@@ -97,9 +97,11 @@ def compiled_predictions(steps, numbers, times, backends) -> list:
     fastest = {}
     for s in sorted(times, key=lambda s: min(times[s])):
         if not s.fp32_layers: fastest.setdefault(s.precision, s)
-    # other shapes than the compiled one need folded batch norms only with `torch.compile`
-    new = [replace(s, compiled=o, folded=s.folded and o == 'inductor') for o in backends for s in broadcast_from_rank0([*fastest.values()])
-           if s.precision == 'fp32' or o != 'onnxruntime']
+    new = []
+    for s in broadcast_from_rank0([*fastest.values()]):
+        # a runtime takes contiguous inputs of any size, so that uncompiled batches need not be fast
+        plain = replace(s, memory_format='contiguous', folded=False)
+        new += [replace(s if o == 'inductor' else plain, compiled=o) for o in backends if s.precision == 'fp32' or o != 'onnxruntime']
     return _joined(steps, numbers, new)
 
 

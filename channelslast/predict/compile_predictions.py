@@ -137,6 +137,8 @@ class CompilePredictions(PredictionCallback):
         super().__setattr__(name, value)
 
     @property
+    def rounding(self) -> float: return 0. if self.backend == 'inductor' else 2**-18 # runtimes sum in another order
+    @property
     def max_copies(self) -> int: return 1 if self.backend == 'inductor' else 4  # batches of one, other branches on sizes
 
     @property

@@ -44,6 +44,7 @@ class PredictionCallback(StandInCallback):
     changed; False if that takes a new copy."""
     max_copies = 4
     exact = {torch.float64: 1e-10, torch.float32: 1e-5} # relative error of the outputs that needs no explanation
+    rounding = 0. # least relative rounding error of an operation
 
     def new_work(self): # `runs`: functions by kind and shapes of the input, None where nothing can be prepared
         return Work(state=None, runs={}, refused=None, checked=False, inside=False, again=False, reasons=[], writes=0, misses=0, unused=0)
@@ -98,9 +99,9 @@ class PredictionCallback(StandInCallback):
             self.forget()
         state = self.work.state
         if state is None: return True
-        if state.model is self.model and state.has_more_hooks(): return False
         if state.model is not self.model: self.drop()
         elif not state.same_structure():
+            if state.has_more_hooks(): return False
             self.drop()
             self._changes(CHANGES)
             return self.work.refused is None
@@ -159,9 +160,9 @@ class PredictionCallback(StandInCallback):
     def _prepare_copy(self, state, key, own, truth, args, kwargs):
         work = self.work
         for run in {work.runs[k] for k in own} - {None}:  # prepared for other shapes
-            try: is_right = _error(run, truth, args, kwargs) <= _tolerance(work.state, key[0], self.exact)[0]
+            try: error = self._compare(run, key[0], truth, args, kwargs)
             except Exception: continue
-            if is_right: return work.runs.update({key: run})
+            if not error: return work.runs.update({key: run})
         if len({*work.runs.values()}) >= self.max_copies: return
         work.state, new = work.state or state, work.state is None
         try:
@@ -171,7 +172,7 @@ class PredictionCallback(StandInCallback):
                 for o in copy.shared: restore_dict(undo, vars(o) if hasattr(o, '__dict__') else dict(own=o))
                 for restore, old in generators_of(work.state.owned.values()): undo.callback(restore, old)
                 with restore_random_states(): run = self.prepare(copy, truth, args, kwargs)
-                error = run and _compare(work.state, self.exact, run, key[0], truth, args=args, kwargs=kwargs)
+                error = run and self._compare(run, key[0], truth, args, kwargs)
                 if error: raise NotPrepared(self.differs.format(f'{error:.0e}'))
         except BaseException as e:
             if new: self.drop()
@@ -179,6 +180,16 @@ class PredictionCallback(StandInCallback):
             return self.refuse(self.reason_of(e))
         work.runs[key], work.checked = run, work.inside
         if run: self.on_prepared(run, args, kwargs)
+
+    def _compare(self, run, kind, truth, args, kwargs) -> float: # The error, if it is more than rounding explains, or 0
+        from ..core.rounding import Rounding  # needs a private module of PyTorch
+        error, (allowed, eps) = _error(run, truth, args, kwargs), _tolerance(self.work.state, kind, self.exact)
+        if allowed < error <= MAX_ERROR:
+            try:
+                with Rounding(max(eps, self.rounding)):
+                    allowed = max(allowed, FACTOR*_error(ModelCopy(self.work.state).model, truth, args, kwargs))
+            except Exception: pass  # a model that checks its input, or can't run in a dispatch mode
+        return 0. if error <= min(allowed, MAX_ERROR) else error
 
 
 def _error(run, truth, args, kwargs) -> float:
@@ -189,13 +200,3 @@ def _tolerance(state, kind, exact) -> tuple: # Relative error that needs no expl
     weights = [t for t in state.watched if t.is_floating_point()]
     dtypes = {t.dtype for t in weights} | {o[1] for o in kind if isinstance(o, tuple) and isinstance(o[0], str)}
     return rounding_error(dtypes, {t.device for t in weights}, exact)
-
-
-def _compare(state, exact, run, kind, truth, args, kwargs) -> float: # The error, if it is more than rounding explains, or 0
-    from ..core.rounding import Rounding  # needs a private module of PyTorch
-    error, (allowed, eps) = _error(run, truth, args, kwargs), _tolerance(state, kind, exact)
-    if allowed < error <= MAX_ERROR:
-        try:
-            with Rounding(eps): allowed = max(allowed, FACTOR*_error(ModelCopy(state).model, truth, args, kwargs))
-        except Exception: pass  # a model that checks its input, or can't run in a dispatch mode
-    return 0. if error <= min(allowed, MAX_ERROR) else error

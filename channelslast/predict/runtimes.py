@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import SymInt, Tensor, nn
 
+from ..core.openmp import end_waiting_threads
 from .prepared_model import NotPrepared
 
 __all__ = ['BACKENDS', 'Runtime', 'check_backend', 'missing_packages']
@@ -63,6 +64,7 @@ class Runtime:
             self.run, self.any_size = BACKENDS[backend].convert(traced, tensors, flat, half), any(map(flat.any_size, flat.shapes))
 
     def __call__(self, *args):
+        end_waiting_threads()
         outs = self.run([t.numpy() for t in args if isinstance(t, Tensor)])
         return tuple(torch.from_numpy(o).to(dtype) for o, dtype in zip(outs, self.dtypes, strict=True))
 
@@ -94,6 +96,7 @@ def _to_onnxruntime(traced, tensors, flat, half):
     torch.onnx.export(traced, tensors, file, dynamo=False, input_names=names,
                       dynamic_axes={k: flat.any_size(shape) for k, shape in zip(names, flat.shapes)})
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    options.add_session_config_entry('session.force_spinning_stop', '1')  # when it is done; otherwise Python is slower then
     session = onnxruntime.InferenceSession(file.getvalue(), options, providers=['CPUExecutionProvider'])
     used = {o.name for o in session.get_inputs()}
     return lambda arrays: session.run(None, {k: a for k, a in zip(names, arrays) if k in used})

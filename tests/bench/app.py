@@ -23,7 +23,7 @@ def make_app(name, size, device) -> tuple: # A Learner, an image
     dls = block.dataloaders(None, bs=4, device=device, num_workers=0)
     learn = Learner(dls, build(name, dls.c, size), CrossEntropyLossFlat())
     if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
-    set_running_statistics(learn.model, torch.randn(8, 3, size, size, device=device))
+    set_running_statistics(learn.model, torch.as_subclass(dls.one_batch()[0], torch.Tensor))
     return learn, PILImage.create(photo)
 
 
@@ -41,7 +41,10 @@ def judge_app(name, size, device, num_it, compile=True) -> dict:
         for k, o in learners.items():
             for cb in o._grab_cbs(CompilePredictions): cb.quiet = True
             o.add_cb(ModelTime(model_ms[k], device))
-        times = interleaved({k: partial(elapsed_ms, device, partial(o.predict, image)) for k, o in learners.items()}, num_it)
+        def _second(o): # Milliseconds of the second of two predictions: an app has one model, so caches hold its weights
+            o.predict(image)
+            return elapsed_ms(device, partial(o.predict, image))
+        times = interleaved({k: partial(_second, o) for k, o in learners.items()}, num_it)
     ms, model = ({k: min(v) for k, v in o.items()} for o in (times, model_ms))
     best = str(timings.best.setting)
     def _speedup(k): return f"{ms['plain']/ms[k]:.2f}×"
