@@ -193,8 +193,8 @@ class Measurement:
         installed = ' and '.join(b.name for k, b in BACKENDS.items() if k != 'inductor' and not missing_packages(k))
         if fit_device(self.learn).type != 'cpu': return [f'Not tried: {installed}. It runs on CPUs only.'] if installed and self.compile else []
         if installed: return [] if self.compile else [f'Not tried: {installed}. Pass `compile=True` to measure it, too.']
-        return ['On CPUs, OpenVINO often predicts faster: `pip install openvino`, then pass `compile=True`. Single images took 1/1.2 to '
-                '1/2.3 of the time of contiguous fp32, with fast bf16 1/2.7 to 1/6.5 (nbs/05_benchmarks.ipynb).']
+        return ['On CPUs, OpenVINO often predicts faster: `pip install openvino`, then pass `compile=True`. It made `learn.predict` of four '
+                'networks 1.4 to 1.7 times as fast (nbs/05_benchmarks.ipynb).']
 
 
 @patch

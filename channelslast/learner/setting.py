@@ -9,17 +9,17 @@ from ..core.devices import fit_device
 from ..core.memory_format import convert_module
 from ..predict.compile_predictions import CompilePredictions
 from ..predict.fold_batch_norm import FoldBatchNorm
+from ..predict.runtimes import BACKENDS
 from .added import added_by_to_fastest, record_added
 from .channels_last import ChannelsLast
 from .compile_training import CompileTraining
 from .fused_optimizer import FusedOptimizer, fused, restore_optimizer, use_fused
 from .mixed_precision import DeviceMixedPrecision
 
-__all__ = ['FORMATS', 'PRECISIONS', 'LABELS', 'BACKENDS', 'Setting']
+__all__ = ['FORMATS', 'PRECISIONS', 'LABELS', 'Setting']
 
 FORMATS, PRECISIONS = ('contiguous', 'channels_last'), ('fp32', 'fp16', 'bf16')
 LABELS = dict(contiguous='contiguous', channels_last='channels last')
-BACKENDS = dict(inductor='compiled', openvino='OpenVINO', onnxruntime='ONNX Runtime') # As shown in results
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,16 @@ class Setting:
     def precisions(self) -> str: return self.precision + '+fp32'*bool(self.fp32_layers)
 
     def __str__(self):
-        kind = BACKENDS[self.compiled] if self.compiled else 'folded' if self.folded else ''
+        kind = self._compiler('compiled') if self.compiled else 'folded' if self.folded else ''
         return ', '.join(filter(None, [LABELS[self.memory_format], self.precisions, kind, 'fused'*self.fused]))
+
+    def _compiler(self, inductor): # Name of a runtime, or the words for PyTorch's own compiler
+        return inductor if self.compiled == 'inductor' else BACKENDS[self.compiled].name if self.compiled else ''
 
     @property
     def in_words(self) -> str: # In sentences
         name = f"{LABELS[self.memory_format]}{' in' if self.precisions != 'fp32' or self.is_channels_last else ''} {self.precisions}"
-        compiled = dict(BACKENDS, inductor='the model compiled').get(self.compiled, '')
-        kinds = [compiled, 'batch norms folded'*(self.folded and not compiled), 'the fused optimizer'*self.fused]
+        kinds = [self._compiler('the model compiled'), 'batch norms folded'*(self.folded and not self.compiled), 'the fused optimizer'*self.fused]
         return ' with '.join([name, ' and '.join(filter(None, kinds))]) if any(kinds) else name
 
     @property
