@@ -191,10 +191,10 @@ class Measurement:
     def other_runtimes(self) -> list:
         "A sentence on runtimes that were not tried: why, and how to."
         installed = ' and '.join(b.name for k, b in BACKENDS.items() if k != 'inductor' and not missing_packages(k))
-        if fit_device(self.learn).type != 'cpu': return [f'Not tried: {installed}. It runs on CPUs only.'] if installed and self.compile else []
-        if installed: return [] if self.compile else [f'Not tried: {installed}. Pass `compile=True` to measure it, too.']
+        if fit_device(self.learn).type != 'cpu': return [f'Not tried: {installed}, for CPUs only.'] if installed and self.compile else []
+        if installed: return [] if self.compile else [f'Not tried: {installed}. `compile=True` measures what is installed.']
         return ['On CPUs, OpenVINO often predicts faster: `pip install openvino`, then pass `compile=True`. It made `learn.predict` of four '
-                'networks 1.4 to 1.7 times as fast (nbs/05_benchmarks.ipynb).']
+                'networks 1.2 to 1.6 times as fast on two cores (nbs/05_benchmarks.ipynb).']
 
 
 @patch

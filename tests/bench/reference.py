@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -138,7 +139,10 @@ def by_hand(learn, batch) -> dict: # A callback by the runtime's name
     callbacks = {}
     for k, f in BY_HAND.items() if x.is_cpu else ():
         if not find_spec(k): continue
-        try: callbacks[k] = ByHand(f(model, x))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # of exporters
+                callbacks[k] = ByHand(f(model, x))
         except Exception: pass  # it can't convert this model
     return callbacks
 
