@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from channelslast.command.demo import precisions
-from .helpers import convnet, run_command, use_small_models
+from .helpers import run_command, use_small_models
 
 
 @pytest.fixture
@@ -76,10 +76,13 @@ def test_demo_of_own_images_trains_contiguous_fp32_and_channels_last_and_saves_t
 def test_demo_of_own_images_with_models_of_both_libraries(run, images, arch): check_own_images(run, images, arch)
 
 
+def net(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+
+
 class Timed(nn.Module):
     """A small classifier whose pass takes `times[key]` ms: `key` is such as `'channels last, bf16'`, in predictions
     `'predict, channels last, bf16'`. It is wrong in the setting `times['wrong']`."""
-    def __init__(self, clock, times): super().__init__(); self.net, self.clock, self.times = convnet(n=2), clock, times
+    def __init__(self, clock, times): super().__init__(); self.net, self.clock, self.times = net(), clock, times
     def forward(self, x):
         key = 'contiguous, ' if self.net[0].weight.is_contiguous() else 'channels last, '
         key += 'bf16' if torch.is_autocast_enabled('cpu') else 'fp32'
