@@ -5,6 +5,7 @@ import re
 import sys
 import time
 from copy import deepcopy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -57,6 +58,8 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=[*left])
     for o in items:
         if o.path.suffix == '.ipynb' and o.path.stem != FAST_NOTEBOOK: o.add_marker('slow')
+        if o.path.suffix == '.ipynb' and "CompilePredictions('openvino')" in o.path.read_text() and not find_spec('openvino'):
+            o.add_marker(pytest.mark.skip(reason='needs `pip install openvino`'))
         if not o.get_closest_marker('cuda'): continue
         o.add_marker(pytest.mark.xdist_group('cuda'))
         if not torch.cuda.is_available(): o.add_marker(pytest.mark.skip(reason='no CUDA GPU on this machine'))

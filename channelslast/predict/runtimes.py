@@ -70,6 +70,14 @@ class Runtime:
         return tuple(torch.from_numpy(o).to(dtype) for o, dtype in zip(outs, self.dtypes, strict=True))
 
 
+@cache
+def _openvino_core():
+    """One for the process. Each `Core` gives the thread that first compiles with it a stack for signal handlers. Where several
+    end in another order than they began, this stack is memory that was freed, and the next signal overwrites it."""
+    import openvino
+    return openvino.Core()
+
+
 def _to_openvino(traced, tensors, flat, half):
     silent = sys.modules.setdefault('openvino_telemetry', None) is None  # it would send events from the import on
     try: import openvino
@@ -86,8 +94,8 @@ def _to_openvino(traced, tensors, flat, half):
         node.set_partial_shape(openvino.PartialShape([-1 if d in dynamic else n for d, n in enumerate(t.shape)]))
     model.validate_nodes_and_infer_types()
     hint = {torch.bfloat16: 'bf16', torch.float16: 'f16'}.get(half, 'f32')  # without one it chooses bf16 by itself
-    compiled = openvino.compile_model(model, 'CPU', dict(INFERENCE_PRECISION_HINT=hint, PERFORMANCE_HINT='LATENCY',
-                                                         INFERENCE_NUM_THREADS=torch.get_num_threads()))
+    compiled = _openvino_core().compile_model(model, 'CPU', dict(INFERENCE_PRECISION_HINT=hint, PERFORMANCE_HINT='LATENCY',
+                                                                 INFERENCE_NUM_THREADS=torch.get_num_threads()))
     return lambda arrays: [*compiled(arrays).values()]  # copies of its outputs
 
 
