@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from channelslast import fused
 from channelslast.learner.fused_optimizer import fused_argument
+from channelslast.learner.setting import Setting
 from .helpers import convnet, difference, find, image_folder, learner, learner_state, loaders, names_library, rows_of
 
 Fused = type(fused(SGD)([nn.Parameter(torch.zeros(1))], lr=1.))  # class of the optimizers that `fused` makes
@@ -405,6 +406,21 @@ def test_to_fastest_puts_the_fused_optimizer_in_and_to_contiguous_takes_it_out(o
         assert o.opt_func is own and type(o.opt) is Optimizer and vars(o.opt).keys() == vars(own([nn.Parameter(torch.zeros(1))], lr=1.)).keys()
         if o is learn: assert difference(state, opt_state(o)) == ''
         o.fit(1)
+
+
+@pytest.mark.parametrize('first', ['unfreeze', 'fit'])
+def test_the_printed_line_gives_an_existing_optimizer_the_fused_step_at_the_next_fit(first):
+    "`unfreeze`, `fit` and `lr_find` make an optimizer. One of another kind stays, as in fastai."
+    learn, other = made(Adam), made(SGD)
+    for o in learn, other:
+        o.unfreeze() if first == 'unfreeze' else o.fit(1)
+        o.opt_func = fused(Adam)
+    state = opt_state(learn)
+    assert Setting.of(learn).fused and not Setting.of(other).fused and difference(state, opt_state(learn)) == ''
+    for o in learn, other: o.fit(1)
+    assert type(learn.opt) is Fused and type(other.opt) is Optimizer
+    find(learn)
+    assert type(learn.opt) is Fused and learn.opt._made_by is learn.opt_func
 
 
 def test_a_later_to_fastest_measures_from_the_plain_optimizer(optimizers_take):

@@ -5,6 +5,7 @@ import gc
 import importlib
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 from channelslast import CompilePredictions
 from channelslast.core.compare import relative_error
 from channelslast.predict.runtimes import missing_packages
-from .helpers import Breaks, convnet, image_folder, learner, loaders, names_library, preds_of, truth_of
+from .helpers import Breaks, convnet, each_backend, image_folder, learner, loaders, names_library, preds_of, truth_of
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
 NAMES = dict(openvino='OpenVINO', onnxruntime='ONNX Runtime')
@@ -195,6 +196,82 @@ def test_a_model_that_cannot_be_converted_runs_uncompiled_with_one_short_warning
         for _ in range(2): assert relative_error(preds_of(learn), truth_of(learn)) < 1e-4
     told = [str(o.message) for o in w if 'CompilePredictions' in str(o.message)]
     assert len(told) == 1 and len(told[0]) < 250 and '\n' not in told[0] and not learn.compile_predictions.compiled
+
+
+class Of(nn.Module):
+    "`f(module, x)`, with a linear layer and an embedding at hand."
+    def __init__(self, f): super().__init__(); self.f, self.linear, self.embedding = f, nn.Linear(5, 5), nn.Embedding(10, 5)
+    def forward(self, x): return self.f(self, x)
+
+
+def _checks_its_input(m, x):
+    assert (x > -100).all()
+    return m.linear(x)
+
+
+FIRST_ONLY = { # what a conversion would compute as for the first input: the model, the first input, another one
+    'a number of the input': (lambda m, x: m.linear(x)/x.abs().max().item(), torch.randn(4, 5), 7*torch.randn(4, 5)),
+    'a tensor of a number of the input': (lambda m, x: x*x.new_full((5,), x.max().item()), torch.randn(4, 5), 7*torch.randn(4, 5)),
+    'quotients of tensors': (lambda m, x: x//2, torch.rand(4, 5), -3.3*torch.rand(4, 5)),
+    'quotients of whole numbers': (lambda m, x: m.linear((x//3).float()), torch.arange(20).view(4, 5), -torch.arange(20).view(4, 5)),
+    'sums that wrap around': (lambda m, x: m.linear((x + 100).float()), torch.full((4, 5), 9, dtype=torch.uint8), torch.full((4, 5), 200, dtype=torch.uint8)),
+    'large whole numbers': (lambda m, x: m.linear((x > 5).float()), torch.full((4, 5), 9), torch.full((4, 5), 2**32)),
+    'an index too large': (lambda m, x: m.embedding(x), torch.arange(4), torch.arange(4) + 9),
+    'a negative index': (lambda m, x: m.embedding(x.view(2, 2)), torch.arange(4), torch.arange(4) - 1),
+    'an index of a tensor': (lambda m, x: m.linear.weight[x], torch.arange(4), torch.arange(4) + 3),
+    'a check': (_checks_its_input, torch.randn(4, 5), torch.randn(4, 5) - 200)}
+
+
+@pytest.mark.filterwarnings('ignore:.*stays uncompiled')
+@pytest.mark.parametrize('name', FIRST_ONLY)
+def test_other_numbers_than_those_of_the_first_input_give_the_models_output_or_error(runtime, name):
+    f, first, other = FIRST_ONLY[name]
+    learn = predicting(runtime, Of(f))
+    for _ in range(2): predict(learn, first)
+    try: learn.model(other)
+    except Exception as e:
+        with pytest.raises(type(e)), torch.no_grad(): learn.one_batch(0, (other, torch.zeros(len(other))))
+    else: predict(learn, other)
+    predict(learn, first)
+
+
+def test_embeddings_and_bytes_are_converted(runtime):
+    tokens, image = torch.arange(10).view(5, 2), torch.arange(20, dtype=torch.uint8).view(4, 5)
+    for f, x in (lambda m, x: m.linear(m.embedding(x[:, 0])), tokens), (lambda m, x: m.linear(x.float()), image):
+        learn = predicting(runtime, Of(f))
+        assert not is_converted(learn, x) and is_converted(learn, x)
+
+
+def test_sizes_that_a_model_rounds_up_are_right_for_many_sizes(runtime):
+    learn = predicting(runtime, Of(lambda m, x: m.linear(x)*-(-len(x)//4)))
+    for n in 4, 4, 8, 12, 16, 20, 24, 28, 32, 36, 7: predict(learn, torch.randn(n, 5))
+    assert learn.compile_predictions.compiled
+
+
+@each_backend()
+def test_a_transformer_with_padding_predicts_as_without_the_callback(backend):
+    "PyTorch's fast path, which any mode turns off, sets padded positions to zero."
+    class Padded(nn.Module):
+        def __init__(self): super().__init__(); self.t = nn.TransformerEncoder(nn.TransformerEncoderLayer(10, 2, 16, batch_first=True), 2)
+        def forward(self, x): return self.t(x, src_key_padding_mask=x[..., 0] == 0).mean(1)
+    learn, x = predicting(backend, Padded()), torch.randn(4, 7, 10)
+    x[0, 4:], x[1, 5:] = 0, 0
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for _ in range(3): predict(learn, x)
+
+
+def test_one_conversion_serves_several_threads_at_once(runtime):
+    learn, xs, wrong = predicting(runtime), torch.randn(4, 4, 3, 8, 8), []
+    for _ in range(2): predict(learn, xs[0])
+    run = next(iter(learn.compile_predictions.work.runs.values()))
+    with torch.no_grad(): truths = [learn.model(x) for x in xs]
+    def _run(x, truth):
+        for _ in range(50): wrong.append(relative_error(run(x), truth) > 1e-4)
+    threads = [threading.Thread(target=_run, args=o) for o in zip(xs, truths)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert len(wrong) == 200 and not any(wrong)
 
 
 @pytest.mark.parametrize('backend, missing', [('openvino', 'openvino'), ('onnxruntime', 'onnx'), ('onnxruntime', 'onnxruntime')])

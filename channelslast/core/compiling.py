@@ -3,13 +3,14 @@ import logging
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 
 from .devices import unwrap_model
 from .module_hooks import LOCK
+from .memory_format import unique_modules
 from .nested_tensors import tensors_of
-from .onednn_workarounds import note_rewritten
+from .onednn_workarounds import needs_safe_convolutions, note_rewritten
 from .random_state import python_state
 
 __all__ = ['CHANGES', 'DRAWS', 'compiling_quietly', 'note_reasons', 'own_code', 'print_compiled', 'reason_of']
@@ -25,9 +26,10 @@ def compiling_quietly():
     "One compilation at a time, without the warnings and log messages that it writes by the page."
     with LOCK, warnings.catch_warnings():
         level = logging.root.manager.disable
-        logging.disable(logging.ERROR)
-        warnings.simplefilter('ignore')
-        try: yield
+        try:
+            logging.disable(logging.ERROR)
+            warnings.simplefilter('ignore')
+            yield
         finally: logging.disable(level)
 
 
@@ -40,7 +42,8 @@ def own_code(f):
 def note_reasons(cb, model, reasons):
     "Append to `reasons` why a callback's model, which runs a pass in this block, must stay uncompiled."
     rewritten, draws = [], python_state()
-    with note_rewritten(rewritten): yield
+    # in the mode, PyTorch's transformers compute otherwise
+    with note_rewritten(rewritten) if needs_safe_convolutions(unique_modules(model)) else nullcontext(): yield
     if rewritten: reasons.append("oneDNN's kernels compute one of its convolutions wrongly")
     if draws != python_state(): reasons.append(DRAWS)
     if unwrap_model(model) is not model: reasons.append('it is compiled already, or wrapped for several devices')

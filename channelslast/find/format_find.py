@@ -18,7 +18,7 @@ from ..core.devices import fit_device, free_memory
 from ..core.distributed import broadcast_from_rank0, is_single_process, together
 from ..learner.added import added_by_to_fastest
 from ..learner.compile_training import CompileTraining
-from ..learner.fused_optimizer import fused_argument, restore_optimizer
+from ..learner.fused_optimizer import follow_opt_func, fused_argument, restore_optimizer
 from ..learner.mixed_precision import check_scaler
 from ..learner.preserve_learner import preserve_learner
 from ..learner.setting import Setting
@@ -90,6 +90,7 @@ class Measurement:
         learn = self.learn
         batches, self.loader_ms = checked_batches(learn, self.loader, self.train)
         if self.train and self.optimizer: restore_optimizer(learn)  # measure from the Learner's own
+        if self.train: follow_opt_func(learn)
         if self.train and learn.opt is None: learn.create_opt()
         if self.train: learn.opt.set_hypers(lr=0.)  # keeps the weights the same for every candidate
         learn.n_iter = MAX_ROUNDS + EXTRA_ROUNDS  # callbacks divide by it

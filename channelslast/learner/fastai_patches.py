@@ -22,6 +22,7 @@ from ..core.memory_format import align_optimizer, unique_modules
 from ..core.onednn_workarounds import SafeConvolutions, needs_safe_convolutions, pause_safe_convolutions
 from ..core.stand_in import StandInCallback, model_of, running_fits
 from .channels_last import ChannelsLast
+from .fused_optimizer import follow_opt_func
 from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler
 from .view_errors import explain_view_errors
 
@@ -56,6 +57,7 @@ def _step(self:Learner):
 
 @wraps(_fit)
 def _counted_fit(self, *args, **kwargs):
+    follow_opt_func(self)
     running_fits[self] = running_fits.get(self, 0) + 1  # `CompilePredictions` compiles only outside a fit
     try: _fit(self, *args, **kwargs)
     finally: running_fits[self] -= 1

@@ -12,7 +12,7 @@ from ..core.memory_format import match_strides
 from ..core.pickle_as import pickle_as
 from .added import added_by_to_fastest, record_added
 
-__all__ = ['fused', 'fused_argument', 'FusedOptimizer', 'use_fused', 'restore_optimizer']
+__all__ = ['fused', 'fused_argument', 'FusedOptimizer', 'is_fused', 'follow_opt_func', 'use_fused', 'restore_optimizer']
 
 
 def _state_tensors(ps, states, name):
@@ -131,6 +131,24 @@ class fused(partial):
         return partial, (self.func,), (self.func, self.args, self.keywords, None)
     def __copy__(self): return self
     def __deepcopy__(self, memo): return self
+
+
+def _is_older(learn) -> bool:
+    "True if the optimizer was made before a `fused` of it was put into `learn.opt_func`."
+    f = learn.opt_func
+    if not isinstance(f, fused) or f.own is not None or type(learn.opt) is not Optimizer: return False
+    kernel = _kernel(learn.opt)
+    return kernel is not None and kernel is _kernel(partial.__call__(f, learn.splitter(learn.model), lr=learn.lr))
+
+
+def is_fused(learn) -> bool:
+    "True if the next fit takes fused steps."
+    return isinstance(learn.opt, FusedOptimizer) or _is_older(learn) or learn.opt is None and isinstance(learn.opt_func, fused)
+
+
+def follow_opt_func(learn):
+    "Give an existing optimizer the fused step if `learn.opt_func` asks for it: `unfreeze`, `fit` and `lr_find` make one."
+    if _is_older(learn): learn.opt = FusedOptimizer(learn.opt, learn.opt_func)
 
 
 def fused_argument(learn) -> str|None:

@@ -13,7 +13,7 @@ from ..predict.runtimes import BACKENDS
 from .added import added_by_to_fastest, record_added
 from .channels_last import ChannelsLast
 from .compile_training import CompileTraining
-from .fused_optimizer import FusedOptimizer, fused, restore_optimizer, use_fused
+from .fused_optimizer import is_fused, restore_optimizer, use_fused
 from .mixed_precision import DeviceMixedPrecision
 
 __all__ = ['FORMATS', 'PRECISIONS', 'LABELS', 'Setting']
@@ -71,7 +71,7 @@ class Setting:
             'channels_last' if learn._grab_cbs(FastaiChannelsLast) else 'contiguous', mp.amp_mode.value if half else 'fp32',
             tuple(getattr(mp, 'fp32_layers', ())) if half else (), not train and bool(learn._grab_cbs(FoldBatchNorm)),
             compiled[0].backend if compiled else '',
-            train and (isinstance(learn.opt, FusedOptimizer) if learn.opt is not None else isinstance(learn.opt_func, fused)))
+            train and is_fused(learn))
 
     def callbacks(self, train=True, **scaler) -> list:
         "New callbacks that give this setting, for measuring: they don't warn. `scaler` are arguments of `GradScaler`."

@@ -122,7 +122,7 @@ class CompilePredictions(PredictionCallback):
     >>> with learn.no_bar(): preds, targs = learn.get_preds() # doctest: +ELLIPSIS
     CompilePredictions: Sequential compiled in ... s, for inputs of (4, 3, 32, 32)."""
     order = math.inf  # after `FoldBatchNorm`, which runs other shapes
-    exact = {torch.float64: 1e-3, torch.float32: 1e-3}
+    exact = {torch.float64: 1e-6, torch.float32: 1e-4}
     differs = 'its outputs differ when compiled (relative difference {})'
     reason, seconds = '', None  # Why the model is not compiled; seconds that the last compilation took
     backend = 'inductor'  # of subclasses that don't call `__init__`

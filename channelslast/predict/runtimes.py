@@ -4,6 +4,7 @@ PyTorch's guards decide which calls the traced graph is right for. Converters ge
 PyTorch's two exports this one takes seconds, and both runtimes know it from PyTorch 2.8 to 2.15."""
 import io
 import sys
+import threading
 from collections import namedtuple
 from functools import cache
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ import torch
 from torch import SymInt, Tensor, nn
 
 from ..core.openmp import end_waiting_threads
+from .convertible import check_numbers, check_operations, limits_of
 from .prepared_model import NotPrepared
 
 __all__ = ['BACKENDS', 'Runtime', 'check_backend', 'missing_packages']
@@ -44,7 +46,7 @@ class Flat(nn.Module):
 
     def forward(self, *tensors):
         sizes, rest = [o and tensors[o[0]].shape[o[1]] for o in self.sizes], iter(tensors)
-        return tuple(self.net(*[next(rest) if o is None else n for o, n in zip(self.sizes, sizes)]))
+        return tuple(self.net.forward(*[next(rest) if o is None else n for o, n in zip(self.sizes, sizes)]))
 
     def any_size(self, shape) -> list: return [d for d, n in enumerate(shape) if isinstance(n, SymInt)]
 
@@ -53,10 +55,13 @@ class Runtime:
     """A graph, converted. Outputs are new tensors of the dtypes that PyTorch gives. Under autocast the runtime gets the
     graph in fp32, and is asked for the half precision: OpenVINO uses it where the CPU has it."""
     def __init__(self, backend, graph, inputs):
-        flat, tensors = Flat(graph).eval(), tuple(t.detach() for t in inputs if isinstance(t, Tensor))
-        half = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else torch.float32
-        if torch.float64 in {t.dtype for t in (*tensors, *flat.parameters(), *flat.buffers())}:
-            raise NotPrepared(f'it computes in float64, and {BACKENDS[backend].name} in fp32')
+        tensors = tuple(t.detach() for t in inputs if isinstance(t, Tensor))
+        name, nodes = BACKENDS[backend].name, [n for n in graph.graph.nodes if n.op == 'placeholder']
+        if torch.float64 in {t.dtype for t in (*tensors, *graph.parameters(), *graph.buffers())}:
+            raise NotPrepared(f'it computes in float64, and {name} in fp32')
+        check_operations(graph, name)
+        self.limits = [limits_of(n, name) for n in nodes if isinstance(n.meta['example_value'], Tensor)]
+        flat, half = Flat(graph).eval(), torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else torch.float32
         output = next(n for n in graph.graph.nodes if n.op == 'output')
         self.dtypes, random = [n.meta['example_value'].dtype for n in output.args[0]], torch.get_rng_state()
         with torch.autocast('cpu', enabled=False):  # TorchScript casts by itself
@@ -65,8 +70,10 @@ class Runtime:
             self.run, self.any_size = BACKENDS[backend].convert(traced, tensors, flat, half), any(map(flat.any_size, flat.shapes))
 
     def __call__(self, *args):
+        tensors = [t for t in args if isinstance(t, Tensor)]
+        for t, limits in zip(tensors, self.limits, strict=True): check_numbers(t, limits)
         end_waiting_threads()
-        outs = self.run([t.numpy() for t in args if isinstance(t, Tensor)])
+        outs = self.run([t.numpy() for t in tensors])
         return tuple(torch.from_numpy(o).to(dtype) for o, dtype in zip(outs, self.dtypes, strict=True))
 
 
@@ -96,7 +103,11 @@ def _to_openvino(traced, tensors, flat, half):
     hint = {torch.bfloat16: 'bf16', torch.float16: 'f16'}.get(half, 'f32')  # without one it chooses bf16 by itself
     compiled = _openvino_core().compile_model(model, 'CPU', dict(INFERENCE_PRECISION_HINT=hint, PERFORMANCE_HINT='LATENCY',
                                                                  INFERENCE_NUM_THREADS=torch.get_num_threads()))
-    return lambda arrays: [*compiled(arrays).values()]  # copies of its outputs
+    requests = threading.local()  # one computes for one thread
+    def _run(arrays):
+        requests.own = vars(requests).get('own') or compiled.create_infer_request()
+        return [*requests.own.infer(arrays, share_inputs=True).values()]  # copies of its outputs
+    return _run
 
 
 def _to_onnxruntime(traced, tensors, flat, half):
@@ -106,7 +117,7 @@ def _to_onnxruntime(traced, tensors, flat, half):
     @cache
     def _session(shapes): # `()`: for any; a session for one size is up to 10% faster
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
         options.add_session_config_entry('session.force_spinning_stop', '1')  # when it is done; otherwise Python is slower then
         for names, shape in zip(sizes.values(), shapes):
             for d, name in names.items(): options.add_free_dimension_override_by_name(name, shape[d])

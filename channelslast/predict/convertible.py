@@ -1,0 +1,50 @@
+"Which traced graphs a runtime computes as PyTorch does, and for which whole numbers."
+import torch
+from torch import SymInt, Tensor
+
+from .prepared_model import NotPrepared
+
+__all__ = ['check_operations', 'check_numbers', 'limits_of']
+
+INT32 = -2**31, 2**31 - 1  # OpenVINO computes in 32 bits
+EXACT = {'embedding', 'float', 'to', 'eq', 'ne', 'lt', 'le', 'gt', 'ge'}  # operations on whole numbers, with the checks below
+
+
+def _operation(node) -> str: return getattr(node.target, '__name__', node.target) if node.op.startswith('call') else ''
+def _is_whole(x) -> bool: return isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex() or x.dtype is torch.bool)
+def _is_view(a, b) -> bool: return isinstance(a, Tensor) and a.untyped_storage()._cdata == b.untyped_storage()._cdata # no public name
+def _floor_divide(a, b): return (a - a % b)//b  # exact: both converters round towards zero
+
+
+def check_operations(graph, name):
+    """Raise `NotPrepared` if the conversion would make numbers of the first input constants, leave out a check, or compute
+    in another way. Divisions of sizes are written in another way."""
+    for n in graph.graph.nodes:
+        operation = _operation(n)
+        if operation == 'item': raise NotPrepared('it computes with numbers that it takes out of tensors')
+        if operation.startswith('_assert'): raise NotPrepared(f'it checks its input, and {name} would not')
+        if operation not in ('floordiv', 'floor_divide'): continue
+        if not isinstance(n.meta['example_value'], (SymInt, int)): raise NotPrepared(f'{name} rounds quotients in another way')
+        n.target = _floor_divide
+    graph.recompile()
+
+
+def limits_of(node, name) -> tuple: # Least and largest
+    """The whole numbers that an input may hold; None for an input of other numbers. Raises `NotPrepared` if the graph does more
+    with them than look them up in embeddings, compare them and make them real: runtimes have other limits and no errors."""
+    value, (low, high), views = node.meta['example_value'], INT32, [node]
+    if not _is_whole(value): return None
+    for n in views:
+        for user in n.users:
+            operation, out = _operation(user), user.meta.get('example_value')
+            if operation == 'embedding': low, high = 0, min(high, user.args[1].meta['example_value'].shape[0] - 1)
+            if operation in EXACT and not _is_whole(out): continue
+            if not _is_whole(out) or not _is_view(out, value): raise NotPrepared(f'{name} computes otherwise with whole numbers')
+            views.append(user)
+    return low, high
+
+
+def check_numbers(t, limits):
+    "Raise `NotPrepared` for whole numbers outside of the limits."
+    if limits and t.numel() and not limits[0] <= t.min().item() <= t.max().item() <= limits[1]:
+        raise NotPrepared('a whole number is too small or too large')
