@@ -5,7 +5,6 @@ import re
 import sys
 import time
 from copy import deepcopy
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from fastai.vision.all import Learner, ProgressCallback, defaults
 
 from channelslast import less_random
 from channelslast.core import devices
+from channelslast.predict.runtimes import missing_packages
 from .helpers import Clock, Compilations, PretendGPU, setting_of, use_backend
 
 collect_ignore = ['two_processes.py', 'conv_fuzz.py', 'notebooks.py', 'helpers.py', 'bench']  # doctest would import them
@@ -56,10 +56,11 @@ def pytest_collection_modifyitems(config, items):
         left = {o for o in zoo if not o.get_closest_marker('slow')}
         items[:] = [o for o in items if o not in left]
         config.hook.pytest_deselected(items=[*left])
+    no_openvino = missing_packages('openvino')
     for o in items:
         if o.path.suffix == '.ipynb' and o.path.stem != FAST_NOTEBOOK: o.add_marker('slow')
-        if o.path.suffix == '.ipynb' and "CompilePredictions('openvino')" in o.path.read_text() and not find_spec('openvino'):
-            o.add_marker(pytest.mark.skip(reason='needs `pip install openvino`'))
+        if no_openvino and o.path.suffix == '.ipynb' and "CompilePredictions('openvino')" in o.path.read_text():
+            o.add_marker(pytest.mark.skip(reason=f'needs `{no_openvino}`'))
         if not o.get_closest_marker('cuda'): continue
         o.add_marker(pytest.mark.xdist_group('cuda'))
         if not torch.cuda.is_available(): o.add_marker(pytest.mark.skip(reason='no CUDA GPU on this machine'))

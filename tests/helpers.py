@@ -315,6 +315,23 @@ class Load:
     def wait(self): pass
 
 
+# threads
+
+def in_threads(*functions):
+    "Run them at the same time, with many switches between threads. Returns the errors."
+    errors, interval = [], sys.getswitchinterval()
+    def _run(f):
+        try: f()
+        except BaseException as e: errors.append(e)
+    threads = [threading.Thread(target=_run, args=(f,)) for f in functions]
+    sys.setswitchinterval(1e-5)
+    try:
+        for t in threads: t.start()
+        for t in threads: t.join()
+    finally: sys.setswitchinterval(interval)
+    return errors
+
+
 # predictions and compilations
 
 REFUSED = 'Unsupported'  # the compiler's error for `Breaks`

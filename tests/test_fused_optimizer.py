@@ -409,7 +409,7 @@ def test_to_fastest_puts_the_fused_optimizer_in_and_to_contiguous_takes_it_out(o
 
 
 @pytest.mark.parametrize('first', ['unfreeze', 'fit'])
-def test_the_printed_line_gives_an_existing_optimizer_the_fused_step_at_the_next_fit(first):
+def test_the_printed_line_gives_an_existing_optimizer_the_fused_step_at_the_next_fit(optimizers_take, first):
     "`unfreeze`, `fit` and `lr_find` make an optimizer. One of another kind stays, as in fastai."
     learn, other = made(Adam), made(SGD)
     for o in learn, other:
@@ -417,6 +417,8 @@ def test_the_printed_line_gives_an_existing_optimizer_the_fused_step_at_the_next
         o.opt_func = fused(Adam)
     state = opt_state(learn)
     assert Setting.of(learn).fused and not Setting.of(other).fused and difference(state, opt_state(learn)) == ''
+    t = find(learn, optimizer=True)
+    assert t.optimizer_ms == pytest.approx(10.) and t.current.fused and type(learn.opt) is Optimizer
     for o in learn, other: o.fit(1)
     assert type(learn.opt) is Fused and type(other.opt) is Optimizer
     find(learn)

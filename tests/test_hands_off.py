@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from channelslast import CompilePredictions, CompileTraining, FoldBatchNorm
 from channelslast.core.compare import relative_error
-from .helpers import (block, convnet, difference, image_folder, learner, loaders, model_state, names_library, passes_in_new_process, preds_of, shake,
-                      truth_of, use_backend)
+from .helpers import (block, convnet, difference, image_folder, in_threads, learner, loaders, model_state, names_library,
+                      passes_in_new_process, preds_of, shake, truth_of, use_backend)
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*stays un', 'ignore::FutureWarning', 'ignore::DeprecationWarning')
 EVENTS = ('before_batch after_pred after_loss before_backward after_cancel_backward after_backward before_step after_cancel_step after_step '
@@ -211,21 +211,6 @@ def test_exports_made_in_a_fit_load_and_predict_without_the_library(tmp_path):
 
 
 # threads
-
-def in_threads(*functions):
-    "Run them at the same time, with many switches between threads. Returns the errors."
-    errors, interval = [], sys.getswitchinterval()
-    def _run(f):
-        try: f()
-        except BaseException as e: errors.append(e)
-    threads = [threading.Thread(target=_run, args=(f,)) for f in functions]
-    sys.setswitchinterval(1e-5)
-    try:
-        for t in threads: t.start()
-        for t in threads: t.join()
-    finally: sys.setswitchinterval(interval)
-    return errors
-
 
 THREADS = {'folded': ['folded']*3, 'channels last': ['channels last']*3, 'fp32_layers': ['fp32_layers']*3, 'compiled predictions': ['compiled predictions']*3,
            'converted predictions': ['converted predictions']*3,

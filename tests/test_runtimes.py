@@ -5,8 +5,8 @@ import gc
 import importlib
 import subprocess
 import sys
-import threading
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from channelslast import CompilePredictions
 from channelslast.core.compare import relative_error
 from channelslast.predict.runtimes import missing_packages
-from .helpers import Breaks, convnet, each_backend, image_folder, learner, loaders, names_library, preds_of, truth_of
+from .helpers import Breaks, convnet, each_backend, image_folder, in_threads, learner, loaders, names_library, preds_of, truth_of
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
 NAMES = dict(openvino='OpenVINO', onnxruntime='ONNX Runtime')
@@ -209,7 +209,7 @@ def _checks_its_input(m, x):
     return m.linear(x)
 
 
-FIRST_ONLY = { # what a conversion would compute as for the first input: the model, the first input, another one
+FIRST_ONLY = { # a model whose conversion might be right for its first input only, this input, another one
     'a number of the input': (lambda m, x: m.linear(x)/x.abs().max().item(), torch.randn(4, 5), 7*torch.randn(4, 5)),
     'a tensor of a number of the input': (lambda m, x: x*x.new_full((5,), x.max().item()), torch.randn(4, 5), 7*torch.randn(4, 5)),
     'quotients of tensors': (lambda m, x: x//2, torch.rand(4, 5), -3.3*torch.rand(4, 5)),
@@ -262,16 +262,13 @@ def test_a_transformer_with_padding_predicts_as_without_the_callback(backend):
 
 
 def test_one_conversion_serves_several_threads_at_once(runtime):
-    learn, xs, wrong = predicting(runtime), torch.randn(4, 4, 3, 8, 8), []
+    learn, xs, right = predicting(runtime), torch.randn(4, 4, 3, 8, 8), []
     for _ in range(2): predict(learn, xs[0])
     run = next(iter(learn.compile_predictions.work.runs.values()))
     with torch.no_grad(): truths = [learn.model(x) for x in xs]
     def _run(x, truth):
-        for _ in range(50): wrong.append(relative_error(run(x), truth) > 1e-4)
-    threads = [threading.Thread(target=_run, args=o) for o in zip(xs, truths)]
-    for t in threads: t.start()
-    for t in threads: t.join()
-    assert len(wrong) == 200 and not any(wrong)
+        for _ in range(50): right.append(relative_error(run(x), truth) <= 1e-4)
+    assert in_threads(*[partial(_run, *o) for o in zip(xs, truths)]) == [] and len(right) == 200 and all(right)
 
 
 @pytest.mark.parametrize('backend, missing', [('openvino', 'openvino'), ('onnxruntime', 'onnx'), ('onnxruntime', 'onnxruntime')])

@@ -6,9 +6,9 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from types import FunctionType
 
-from .devices import unwrap_model
-from .module_hooks import LOCK
+from .devices import model_device, unwrap_model
 from .memory_format import unique_modules
+from .module_hooks import LOCK
 from .nested_tensors import tensors_of
 from .onednn_workarounds import needs_safe_convolutions, note_rewritten
 from .random_state import python_state
@@ -42,8 +42,8 @@ def own_code(f):
 def note_reasons(cb, model, reasons):
     "Append to `reasons` why a callback's model, which runs a pass in this block, must stay uncompiled."
     rewritten, draws = [], python_state()
-    # in the mode, PyTorch's transformers compute otherwise
-    with note_rewritten(rewritten) if needs_safe_convolutions(unique_modules(model)) else nullcontext(): yield
+    unsafe = model_device(model).type == 'cpu' and needs_safe_convolutions(unique_modules(model))
+    with note_rewritten(rewritten) if unsafe else nullcontext(): yield  # any mode turns off the fast path of transformers
     if rewritten: reasons.append("oneDNN's kernels compute one of its convolutions wrongly")
     if draws != python_state(): reasons.append(DRAWS)
     if unwrap_model(model) is not model: reasons.append('it is compiled already, or wrapped for several devices')

@@ -90,7 +90,7 @@ class Measurement:
         learn = self.learn
         batches, self.loader_ms = checked_batches(learn, self.loader, self.train)
         if self.train and self.optimizer: restore_optimizer(learn)  # measure from the Learner's own
-        if self.train: follow_opt_func(learn)
+        if self.train: follow_opt_func(learn)  # as the next fit does
         if self.train and learn.opt is None: learn.create_opt()
         if self.train: learn.opt.set_hypers(lr=0.)  # keeps the weights the same for every candidate
         learn.n_iter = MAX_ROUNDS + EXTRA_ROUNDS  # callbacks divide by it

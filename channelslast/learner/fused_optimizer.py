@@ -133,22 +133,24 @@ class fused(partial):
     def __deepcopy__(self, memo): return self
 
 
-def _is_older(learn) -> bool:
-    "True if the optimizer was made before a `fused` of it was put into `learn.opt_func`."
+def _opt_func_is_newer(learn) -> bool:
+    "True if the optimizer lacks the fused step of `learn.opt_func`, which was set after it was made."
     f = learn.opt_func
     if not isinstance(f, fused) or f.own is not None or type(learn.opt) is not Optimizer: return False
     kernel = _kernel(learn.opt)
-    return kernel is not None and kernel is _kernel(partial.__call__(f, learn.splitter(learn.model), lr=learn.lr))
+    plain = partial.__call__(f, learn.splitter(learn.model), lr=learn.lr)
+    return kernel is not None and kernel is _kernel(plain)  # otherwise it would compute other weights
 
 
 def is_fused(learn) -> bool:
     "True if the next fit takes fused steps."
-    return isinstance(learn.opt, FusedOptimizer) or _is_older(learn) or learn.opt is None and isinstance(learn.opt_func, fused)
+    if learn.opt is None: return isinstance(learn.opt_func, fused)
+    return isinstance(learn.opt, FusedOptimizer) or _opt_func_is_newer(learn)
 
 
 def follow_opt_func(learn):
-    "Give an existing optimizer the fused step if `learn.opt_func` asks for it: `unfreeze`, `fit` and `lr_find` make one."
-    if _is_older(learn): learn.opt = FusedOptimizer(learn.opt, learn.opt_func)
+    "Give an existing optimizer the fused step if `learn.opt_func` is a `fused` of it. `unfreeze`, `fit` and `lr_find` make one."
+    if _opt_func_is_newer(learn): learn.opt = FusedOptimizer(learn.opt, learn.opt_func)
 
 
 def fused_argument(learn) -> str|None:

@@ -108,12 +108,15 @@ class CompilePredictions(PredictionCallback):
 
     The first batch that the Learner predicts outside a fit is compiled. Later batches of the same shape run compiled,
     others as without this callback, so that none waits for a compilation. What a runtime has converted serves other
-    sizes, each after one comparison with the model's output. A batch of one, and sizes for which the model runs other
-    operations, are converted apart, up to four times in all. `forget()` frees the code. Changes are detected as by
-    `FoldBatchNorm`: the next prediction outside a fit compiles again, and a line says so; in a fit, validation runs
-    uncompiled. A private copy is compiled, and its first output compared with the model's. A model that can't be
-    compiled, keeps state, or draws random numbers of Python or NumPy (for runtimes also of PyTorch) runs uncompiled,
-    with a warning.
+    sizes, each of the first eight after one comparison with the model's output. A batch of one, and sizes for which the
+    model runs other operations, are converted apart, up to four times in all. `forget()` frees the code. Changes are
+    detected as by `FoldBatchNorm`: the next prediction outside a fit compiles again, and a line says so; in a fit,
+    validation runs uncompiled. A private copy is compiled, and its first output compared with the model's.
+
+    A model that can't be compiled, keeps state, or draws random numbers of Python or NumPy runs uncompiled, with a warning.
+    With a runtime, so does a model that draws random numbers of PyTorch, takes numbers out of tensors, asserts something
+    about its input, rounds quotients down, or computes with whole numbers other than indices of embeddings. Results of
+    OpenVINO for NaN and infinity may differ from PyTorch's.
 
     >>> from fastai.vision.all import *; from channelslast import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)

@@ -1,13 +1,13 @@
-"Which traced graphs a runtime computes as PyTorch does, and for which whole numbers."
+"Traced graphs, and whole numbers in their inputs, for which runtimes compute the same as PyTorch."
 import torch
 from torch import SymInt, Tensor
 
 from .prepared_model import NotPrepared
 
-__all__ = ['check_operations', 'check_numbers', 'limits_of']
+__all__ = ['check_numbers', 'check_operations', 'limits_of']
 
 INT32 = -2**31, 2**31 - 1  # OpenVINO computes in 32 bits
-EXACT = {'embedding', 'float', 'to', 'eq', 'ne', 'lt', 'le', 'gt', 'ge'}  # operations on whole numbers, with the checks below
+EXACT = {'embedding', 'float', 'to', 'eq', 'ne', 'lt', 'le', 'gt', 'ge'}  # operations on whole numbers within these limits
 
 
 def _operation(node) -> str: return getattr(node.target, '__name__', node.target) if node.op.startswith('call') else ''
@@ -17,8 +17,8 @@ def _floor_divide(a, b): return (a - a % b)//b  # exact: both converters round t
 
 
 def check_operations(graph, name):
-    """Raise `NotPrepared` if the conversion would make numbers of the first input constants, leave out a check, or compute
-    in another way. Divisions of sizes are written in another way."""
+    """Raise `NotPrepared` for operations that a runtime would replace by constants, leave out or round in another way.
+    Divisions of sizes are rewritten, so that they round as in PyTorch."""
     for n in graph.graph.nodes:
         operation = _operation(n)
         if operation == 'item': raise NotPrepared('it computes with numbers that it takes out of tensors')
@@ -29,17 +29,22 @@ def check_operations(graph, name):
     graph.recompile()
 
 
-def limits_of(node, name) -> tuple: # Least and largest
-    """The whole numbers that an input may hold; None for an input of other numbers. Raises `NotPrepared` if the graph does more
-    with them than look them up in embeddings, compare them and make them real: runtimes have other limits and no errors."""
+def limits_of(graph, name) -> list:
+    "Least and largest number that each input tensor may hold, or None for inputs that hold no whole numbers."
+    inputs = [n for n in graph.graph.nodes if n.op == 'placeholder' and isinstance(n.meta['example_value'], Tensor)]
+    return [_limits(n, name) if _is_whole(n.meta['example_value']) else None for n in inputs]
+
+
+def _limits(node, name) -> tuple:
+    """The limits of an input of whole numbers. Raises `NotPrepared` if the graph does more than look them up in embeddings,
+    compare them or cast them: runtimes wrap around at other numbers, and raise no error for a wrong index."""
     value, (low, high), views = node.meta['example_value'], INT32, [node]
-    if not _is_whole(value): return None
     for n in views:
         for user in n.users:
             operation, out = _operation(user), user.meta.get('example_value')
             if operation == 'embedding': low, high = 0, min(high, user.args[1].meta['example_value'].shape[0] - 1)
             if operation in EXACT and not _is_whole(out): continue
-            if not _is_whole(out) or not _is_view(out, value): raise NotPrepared(f'{name} computes otherwise with whole numbers')
+            if not _is_whole(out) or not _is_view(out, value): raise NotPrepared(f'it computes with whole numbers, and {name} has other limits')
             views.append(user)
     return low, high
 

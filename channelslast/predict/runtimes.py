@@ -16,7 +16,7 @@ from ..core.openmp import end_waiting_threads
 from .convertible import check_numbers, check_operations, limits_of
 from .prepared_model import NotPrepared
 
-__all__ = ['BACKENDS', 'Runtime', 'check_backend', 'missing_packages']
+__all__ = ['BACKENDS', 'Runtime', 'check_backend', 'missing_packages', 'openvino_core']
 
 Backend = namedtuple('Backend', 'name packages convert')
 
@@ -46,7 +46,8 @@ class Flat(nn.Module):
 
     def forward(self, *tensors):
         sizes, rest = [o and tensors[o[0]].shape[o[1]] for o in self.sizes], iter(tensors)
-        return tuple(self.net.forward(*[next(rest) if o is None else n for o, n in zip(self.sizes, sizes)]))
+        args = [next(rest) if o is None else n for o, n in zip(self.sizes, sizes)]
+        return tuple(self.net.forward(*args))  # its `__call__` prints the traceback of an error
 
     def any_size(self, shape) -> list: return [d for d, n in enumerate(shape) if isinstance(n, SymInt)]
 
@@ -56,12 +57,12 @@ class Runtime:
     graph in fp32, and is asked for the half precision: OpenVINO uses it where the CPU has it."""
     def __init__(self, backend, graph, inputs):
         tensors = tuple(t.detach() for t in inputs if isinstance(t, Tensor))
-        name, nodes = BACKENDS[backend].name, [n for n in graph.graph.nodes if n.op == 'placeholder']
+        name = BACKENDS[backend].name
         if torch.float64 in {t.dtype for t in (*tensors, *graph.parameters(), *graph.buffers())}:
             raise NotPrepared(f'it computes in float64, and {name} in fp32')
         check_operations(graph, name)
-        self.limits = [limits_of(n, name) for n in nodes if isinstance(n.meta['example_value'], Tensor)]
-        flat, half = Flat(graph).eval(), torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else torch.float32
+        self.limits, flat = limits_of(graph, name), Flat(graph).eval()
+        half = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else torch.float32
         output = next(n for n in graph.graph.nodes if n.op == 'output')
         self.dtypes, random = [n.meta['example_value'].dtype for n in output.args[0]], torch.get_rng_state()
         with torch.autocast('cpu', enabled=False):  # TorchScript casts by itself
@@ -78,9 +79,9 @@ class Runtime:
 
 
 @cache
-def _openvino_core():
-    """One for the process. Each `Core` gives the thread that first compiles with it a stack for signal handlers. Where several
-    end in another order than they began, this stack is memory that was freed, and the next signal overwrites it."""
+def openvino_core():
+    """The process's only `openvino.Core`. Each one replaces the stack for signal handlers of the thread that first compiles with
+    it. If several end in another order than they began, the stack left is freed memory, which the next signal overwrites."""
     import openvino
     return openvino.Core()
 
@@ -101,9 +102,9 @@ def _to_openvino(traced, tensors, flat, half):
         node.set_partial_shape(openvino.PartialShape([-1 if d in dynamic else n for d, n in enumerate(t.shape)]))
     model.validate_nodes_and_infer_types()
     hint = {torch.bfloat16: 'bf16', torch.float16: 'f16'}.get(half, 'f32')  # without one it chooses bf16 by itself
-    compiled = _openvino_core().compile_model(model, 'CPU', dict(INFERENCE_PRECISION_HINT=hint, PERFORMANCE_HINT='LATENCY',
+    compiled = openvino_core().compile_model(model, 'CPU', dict(INFERENCE_PRECISION_HINT=hint, PERFORMANCE_HINT='LATENCY',
                                                                  INFERENCE_NUM_THREADS=torch.get_num_threads()))
-    requests = threading.local()  # one computes for one thread
+    requests = threading.local()  # a request serves one thread at a time
     def _run(arrays):
         requests.own = vars(requests).get('own') or compiled.create_infer_request()
         return [*requests.own.infer(arrays, share_inputs=True).values()]  # copies of its outputs

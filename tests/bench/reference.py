@@ -11,7 +11,7 @@ import warnings
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from functools import cache, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -116,14 +116,9 @@ class ByHand(Callback):
     def after_pred(self): self.learn.model = self.own
 
 
-@cache
-def openvino_core():  # several in one process spoil the stack of signal handlers
-    import openvino
-    return openvino.Core()
-
-
 def openvino_by_hand(model, x):
     import openvino
+    from channelslast.predict.runtimes import openvino_core  # several in one process spoil the stack of signal handlers
     compiled = openvino_core().compile_model(openvino.convert_model(model, example_input=x), 'CPU')
     return lambda a: compiled(a)[0]
 
