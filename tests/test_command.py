@@ -50,7 +50,7 @@ def test_demo_of_the_digits_as_typed(accelerates):
     rows = table(out.stdout)
     assert rows[0][:2] == ('contiguous', 'fp32') and rows[0][3] == '1.00' and rows[1][0] == 'channels last' and len({r[:2] for r in rows}) == len(rows) < 4
     assert all(int(r[4]) > 0 for r in rows)
-    assert re.search(r'^(Keep contiguous fp32: |Use .*: [\d.]+× as fast as contiguous fp32 |Undecided: (keep|use) )', out.stdout, re.M)
+    assert re.search(r'^(Keep contiguous fp32: |Use .*: [\d.]+× as fast as contiguous fp32\.|Undecided: (keep|use) )', out.stdout, re.M)
     accuracies = [float(o) for o in re.findall(r'^epoch [012], train_loss [\d.]+, valid_loss [\d.]+, accuracy ([\d.]+), time \S+$', out.stdout, re.M)]
     assert len(accuracies) == epochs*len(rows) and (epochs == 1 or min(accuracies[epochs - 1::epochs]) > 0.6)
     assert not re.search(r'[\x00-\x08\x0b-\x1f\x7f]', out.stdout + out.stderr)

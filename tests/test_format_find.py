@@ -299,7 +299,7 @@ def test_the_result_prints_renders_and_plots(has, fake_steps):
 
 def row(f='contiguous', p='fp32', ms=100., **kwargs): return Timing(Setting(f, p), ms, 100./ms if ms else None, **kwargs)
 AGAIN, BACK = 'Measure again when this machine is less busy.', 'Without measuring: learn.to_contiguous(to_fp32=True)'
-BASE, LAST, FAILED = row(), row('channels_last', ms=50.), row('channels_last', 'bf16', ms=10., valid=False, note='x'*200)
+BASE, LAST, SLOWER, FAILED = row(), row('channels_last', ms=50.), row('channels_last', ms=101.), row('channels_last', 'bf16', ms=10., valid=False, note='x'*200)
 
 @pytest.mark.parametrize('rows, best, margin, current, verdict', [
     ([BASE, LAST], BASE, 0.02, BASE, 'Keep contiguous fp32: nothing else was more than 2% faster.'),
@@ -314,6 +314,18 @@ def test_the_verdict_of_given_times(rows, best, margin, current, verdict):
     t = FormatTimings(rows, best, margin, LAST, 1., current=current.setting)
     assert t.verdict == verdict and list(t.to_frame().note) == [r.note for r in rows]
     assert max(map(len, repr(FormatTimings(rows, best, loader_ms=1.)).splitlines())) <= 160
+
+
+@pytest.mark.parametrize('rows, best, margin, current, outcome', [
+    ([BASE, LAST], LAST, 0.02, BASE, 'Training in channels last, fp32: 2.00× as fast as contiguous fp32.'),
+    ([BASE, LAST], LAST, 0.02, LAST, 'Training stays in channels last, fp32: 2.00× as fast as contiguous fp32.'),
+    ([BASE, SLOWER], SLOWER, 0.02, SLOWER, 'Training stays in channels last, fp32: nothing else was more than 2% faster.'),
+    ([BASE, SLOWER], SLOWER, 0.03, SLOWER, 'Training stays in channels last, fp32: nothing else was clearly faster.'),
+    ([BASE, LAST], BASE, 0.02, LAST, 'Training in contiguous, fp32: nothing else was more than 2% faster.'),
+    ([BASE, LAST], BASE, 0.45, BASE, f'Training stays in contiguous, fp32: nothing else was clearly faster. Undecided: channels last in fp32 may be up to 45% faster. {AGAIN}')])
+def test_the_outcome_of_given_times(rows, best, margin, current, outcome):
+    rival = LAST if best is BASE else BASE
+    assert FormatTimings(rows, best, margin, rival, current=current.setting).outcome == outcome
 
 
 def test_many_frozen_parameters_are_printed_with_commas():
@@ -423,7 +435,9 @@ def test_to_fastest_switches_to_the_fastest_setting_and_prints_it(has, fake_step
         if 'bf16' in win: assert learn.mixed_precision.amp_mode.value == 'bf16'
         assert rows_of(learn.format_timings)[win] is learn.format_timings.best
     said = capsys.readouterr().out.strip().splitlines()
-    assert f'Training in {win}: {1 if win == ALL[0] else 10:.2f}× as fast as contiguous fp32.' in said[-2:]
+    why = 'nothing else was more than 2% faster' if win == ALL[0] else '10.00× as fast as contiguous fp32'
+    before = dict(plain=win, last='channels last, fp32', fastai='channels last, fp32', last_bf16='channels last, bf16', bf16='contiguous, bf16')
+    assert f"Training {'stays ' if before[start] == win else ''}in {win}: {why}." in said[-2:]
     assert said[-1].startswith('Without measuring: learn.to_') or win == ALL[0]
     learn.fit(1)
 
@@ -486,7 +500,7 @@ def test_frozen_parameters_are_counted_and_said(fake_steps, capsys, freeze, kwar
     printed, t = capsys.readouterr().out, learn.format_timings
     said = f'{counts[0]} of 604 parameters are frozen. To train them later, call `learn.unfreeze()` and measure again.'
     assert t.frozen == counts and t.verdict.endswith(said) == (said in repr(t)) == (counts[0] > 0) and ('frozen' in t._repr_html_()) == (counts[0] > 0)
-    assert printed.count('\n') == 1 and (f'1.00× as fast as contiguous fp32. {said}' in printed) == ('frozen' in printed) == (counts[0] > 0)
+    assert printed.count('\n') == 1 and (f'Training stays in contiguous, fp32: nothing else was measured. {said}' in printed) == ('frozen' in printed) == (counts[0] > 0)
     assert pickle.loads(pickle.dumps(t))['frozen'] == counts
     assert all(p.requires_grad for p in learn.model.parameters()) == (counts == (0, 604))  # unchanged
     learn.unfreeze()

@@ -258,7 +258,7 @@ def to_fastest(self:Learner, *,
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
     >>> learn = Learner(DataLoaders(dl, dl), xresnet18(n_out=2), CrossEntropyLossFlat())
     >>> with learn.no_bar(): learn = learn.to_fastest(precisions='fp32', num_it=1) # doctest: +ELLIPSIS
-    Training in ... as fast as contiguous fp32..."""
+    Training ... contiguous..."""
     check_scaler(Learner.to_fastest, kwargs)
     if num_distrib() > 1 and not torch.distributed.is_initialized():
         raise ValueError('to_fastest(): each process would choose on its own; call it in `with learn.distrib_ctx():`')
@@ -266,9 +266,8 @@ def to_fastest(self:Learner, *,
     timings, compiled = measurement.run()
     if show_plot: timings.plot()
     timings.best.setting.apply(self, timings.train, compiled, measurement.compile, **measurement.scaler)
-    self.format_timings, best = timings, timings.best
-    speed = f"{'Training' if timings.train else 'Predictions'} in {best.setting}: {best.speedup:.2f}× as fast as contiguous fp32."
-    print(' '.join(filter(None, [speed, timings.frozen_hint, *measurement.notes])))
+    self.format_timings = timings
+    print(' '.join([timings.outcome, *measurement.notes]))
     if timings.code: print(f'Without measuring: {timings.code}')
     for text in measurement.runtimes: print(text)
     return self

@@ -89,7 +89,7 @@ class FormatTimings:
     @property
     def code(self) -> str:
         "The line that gives a new Learner the best setting; empty if it has that already."
-        is_new = self.best is self.rows[0] and self.best.setting == self.current
+        is_new = self.best is self.rows[0] and self._is_kept
         return '' if is_new else self.best.setting.code(self.train, self.advice or '')
     @property
     def fastest_ms(self) -> float: return min(r.ms for r in self.rows if r.valid)
@@ -111,24 +111,40 @@ class FormatTimings:
         return ' '.join(self._sentences())
 
     def _sentences(self) -> list:
-        again = self.margin > NOISY and 'Measure again when this machine is less busy.'
         code = self.code and f'Without measuring: {self.code}'
-        return [*filter(None, [self._choice, again, self._compiling, self._loader, self._optimizer, self.frozen_hint, *self.notes, code])]
+        return [*filter(None, [self._choice, self._again, self._compiling, self._loader, self._optimizer, self.frozen_hint, *self.notes, code])]
+
+    @property
+    def _why(self) -> str:
+        b, others = self.best, [r.valid for r in self.rows if r is not self.best and r.ms]
+        if b.speedup > 1 + TIE: return f'{b.speedup:.2f}× as fast as contiguous fp32'
+        if not others: return 'nothing else was measured' if len(self.rows) == 1 else 'no other valid setting was usable'
+        subject = 'nothing else' if all(others) else 'no other valid setting'
+        return f'{subject} was ' + ('clearly faster' if self.margin > TIE else f'more than {TIE:.0%} faster')
+
+    @property
+    def _doubt(self) -> str:
+        return f'{self.rival.setting.in_words} may be ' + (f'up to {self.margin:.0%} faster' if self.margin < 1 else 'more than twice as fast')
+    @property
+    def _again(self) -> str: return 'Measure again when this machine is less busy.' if self.margin > NOISY else ''
+
+    @property
+    def _is_kept(self) -> bool: return self.best.setting == self.current
 
     @property
     def _choice(self) -> str:
-        b, name = self.best, self.best.setting.in_words
-        use = 'Keep' if b.setting == self.current else 'Use'
-        speed = '' if b is self.rows[0] else f'{b.speedup:.2f}× as fast as contiguous fp32'
-        if self.margin > TIE:
-            gain = f'up to {self.margin:.0%} faster' if self.margin < 1 else 'more than twice as fast'
-            pick = f'{name} ({speed})' if speed else name
-            return f'Undecided: {use.lower()} {pick}, but {self.rival.setting.in_words} may be {gain}.'
-        if speed: return f'{use} {name}: {speed}.'
-        others = [r.valid for r in self.rows if r is not b and r.ms]
-        if len(self.rows) == 1: return f'{use} {name}: nothing else was measured.'
-        subject = 'nothing else' if all(others) else 'no other valid setting'
-        return f'{use} {name}: {subject} was ' + (f'more than {TIE:.0%} faster.' if others else 'usable.')
+        name, use = self.best.setting.in_words, 'Keep' if self._is_kept else 'Use'
+        if self.margin <= TIE: return f'{use} {name}: {self._why}.'
+        pick = name if self.best is self.rows[0] else f'{name} ({self._why})'
+        return f'Undecided: {use.lower()} {pick}, but {self._doubt}.'
+
+    @property
+    def outcome(self) -> str:
+        "What `to_fastest` has done, in a few sentences."
+        subject = 'Training in' if self.train else 'Predictions in'
+        if self._is_kept: subject = 'Training stays in' if self.train else 'Predictions stay in'
+        undecided = self._again and f'Undecided: {self._doubt}. {self._again}'
+        return ' '.join(filter(None, [f'{subject} {self.best.setting}: {self._why}.', undecided, self.frozen_hint]))
 
     @property
     def _compiling(self) -> str:
