@@ -74,6 +74,19 @@ def test_the_smaller_last_batch_and_other_sizes_run_folded_and_compile_nothing(u
     assert len(uncompiled) == 1
 
 
+def test_of_two_of_a_kind_the_one_added_last_takes_part(uncompiled):
+    learn = compiling()
+    first = learn.compile_predictions
+    learn.add_cbs([CompilePredictions(), FoldBatchNorm()])
+    assert_right(learn)
+    assert len(uncompiled) == 1 and learn.compile_predictions is not first
+    assert learn.compile_predictions.compiled and not first.compiled
+    assert [cb.folded for cb in learn._grab_cbs(FoldBatchNorm)] == [None, 1]
+    learn.remove_cb(learn.compile_predictions)
+    assert_right(learn)
+    assert len(uncompiled) == 2 and first.compiled
+
+
 @each_backend()
 def test_changed_weights_compile_again_and_a_line_says_so(code, capsys):
     learn = compiling()

@@ -70,7 +70,7 @@ class Setting:
         return Setting(
             'channels_last' if learn._grab_cbs(FastaiChannelsLast) else 'contiguous', mp.amp_mode.value if half else 'fp32',
             tuple(getattr(mp, 'fp32_layers', ())) if half else (), not train and bool(learn._grab_cbs(FoldBatchNorm)),
-            compiled[0].backend if compiled else '',
+            compiled[-1].backend if compiled else '',
             train and is_fused(learn))
 
     def callbacks(self, train=True, **scaler) -> list:
