@@ -194,8 +194,8 @@ class Measurement:
         installed = ' and '.join(b.name for k, b in BACKENDS.items() if k != 'inductor' and not missing_packages(k))
         if fit_device(self.learn).type != 'cpu': return [f'Not tried: {installed}, for CPUs only.'] if installed and self.compile else []
         if installed: return [] if self.compile else [f'Not tried: {installed}. `compile=True` measures what is installed.']
-        return ['On CPUs, OpenVINO often predicts faster: `pip install openvino`, then pass `compile=True`. It made `learn.predict` of four '
-                'networks 1.2 to 1.6 times as fast on two cores (nbs/05_benchmarks.ipynb).']
+        return ['OpenVINO and ONNX Runtime often predict faster on CPUs: `pip install openvino onnx onnxruntime`, then pass `compile=True`. With '
+                'the faster one, `learn.predict` of four networks was 1.2 to 1.6 times as fast on two cores (nbs/05_benchmarks.ipynb).']
 
 
 @patch
