@@ -3,11 +3,13 @@ they share with the compiler is in test_compile_predictions.py, test_never_stale
 import ctypes
 import gc
 import importlib
+import os
 import subprocess
 import sys
 import warnings
 from functools import partial
 
+import matplotlib
 import pytest
 import torch
 from fastai.vision.all import Callback, Learner, MixedPrecision, Recorder, TensorImage, load_learner
@@ -368,16 +370,29 @@ def test_converting_prints_one_line_warns_of_nothing_and_leaves_no_file(runtime,
     assert [*tmp_path.rglob('*')] == []
 
 
+class Bessel(nn.Module):
+    "An operation that no runtime has."
+    def forward(self, x): return torch.special.bessel_j0(x).mean((2, 3))
+
+
+def test_a_model_that_cannot_be_converted_gives_one_warning_and_prints_nothing(runtime, capfd):
+    learn = learner(nn.Sequential(nn.Conv2d(3, 4, 3), Bessel()), loaders(n=16), cbs=CompilePredictions(runtime))
+    with pytest.warns(UserWarning, match='stays uncompiled: .*bessel_j0') as caught:
+        for _ in range(2): preds_of(learn)
+    assert len(caught) == 1 and capfd.readouterr() == ('', '')
+
+
 @pytest.mark.slow
-def test_importing_OpenVINO_sends_no_events():
-    "In a new process: its `openvino_telemetry` sends the first event when it is imported."
-    code = """import sys
+def test_importing_a_runtime_sends_no_events_and_keeps_no_file(runtime, tmp_path):
+    "In a new process: the first import creates a device identifier, and sends the first event."
+    code = f"""import os, sys
 from tests.helpers import CompilePredictions, convnet, learner, preds_of
-learn = learner(convnet(), cbs=CompilePredictions('openvino'))
+learn, before = learner(convnet(), cbs=CompilePredictions({runtime!r})), dict(os.environ)
 preds_of(learn)
-sys.exit(not learn.compile_predictions.compiled or 'openvino_telemetry' in sys.modules)"""
-    if missing_packages('openvino'): pytest.skip('openvino is not installed')
-    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+sys.exit(not learn.compile_predictions.compiled or 'openvino_telemetry' in sys.modules or before != dict(os.environ))"""
+    env = dict(os.environ, HOME=str(tmp_path), TMPDIR=str(tmp_path), MPLCONFIGDIR=matplotlib.get_configdir(), XDG_CACHE_HOME=str(tmp_path))
+    assert subprocess.run([sys.executable, '-c', code], env=env).returncode == 0
+    assert [o for o in tmp_path.rglob('*') if o.is_file()] == []
 
 
 def test_an_interruption_of_the_conversion_leaves_the_Learner_and_the_next_prediction_converts(runtime, monkeypatch):

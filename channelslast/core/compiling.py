@@ -58,7 +58,8 @@ def reason_of(e) -> str:
     text = str(e)
     if 'C++ compiler' in text or ('Compiler' in text and 'not found' in text):
         return f"no C++ compiler found: install {COMPILERS.get(sys.platform, 'one')}"
-    line = next((o for o in text.splitlines() if o.strip()), 'no message').strip()
+    lines = [o.strip('- ') for o in text.splitlines() if o.strip()] or ['no message']
+    line = lines[-1 if text.startswith(('Check ', 'Exception from ')) else 0]  # OpenVINO's own code comes first in its errors
     return f'{type(e).__name__}: {line[:100]}'
 
 

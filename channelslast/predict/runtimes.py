@@ -3,13 +3,16 @@
 PyTorch's guards decide which calls the traced graph is right for. Converters get it as TorchScript, for any size: of
 PyTorch's two exports this one takes seconds, and both runtimes know it from PyTorch 2.8 to 2.15."""
 import io
+import os
 import sys
 import threading
 from collections import namedtuple
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
 import torch
+from fastcore.basics import noop
 from torch import SymInt, Tensor, nn
 
 from ..core.openmp import end_waiting_threads
@@ -78,6 +81,17 @@ class Runtime:
         return tuple(torch.from_numpy(o).to(dtype) for o, dtype in zip(outs, self.dtypes, strict=True))
 
 
+@contextmanager
+def without_telemetry():
+    """Import runtimes so that they neither send events nor keep files, as both would from the import on. ONNX Runtime does so
+    since version 1.29. A user's own `ORT_DISABLE_TELEMETRY` counts."""
+    names = [(sys.modules, 'openvino_telemetry', None), (os.environ, 'ORT_DISABLE_TELEMETRY', '1')]
+    new = [(d, name) for d, name, value in names if name not in d and d.setdefault(name, value) == value]
+    try: yield
+    finally:
+        for d, name in new: del d[name]
+
+
 @cache
 def openvino_core():
     """The process's only `openvino.Core`. Each one replaces the stack for signal handlers of the thread that first compiles with
@@ -87,10 +101,7 @@ def openvino_core():
 
 
 def _to_openvino(traced, tensors, flat, half):
-    silent = sys.modules.setdefault('openvino_telemetry', None) is None  # it would send events from the import on
-    try: import openvino
-    finally:
-        if silent: del sys.modules['openvino_telemetry']
+    with without_telemetry(): import openvino
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder  # `convert_model` would send events
     manager = FrontEndManager()  # exists, like the decoder, until the graph is converted
@@ -112,9 +123,13 @@ def _to_openvino(traced, tensors, flat, half):
 
 
 def _to_onnxruntime(traced, tensors, flat, half):
-    import onnxruntime
+    with without_telemetry(): import onnxruntime
     sizes, file = {f'input_{i}': {d: f'size_{i}_{d}' for d in flat.any_size(o)} for i, o in enumerate(flat.shapes)}, io.BytesIO()
-    torch.onnx.export(traced, tensors, file, dynamo=False, input_names=[*sizes], dynamic_axes=sizes)
+    log = torch._C._jit_onnx_log  # prints a graph that can't be exported, also with `verbose=False`
+    try:
+        torch._C._jit_onnx_log = noop
+        torch.onnx.export(traced, tensors, file, dynamo=False, input_names=[*sizes], dynamic_axes=sizes)
+    finally: torch._C._jit_onnx_log = log
     @cache
     def _session(shapes): # `()`: for any; a session for one size is up to 10% faster
         options = onnxruntime.SessionOptions()

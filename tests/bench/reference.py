@@ -117,14 +117,15 @@ class ByHand(Callback):
 
 
 def openvino_by_hand(model, x):
-    import openvino
-    from channelslast.predict.runtimes import openvino_core  # several in one process spoil the stack of signal handlers
+    from channelslast.predict.runtimes import openvino_core, without_telemetry  # several in one process spoil the stack of signal handlers
+    with without_telemetry(): import openvino
     compiled = openvino_core().compile_model(openvino.convert_model(model, example_input=x), 'CPU')
     return lambda a: compiled(a)[0]
 
 
 def onnxruntime_by_hand(model, x):
-    import onnxruntime
+    from channelslast.predict.runtimes import without_telemetry
+    with without_telemetry(): import onnxruntime
     exported = torch.onnx.export(model, (x,), dynamo=True, verbose=False).model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(exported, providers=['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
