@@ -322,7 +322,8 @@ def test_the_verdict_of_given_times(rows, best, margin, current, verdict):
     ([BASE, SLOWER], SLOWER, 0.02, SLOWER, 'Training stays in channels last, fp32: nothing else was more than 2% faster.'),
     ([BASE, SLOWER], SLOWER, 0.03, SLOWER, 'Training stays in channels last, fp32: nothing else was clearly faster.'),
     ([BASE, LAST], BASE, 0.02, LAST, 'Training in contiguous, fp32: nothing else was more than 2% faster.'),
-    ([BASE, LAST], BASE, 0.45, BASE, f'Training stays in contiguous, fp32: nothing else was clearly faster. Undecided: channels last in fp32 may be up to 45% faster. {AGAIN}')])
+    ([BASE, LAST], BASE, 0.45, BASE, f'Training stays in contiguous, fp32: nothing else was clearly faster. Undecided: channels last in fp32 '
+                                   f'may be up to 45% faster. {AGAIN}')])
 def test_the_outcome_of_given_times(rows, best, margin, current, outcome):
     rival = LAST if best is BASE else BASE
     assert FormatTimings(rows, best, margin, rival, current=current.setting).outcome == outcome
@@ -500,7 +501,8 @@ def test_frozen_parameters_are_counted_and_said(fake_steps, capsys, freeze, kwar
     printed, t = capsys.readouterr().out, learn.format_timings
     said = f'{counts[0]} of 604 parameters are frozen. To train them later, call `learn.unfreeze()` and measure again.'
     assert t.frozen == counts and t.verdict.endswith(said) == (said in repr(t)) == (counts[0] > 0) and ('frozen' in t._repr_html_()) == (counts[0] > 0)
-    assert printed.count('\n') == 1 and (f'Training stays in contiguous, fp32: nothing else was measured. {said}' in printed) == ('frozen' in printed) == (counts[0] > 0)
+    has_hint = f'Training stays in contiguous, fp32: nothing else was measured. {said}' in printed
+    assert printed.count('\n') == 1 and has_hint == ('frozen' in printed) == (counts[0] > 0)
     assert pickle.loads(pickle.dumps(t))['frozen'] == counts
     assert all(p.requires_grad for p in learn.model.parameters()) == (counts == (0, 604))  # unchanged
     learn.unfreeze()

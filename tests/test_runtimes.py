@@ -17,7 +17,6 @@ from torch import nn
 
 from channelslast import CompilePredictions
 from channelslast.core.compare import relative_error
-from channelslast.predict.runtimes import missing_packages
 from .helpers import Breaks, convnet, each_backend, image_folder, in_threads, learner, loaders, names_library, preds_of, truth_of
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
