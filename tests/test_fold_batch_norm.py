@@ -180,6 +180,14 @@ class Side(Act):
         return self.drop(nn.BatchNorm2d.forward(self, x))
 
 
+def counts_as_changed(norm) -> bool:
+    "True if PyTorch counts a pass in eval mode as a change of running statistics, as that of `InstanceNorm2d` before 2.9 or so."
+    if norm.running_var is None: return False
+    before = norm.running_var._version
+    norm.eval()(torch.randn(2, 8, 4, 4))
+    return norm.running_var._version > before
+
+
 @pytest.mark.parametrize('conv, norm, folded', [
     (Doubled, nn.BatchNorm2d, 2), (Same, nn.BatchNorm2d, 3), (nn.Conv2d, Act, 3), (nn.Conv2d, Shifted, 2), (nn.Conv2d, Skip, 2),
     (nn.Conv2d, Other, 2), (nn.Conv2d, Side, 2), (nn.ConvTranspose2d, nn.BatchNorm2d, 2),
@@ -188,7 +196,8 @@ class Side(Act):
 def test_subclasses_are_folded_only_if_they_compute_the_same(conv, norm, folded):
     m = Pairs()
     m.conv, m.norm = conv(8, 8, 3), norm(8)
-    check(shake(m), folded)
+    if counts_as_changed(m.norm): folded = 0
+    check(shake(m), folded, warns=not folded)
 
 
 @pytest.mark.parametrize('wrap', [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm, nn.utils.spectral_norm])

@@ -15,6 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from channelslast import CompilePredictions, CompileTraining, FoldBatchNorm
 from channelslast.core.compare import relative_error
+from channelslast.core.compiling import own_code
+from channelslast.core.rounding import Rounding
+from channelslast.predict.fold_trace import ForwardTrace
+from channelslast.summary.format_trace import FormatTrace
 from .helpers import (block, convnet, difference, image_folder, in_threads, learner, loaders, model_state, names_library,
                       passes_in_new_process, preds_of, shake, truth_of, use_backend)
 
@@ -262,6 +266,61 @@ def test_Learners_of_different_precisions_predict_with_one_model_in_threads_and_
     assert errors == [] and not any(vars(m)[k] for m in model.modules() for k in HOOKED) and not torch.is_autocast_enabled('cpu')
     for truth, outs in zip(expected, found):
         for o in outs: assert relative_error(o, truth) < 5e-2
+
+
+def compiles(compile=torch.compile) -> bool:
+    "True if PyTorch compiles a new function now."
+    graphs = []
+    compile(own_code(lambda x: x + 1), backend=lambda graph, inputs: graphs.append(graph) or graph.forward)(torch.ones(1))
+    return bool(graphs)
+
+
+class Overlap:
+    "Two threads call `.first()` and `.second()` in blocks: the second one begins in the first, and ends after it, unless it has to wait."
+    def __init__(self): self.inside, self.both, self.left = (threading.Event() for _ in range(3))
+    def first(self): self.inside.set(); self.both.wait(0.3)
+    def second(self): self.both.set(); self.left.wait(0.3)
+    def run(self, first, second):
+        def _second(): assert self.inside.wait(10); second()
+        def _first():
+            first()
+            self.left.set()
+        return in_threads(_first, _second)
+
+
+MODES = {'folded': ForwardTrace, 'rounding': lambda model: Rounding(1e-6), 'summary': lambda model: FormatTrace(model, torch.ones(1), 'loss')}
+
+
+@pytest.mark.parametrize('names', [('folded', 'folded'), ('rounding', 'folded'), ('folded', 'summary')], ids=', '.join)
+def test_PyTorch_compiles_after_modes_that_overlap_in_two_threads(names):
+    "It notes for the whole process that a mode is on."
+    def _run():
+        overlap = Overlap()
+        def _first():
+            with MODES[names[0]](net()): overlap.first()
+        def _second():
+            with MODES[names[1]](net()): overlap.second()
+        assert compiles() and overlap.run(_first, _second) == [] and compiles()
+    assert passes_in_new_process(_run)
+
+
+def test_PyTorch_compiles_after_compiled_steps_that_overlap_in_two_threads(uncompiled):
+    "It has one stance for the whole process."
+    def _run():
+        overlap, learns = Overlap(), [learner(convnet(), cbs=CompileTraining()) for _ in range(2)]
+        for o in learns:
+            with o.no_bar(), o.no_logging(): o.fit(1)  # compiles
+        parts, own = [overlap.first, overlap.second], threading.local()
+        def _output(out):
+            if vars(own).get('part'): own.__dict__.pop('part')()
+            return out
+        uncompiled.output = _output
+        def _fit(learn, part):
+            own.part = part
+            with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        assert compiles() and overlap.run(*[lambda o=o, p=p: _fit(o, p) for o, p in zip(learns, parts)]) == [] and compiles()
+        assert all(o.compile_training.compiled == 1 and not o.compile_training.reason for o in learns)
+    assert passes_in_new_process(_run)
 
 
 # replicas and layers in fp32

@@ -6,6 +6,8 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from types import FunctionType
 
+import torch
+
 from .devices import model_device, unwrap_model
 from .memory_format import unique_modules
 from .module_hooks import LOCK
@@ -13,7 +15,7 @@ from .nested_tensors import tensors_of
 from .onednn_workarounds import needs_safe_convolutions, note_rewritten
 from .random_state import python_state
 
-__all__ = ['CHANGES', 'DRAWS', 'compiling_quietly', 'note_reasons', 'own_code', 'print_compiled', 'reason_of']
+__all__ = ['CHANGES', 'DRAWS', 'compiling_quietly', 'note_reasons', 'own_code', 'print_compiled', 'reason_of', 'stance']
 
 DRAWS = 'it draws random numbers of Python or NumPy'  # likewise, unless another thread drew them
 CHANGES = 'its state changes, or it depends on more than its input'  # a reason to stay uncompiled
@@ -31,6 +33,12 @@ def compiling_quietly():
             warnings.simplefilter('ignore')
             yield
         finally: logging.disable(level)
+
+
+@contextmanager
+def stance(name):
+    "`torch.compiler.set_stance`, one block at a time: the process has one stance, and the end of a block sets the one it found."
+    with LOCK, torch.compiler.set_stance(name): yield
 
 
 def own_code(f):

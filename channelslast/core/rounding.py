@@ -1,13 +1,12 @@
 "A pass in which each operation makes a rounding error: the change that rounding explains."
-from torch.utils._python_dispatch import TorchDispatchMode  # no public name
-
 from .compare import perturb
+from .dispatch_mode import DispatchMode
 from .nested_tensors import map_tensors
 
 __all__ = ['Rounding']
 
 
-class Rounding(TorchDispatchMode):
+class Rounding(DispatchMode):
     "Context manager: each operation takes and gives numbers that differ by up to the relative rounding error `eps`."
     def __init__(self, eps, generator=None): # `generator` leaves the pass's own random numbers alone
         super().__init__()

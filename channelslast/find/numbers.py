@@ -13,6 +13,7 @@ from fastai.torch_core import set_seed
 from torch import nn
 
 from ..core.compare import FACTOR, numbers_of, relative_error
+from ..core.compiling import stance
 from ..core.devices import fit_device, fp32_precision
 from ..core.distributed import gather_from_ranks
 from ..core.nested_tensors import first_items, map_tensors
@@ -117,7 +118,7 @@ class Numbers:
 
     def uncompiled(self, c):
         "Context manager: a model that the user compiled is not compiled again for few items and the eval mode."
-        return nullcontext() if c.setting.compiled else torch.compiler.set_stance('force_eager')
+        return nullcontext() if c.setting.compiled else stance('force_eager')
 
     def precision_of(self, c) -> str: return self.fp32_precision if c.setting.precision == 'fp32' else c.setting.precision
 

@@ -4,7 +4,7 @@ import time
 import torch
 from fastai.callback.core import Callback
 
-from ..core.compiling import CHANGES, DRAWS, compiling_quietly, note_reasons, own_code, print_compiled, reason_of
+from ..core.compiling import CHANGES, DRAWS, compiling_quietly, note_reasons, own_code, print_compiled, reason_of, stance
 from ..core.model_copy import all_hooks_of, program_of
 from ..core.nested_tensors import tensors_of
 from ..core.pickle_as import pickle_as
@@ -58,7 +58,7 @@ class CompileTraining(StandInCallback):
         if code is None or code.refused: return forward(*args, **kwargs)
         if code.run is None: return self._second_batch(code, model, forward, args, kwargs)
         self.error_note = NOTE
-        with torch.compiler.set_stance('eager_on_recompile'): out = code.run(*args, **kwargs)
+        with stance('eager_on_recompile'): out = code.run(*args, **kwargs)
         if code.misses: self._refuse(CHANGES)
         return out
 

@@ -11,6 +11,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 
 from ..core.autocast import restore_autocast
+from ..core.compiling import stance
 from ..core.devices import fit_device, unwrap_model
 from ..core.memory_format import group_by_memory
 from ..core.nested_tensors import tensors_of
@@ -120,7 +121,7 @@ def preserve_learner(learn,
         raise ValueError("The Learner's DataLoaders hold no loader: there is nothing to run on.") from None
     modules, device, loss_func = learner_modules(learn, changing), fit_device(learn), learn.loss_func
     with restore_random_states(), restore_autocast(device.type), torch.enable_grad(), ExitStack() as undo:
-        if eager: undo.enter_context(torch.compiler.set_stance('force_eager'))
+        if eager: undo.enter_context(stance('force_eager'))
         owners = modules if isinstance(loss_func, nn.Module) else [*modules, loss_func]
         owners = [o for o in owners if hasattr(o, '__dict__')]
         for o in (learn, *learn.cbs, loader, *owners):

@@ -6,8 +6,8 @@ from itertools import product
 
 from torch import Tensor, float16, bfloat16, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode  # no public name
 
+from ..core.dispatch_mode import DispatchMode
 from ..core.nested_tensors import tensors_of
 from ..core.model_copy import HOOKS, own_dicts
 
@@ -55,7 +55,7 @@ class Call:
         self.input = memory_ref(args[0]) if len(args) == 1 and isinstance(args[0], Tensor) else None
 
 
-class ForwardTrace(TorchDispatchMode):
+class ForwardTrace(DispatchMode):
     """Context manager that traces one pass of a model that nothing else uses, without gradients.
 
     Afterwards, while the pass's output exists, `plan()` lists what can be folded and cast. `.found` is the number of

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..core.dispatch_mode import DispatchMode
 from ..core.memory_format import can_be_channels_last
 from ..core.module_hooks import module_hooks
 from ..core.nested_tensors import tensors_of
@@ -97,7 +97,7 @@ def _rearranged(func, new, sources) -> list:
             and layout_of(t) != 'channels_last' and _innermost(t) != _innermost(new[0])]
 
 
-class FormatTrace(TorchDispatchMode):
+class FormatTrace(DispatchMode):
     """Context manager that records each `Conversion` in `.rows`, in order of execution.
 
     `.counts[False]` (forward) and `.counts[True]` (backward) are `[kept, had]`: `had` operations made a new tensor from
