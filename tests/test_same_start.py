@@ -1,8 +1,14 @@
 "What `format_find` measures and compares starts from the same state for each setting, and nothing of it stays."
+import random
+import signal
+
+import numpy as np
 import pytest
 import torch
-from fastai.vision.all import (SGD, Callback, DataLoader, DataLoaders, Learner, Recorder)
+from fastai.vision.all import (SGD, Callback, CancelBatchException, CancelFitException, CancelTrainException, CutMix, DataLoader, DataLoaders, Learner,
+                               Recorder)
 from torch import nn
+from torch.utils.data import DataLoader as TorchLoader
 
 from channelslast.core.devices import torch_version
 from .helpers import convnet, difference, find, learner, learner_state, loaders, rows_of, shake
@@ -92,6 +98,162 @@ def test_what_a_callback_holds_is_the_settings_own():
         def forward(self, x): seen.append((x.is_contiguous(memory_format=torch.channels_last), kept[-1], len(x))); return x
     find(learner(nn.Sequential(Look(), convnet()), cbs=Keeps()), num_it=6, optimizer=False)
     assert not any(had and not last for last, had, _ in seen)
+
+
+# batches that a step writes into, and numbers that callbacks read
+
+class InPlace(nn.Module):
+    "Normalizes its input in place."
+    def __init__(self): super().__init__(); self.net = shake(convnet())
+    def forward(self, x): return self.net(x.sub_(0.45).div_(0.225))
+
+
+@pytest.mark.parametrize('model, cbs, train', [(convnet, CutMix, True), (InPlace, None, True), (InPlace, None, False)])
+def test_each_pass_takes_the_batch_as_it_was_loaded(has, fake_steps, model, cbs, train):
+    "`CutMix` writes into it, and so do models that normalize in place. A contiguous batch is not copied by a conversion."
+    has('bf16'); fake_steps({})
+    batch = torch.randn(8, 3, 8, 8), torch.randint(0, 4, (8,))
+    loaded = [t.clone() for t in batch]
+    t = find(learner(shake(model()), DataLoaders(*[[batch]*2]*2, device=torch.device('cpu')), cbs=cbs and cbs()), train=train, num_it=2)
+    assert len(t.rows) >= 4 and all(r.valid for r in t.rows), t
+    assert all(map(torch.equal, batch, loaded))
+
+
+class Progressive(Callback):
+    "Smaller images in every other batch, and a strength that grows."
+    def before_batch(self):
+        if self.training: self.learn.xb = (self.xb[0][..., :8 - 2*(self.train_iter % 2)]*(1 + 20*self.pct_train),)
+
+
+class ReadsLoader(Callback):
+    def before_batch(self): self.learn.xb = (self.xb[0]*len(self.dl),)
+
+
+@pytest.mark.parametrize('cb', [Progressive, ReadsLoader])
+@pytest.mark.parametrize('fitted', [False, True])
+def test_callbacks_read_the_same_counters_and_loader_in_each_pass(has, fake_steps, cb, fitted):
+    has('bf16'); fake_steps({})
+    learn = learner(shake(convnet()), cbs=cb())
+    if fitted: learn.fit(1)
+    before = learner_state(learn)
+    t = find(learn, num_it=2)
+    assert len(t.rows) >= 4 and all(r.valid for r in t.rows), t
+    assert difference(before, learner_state(learn)) == ''
+
+
+@pytest.mark.parametrize('error', [CancelBatchException, CancelFitException, CancelTrainException])
+@pytest.mark.parametrize('fitted', [False, True])
+def test_a_callback_that_cancels_measured_batches_is_one_clear_error(error, fitted):
+    class Cancels(Callback):
+        on = False
+        def before_batch(self):
+            self.learn.xb = self.xb
+            if self.on: raise error
+    learn = learner(cbs=Cancels())
+    if fitted: learn.fit(1)
+    learn.cancels.on = True
+    with pytest.raises(ValueError, match=f'A callback raises `{error.__name__}` in a measured batch'): find(learn, num_it=1)
+
+
+# what a model and a loader hold
+
+class Resizes(nn.Module):
+    "A buffer gets its size in the first pass, as in quantization-aware training."
+    def __init__(self): super().__init__(); self.net = shake(convnet()); self.register_buffer('mean', torch.empty(0))
+    def forward(self, x):
+        y = self.net(x)
+        if not self.mean.numel(): self.mean.resize_(4).zero_()
+        self.mean += y.detach().mean(0)
+        return y
+
+
+class Draws(nn.Module):
+    "Drops inputs with random generators of its own."
+    def __init__(self):
+        super().__init__()
+        self.net, self.own, self.numpy = shake(convnet()), torch.Generator().manual_seed(0), np.random.default_rng(0)
+    def forward(self, x): return self.net(x*(torch.rand(x.shape, generator=self.own) > 0.3)*(1 + self.numpy.random()))
+
+
+@pytest.mark.parametrize('train', [True, False])
+@pytest.mark.parametrize('model', [Resizes, Draws])
+def test_buffers_of_changing_size_and_a_models_own_generators_start_anew(has, fake_steps, model, train):
+    has('bf16'); fake_steps({})
+    def _losses(measured):
+        torch.manual_seed(0)
+        learn = learner(model())
+        if measured:
+            t = find(learn, train=train, num_it=2)
+            assert len(t.rows) >= 4 and all(r.valid for r in t.rows), t
+        torch.manual_seed(1)
+        learn.fit(1)
+        return learn.recorder.losses
+    assert _losses(False) == _losses(True)
+
+
+class EpochSampler:
+    "Shuffles by the number of the epoch, which it counts."
+    def __init__(self): self.epoch = 0
+    def __len__(self): return 32
+    def __iter__(self):
+        self.epoch += 1
+        return iter(torch.randperm(32, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+
+class OwnBatches:
+    def __init__(self): self.rng = np.random.RandomState(0)
+    def __len__(self): return 4
+    def __iter__(self): return iter(self.rng.permutation(32).reshape(4, 8).tolist())
+
+
+class Order:
+    def __init__(self): self.order = [*range(32)]
+
+
+class Jitters:
+    "A dataset with a random generator and a counter, and one in it that shuffles a list."
+    def __init__(self, items): self.items, self.rng, self.n, self.inner = items, np.random.default_rng(0), 0, Order()
+    def __len__(self): return 32
+    def __getitem__(self, i):
+        self.n += 1
+        self.inner.order.reverse()
+        x, y = self.items[i]
+        return x*self.rng.random() + self.n + self.inner.order[0], y
+
+
+LOADERS = dict(sampler=lambda ds: dict(dataset=ds, batch_size=8, sampler=EpochSampler()), batches=lambda ds: dict(dataset=ds, batch_sampler=OwnBatches()),
+               dataset=lambda ds: dict(dataset=Jitters(ds), batch_size=8))
+
+
+@pytest.mark.parametrize('kwargs', LOADERS.values(), ids=LOADERS)
+def test_samplers_and_datasets_continue_as_if_nothing_was_measured(kwargs):
+    def _losses(measured):
+        torch.manual_seed(0)
+        ds = [(torch.randn(3, 8, 8), torch.tensor(i % 4)) for i in range(32)]
+        learn = learner(dls=DataLoaders(*[TorchLoader(**kwargs(ds)) for _ in range(2)], device=torch.device('cpu')))
+        if measured: find(learn, num_it=1)
+        torch.manual_seed(1)
+        learn.fit(1)
+        return learn.recorder.losses
+    assert _losses(False) == _losses(True)
+
+
+class Interrupts(random.Random):
+    "Ctrl-C arrives while its state is restored."
+    def setstate(self, state):
+        signal.raise_signal(signal.SIGINT)
+        super().setstate(state)
+
+
+def test_an_interruption_of_the_restoration_waits_for_its_end():
+    class Random(nn.Module):
+        def __init__(self): super().__init__(); self.net, self.rng = convnet(), Interrupts(0)
+        def forward(self, x): return self.net(x*self.rng.random())
+    learn = learner(Random())
+    before, state = learner_state(learn), learn.model.rng.getstate()
+    with pytest.raises(KeyboardInterrupt): learn.format_summary()
+    assert learn.model.rng.getstate() == state and difference(before, learner_state(learn)) == ''
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # a loss in half precision, and what reads it

@@ -1,5 +1,4 @@
 "A model's structure and values, compared with those of a moment ago, and private copies of it."
-import random
 from collections import deque
 from copy import deepcopy
 from functools import partial
@@ -7,14 +6,13 @@ from itertools import chain
 from operator import is_
 from types import FunctionType, MethodType, ModuleType
 
-import numpy as np
 import torch
 from fastai.learner import Learner
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ['HOOKS', 'CantCopy', 'ModelCopy', 'ModelState', 'all_hooks_of', 'generators_of', 'has_global_hooks', 'is_plain',
+__all__ = ['HOOKS', 'CantCopy', 'ModelCopy', 'ModelState', 'all_hooks_of', 'has_global_hooks', 'is_plain',
            'own_dicts', 'program_of', 'versions_of']
 
 INTERNAL = {*vars(nn.Module())}  # attributes that each module has
@@ -53,14 +51,6 @@ def program_of(classes) -> list:
     "Methods and attributes of classes, except PyTorch's. Notebooks define them again."
     own = [vars(c) for c in classes if top_package(c) not in ('torch', 'builtins')]
     return [getattr(v, '__code__', v) for d in own for k, v in d.items() if k != '__slotnames__']  # set by copies
-
-
-def generators_of(objects) -> list: # Functions that set, and the states
-    "How to restore the random generators among objects."
-    states = [(o.setstate, o.getstate()) for o in objects if isinstance(o, random.Random)]
-    states += [(o.set_state, o.get_state()) for o in objects if isinstance(o, (torch.Generator, np.random.RandomState))]
-    bits = [o.bit_generator for o in objects if isinstance(o, np.random.Generator)]
-    return states + [(partial(setattr, o, 'state'), o.state) for o in bits]
 
 
 def is_plain(t) -> bool:

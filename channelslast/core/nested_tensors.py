@@ -9,7 +9,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-__all__ = ['leaves_of', 'tensors_of', 'map_tensors', 'first_items']
+__all__ = ['leaves_of', 'tensors_of', 'map_tensors', 'copied', 'first_items']
 
 SEQUENCES = tuple, list, deque
 OPAQUE = Tensor, str, bytes, type, ModuleType
@@ -79,6 +79,15 @@ def _rebuild_tuple(x, items):
     except TypeError: return type(x)(items)  # `torch.return_types`
     if hasattr(x, '__dict__'): vars(new).update(vars(x))
     return new
+
+
+def copied(x):
+    "`x` with copies of its tensors, for a pass that may write into them."
+    def _copy(t):
+        new = t.detach().clone().requires_grad_(t.requires_grad)
+        vars(new).update(vars(t))
+        return new
+    return map_tensors(_copy, x)
 
 
 def first_items(batch, bs: int, n: int):

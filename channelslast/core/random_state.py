@@ -1,17 +1,27 @@
 "Restore random states, and make runs repeatable."
 import random
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from fastai.torch_core import set_seed
 
-__all__ = ['python_state', 'restore_random_states', 'less_random']
+__all__ = ['python_state', 'generators_of', 'restore_random_states', 'less_random']
 
 
 def python_state() -> tuple:
     "The random states of Python and NumPy. Compiled code would repeat its first draw from them."
     return random.getstate(), str(np.random.get_state())
+
+
+def generators_of(objects) -> list: # Functions that set, and the states
+    "How to restore the random generators among objects: Python's, NumPy's and PyTorch's."
+    objects = [*objects]
+    states = [(o.setstate, o.getstate()) for o in objects if isinstance(o, random.Random)]
+    states += [(o.set_state, o.get_state()) for o in objects if isinstance(o, (torch.Generator, np.random.RandomState))]
+    bits = [o.bit_generator for o in objects if isinstance(o, np.random.Generator)]
+    return states + [(partial(setattr, o, 'state'), o.state) for o in bits]
 
 
 @contextmanager

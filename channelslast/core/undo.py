@@ -1,4 +1,6 @@
 "Restore dictionaries and modules after a block."
+import signal
+import threading
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from operator import is_
@@ -7,7 +9,7 @@ import torch
 
 from .random_state import restore_random_states
 
-__all__ = ['Saved', 'restore_dict', 'undo_on_error']
+__all__ = ['Saved', 'restore_dict', 'undo_on_error', 'uninterrupted']
 
 
 class Saved:
@@ -30,6 +32,20 @@ class Saved:
 def restore_dict(undo, d):
     "Register on `undo`, an `ExitStack`, to restore a dictionary and the dictionaries, lists and sets in it."
     undo.callback(Saved(d).restore)
+
+
+@contextmanager
+def uninterrupted():
+    "Ctrl-C takes effect at the end of the block. Python delivers it to the main thread."
+    own = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    if not callable(own):
+        yield
+        return
+    seen = []
+    signal.signal(signal.SIGINT, lambda *args: seen.append(args))
+    try: yield
+    finally: signal.signal(signal.SIGINT, own)
+    if seen: own(*seen[0])
 
 
 @contextmanager

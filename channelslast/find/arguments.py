@@ -1,4 +1,5 @@
 "The arguments of `format_find`: checked before anything changes."
+import torch
 from fastai.callback.fp16 import AMPMode, NonNativeMixedPrecision
 from fastcore.basics import uniqueify
 from fastcore.foundation import L
@@ -18,13 +19,14 @@ __all__ = ['checked_loader', 'checked_batches', 'chosen_settings']
 A_LOADER = 'a DataLoader, such as `learn.dls.test_dl(files, bs=1)`'
 
 
-def checked_loader(learn, train, num_it, dl, *, compile, optimizer):
+def checked_loader(learn, train, num_it, dl, *, compile, optimizer, layers):
     "The loader to take batches from. Raises `ValueError` for arguments and Learners that can't be measured."
     if train not in (True, False): raise ValueError(f'train={train!r}: use True or False')
     if compile not in (True, False):
         raise ValueError(f'compile={compile!r}: use True, which measures each installed backend, or False. Without measuring, '
                          "`learn.add_cb(CompilePredictions('openvino'))` uses one of them.")
     if optimizer not in (True, False): raise ValueError(f'optimizer={optimizer!r}: use True or False')
+    if layers not in (True, False): raise ValueError(f'layers={layers!r}: use True or False')
     if num_it is not None and (not isinstance(num_it, int) or isinstance(num_it, bool) or num_it < 1):
         raise ValueError(f'num_it={num_it!r}: use a whole number of at least 1')
     if learn._grab_cbs(NonNativeMixedPrecision):
@@ -36,8 +38,8 @@ def checked_loader(learn, train, num_it, dl, *, compile, optimizer):
     half = ' and '.join(sorted({str(p.dtype).removeprefix('torch.') for p in params if p.dtype in DTYPES.values()}))
     if half: raise ValueError(f"The model's weights are {half}, not fp32: call `learn.model.float()` first.")
     if train and dl is not None: raise ValueError('dl: pass it only with `train=False`, to say what to predict on')
-    if dl is not None and not hasattr(dl, '__iter__'):
-        raise ValueError(f'dl={dl!r}: use {A_LOADER}')
+    if dl is not None and (not hasattr(dl, '__iter__') or isinstance(dl, torch.Tensor)):
+        raise ValueError(f'dl={str(dl)[:50]}: use {A_LOADER}')
     try: return (learn.dls.train if train else learn.dls.valid) if dl is None else dl
     except IndexError:
         raise ValueError("The Learner's DataLoaders hold no loader: create the Learner with one.") from None
@@ -57,7 +59,7 @@ def checked_batches(learn, loader, train) -> tuple:
 
 
 def _choices(name, chosen, possible, known) -> list:
-    chosen = list(possible) if chosen is None else [chosen] if isinstance(chosen, str) else list(chosen)
+    chosen = list(possible) if chosen is None else list(chosen) if isinstance(chosen, (list, tuple, set)) else [chosen]
     for o in chosen:
         if o not in possible:
             why = 'is slow on this device' if o in known else 'is unknown'

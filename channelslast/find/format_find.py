@@ -16,6 +16,7 @@ from fastprogress.fastprogress import progress_bar
 
 from ..core.devices import fit_device, free_memory
 from ..core.distributed import broadcast_from_rank0, is_single_process, together
+from ..core.undo import uninterrupted
 from ..learner.added import added_by_to_fastest
 from ..learner.compile_training import CompileTraining
 from ..learner.fused_optimizer import follow_opt_func, fused_argument, restore_optimizer
@@ -60,7 +61,7 @@ class Measurement:
     def __init__(self, learn, precisions=None, formats=None, num_it=None, layers=True, train=True, dl=None, compile=False,
                  optimizer=True, **scaler):
         self.learn, self.train, self.compile, self.optimizer, self.layers, self.scaler = learn, train, compile, optimizer, layers, scaler
-        self.loader = checked_loader(learn, train, num_it, dl, compile=compile, optimizer=optimizer)
+        self.loader = checked_loader(learn, train, num_it, dl, compile=compile, optimizer=optimizer, layers=layers)
         self.rounds, self.extra_rounds = (MAX_ROUNDS, EXTRA_ROUNDS) if num_it is None else (num_it, 0)
         self.wrapped = [type(o).__name__ for o in learn.cbs if type(o).__name__ in MULTI_DEVICE]  # callbacks that wrap the model
         self.bs, self.notes = getattr(self.loader, 'bs', None) or getattr(self.loader, 'batch_size', None), []
@@ -93,7 +94,7 @@ class Measurement:
         if self.train: follow_opt_func(learn)  # as the next fit does
         if self.train and learn.opt is None: learn.create_opt()
         if self.train: learn.opt.set_hypers(lr=0.)  # keeps the weights the same for every candidate
-        learn.n_iter = MAX_ROUNDS + EXTRA_ROUNDS  # callbacks divide by it
+        learn.dl, learn.n_iter = self.loader, MAX_ROUNDS + EXTRA_ROUNDS  # callbacks read the loader, and divide by `n_iter`
         self.frozen, self.advice = (_frozen(learn.opt), fused_argument(learn)) if self.train else (None, None)
         return Steps(learn, self.train, batches, originals, self.bs, self.scaler)
 
@@ -265,7 +266,7 @@ def to_fastest(self:Learner, *,
     measurement = Measurement(self, **kwargs)
     timings, compiled = measurement.run()
     if show_plot: timings.plot()
-    timings.best.setting.apply(self, timings.train, compiled, measurement.compile, **measurement.scaler)
+    with uninterrupted(): timings.best.setting.apply(self, timings.train, compiled, measurement.compile, **measurement.scaler)
     self.format_timings = timings
     print(' '.join([timings.outcome, *measurement.notes]))
     if timings.code: print(f'Without measuring: {timings.code}')

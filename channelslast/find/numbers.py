@@ -16,12 +16,12 @@ from ..core.compare import FACTOR, numbers_of, relative_error
 from ..core.compiling import stance
 from ..core.devices import fit_device, fp32_precision
 from ..core.distributed import gather_from_ranks
-from ..core.nested_tensors import first_items, map_tensors
+from ..core.nested_tensors import copied, first_items, map_tensors
 from ..core.random_state import restore_random_states
 from ..core.undo import restore_dict
 from ..learner.step_callbacks import is_part_of_step
 from .state import not_finite
-from .steps import Eliminated
+from .steps import Eliminated, canceled
 
 __all__ = ['StopBatch', 'TrainingNumbers', 'PredictionNumbers']
 
@@ -130,6 +130,12 @@ class Numbers:
         self.steps.state.restart(self.values)
         set_seed(0)
 
+    def one_batch(self):
+        "A pass of a copy of the items: models and callbacks may write into them."
+        self.learn.pred = None
+        self.learn.one_batch(0, copied(self.batch))
+        if self.learn.pred is None: raise ValueError(canceled('CancelBatchException'))
+
     def record(self, keep=True):
         "A function that returns the mode for a pass of a model."
         return partial(self.Record, keep=keep) if self.replays else no_mode
@@ -171,7 +177,7 @@ class TrainingNumbers(Numbers):
         _set_mode(self.learn.model, True)
         for m in norms: m.momentum = 1.
         self.stop.before_gradients = True
-        try: self.learn.one_batch(0, self.batch)
+        try: self.one_batch()
         except Exception: self.steps.state.restore_tensors()  # the comparison itself will raise it
         else:
             self.values = [(m.running_mean, m.running_mean.clone()) for m in norms]
@@ -189,7 +195,7 @@ class TrainingNumbers(Numbers):
             scaler = self.learn.scaler if self.learn.scaler and self.learn.scaler.is_enabled() else None
             scale = scaler.get_scale() if scaler else 1.
             self.stop.mode = mode = make_mode(self.learn.model)
-            with mode: self.learn.one_batch(0, self.batch)
+            with mode: self.one_batch()
             self.stop.mode = None  # it holds results
             grads = [p.grad if p.grad is None else _wide_copy(p.grad)/scale for p in self.learn.model.parameters()]
             if not scaler or scale <= MIN_SCALE or all(g is None or g.isfinite().all() for g in grads): break
@@ -277,7 +283,7 @@ class PredictionNumbers(Numbers):
         for _ in range(passes):
             self.restart()
             self.steps.activate(c, self.callbacks)
-            with make_mode(self.learn.model) as mode: self.learn.one_batch(0, self.batch)
+            with make_mode(self.learn.model) as mode: self.one_batch()
         return map_tensors(lambda t: t.detach().clone(), self.learn.pred), mode
 
     def run_baseline(self):

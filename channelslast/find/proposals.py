@@ -9,6 +9,7 @@ from torch.nn.modules.conv import _ConvNd  # no public name: the base class of a
 
 from ..core.devices import elapsed_ms, unwrap_model
 from ..core.distributed import broadcast_from_rank0, together
+from ..core.nested_tensors import copied
 from ..learner.fused_optimizer import FusedOptimizer
 from .numbers import StopBatch
 from .race import TIE, near
@@ -60,7 +61,7 @@ def time_optimizer(steps, try_fused) -> list: # Settings to race
     if try_fused: steps.opts[True] = FusedOptimizer(steps.opts[False])
     def _measure():
         steps.activate(steps.baseline, [StopBatch(steps.learn), *steps.callbacks])
-        rest_ms = elapsed_ms(steps.device, partial(steps.learn.one_batch, 0, steps.batches[0]))
+        rest_ms = elapsed_ms(steps.device, partial(steps.learn.one_batch, 0, copied(steps.batches[0])))
         ms = {k: [] for k in steps.opts}
         for k in [*ms]*OPTIMIZER_STEPS: ms[k].append(elapsed_ms(steps.device, steps.opts[k].step))
         return {k: min(v) for k, v in ms.items()}, rest_ms

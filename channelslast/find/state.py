@@ -2,6 +2,7 @@
 import torch
 
 from ..core.nested_tensors import tensors_of
+from ..core.random_state import generators_of
 from ..core.undo import Saved
 from ..learner.preserve_learner import learner_modules, objects_in
 
@@ -19,6 +20,20 @@ def not_finite(named) -> str: # `''` if all are finite
     return '' if finite.all() else named[finite.int().argmin().item()][0]
 
 
+def _set(t, value):
+    if t.shape != value.shape: t.resize_(value.shape)  # a buffer that gets its size in the first step
+    t.copy_(value)
+
+
+class Counters:
+    "The numbers in a Learner's attributes, such as `train_iter` and `pct_train`. Callbacks read them."
+    def __init__(self, learn):
+        self.learn = learn
+        self.take()
+    def take(self): self.values = {k: v for k, v in vars(self.learn).items() if isinstance(v, (int, float))}
+    def restore(self): vars(self.learn).update(self.values)
+
+
 class State:
     "The state of a Learner from which all candidates start."
     def __init__(self, learn, callbacks, originals): # Pairs of a tensor and its original values, from `preserve_learner`
@@ -29,13 +44,14 @@ class State:
         owners = [*learner_modules(learn, callbacks), learn.loss_func, *callbacks]
         owners = {id(o): o for o in (*owners, *objects_in(owners)) if hasattr(o, '__dict__')}.values()
         self.dicts = [vars(o) for o in owners]
+        self.generators = generators_of(v for d in self.dicts for v in d.values())
         names = {id(t): n for n, t in (*learn.model.named_parameters(), *learn.model.named_buffers())}
         finite = [t for t, data in originals if not not_finite([('it', data)])]  # an attention mask may hold infinity
         self.finite = [(names.get(id(t), 'optimizer state'), t) for t in finite]
 
     def take(self) -> list:
-        "What the modules and callbacks hold now: attributes, not the values of tensors."
-        return [Saved(d, SAME) for d in self.dicts]
+        "What the modules and callbacks hold now: attributes, not the values of tensors. And the Learner's counters."
+        return [Counters(self.learn), *(Saved(d, SAME) for d in self.dicts)]
 
     def begin(self):
         "Candidates start from what the modules and callbacks hold now."
@@ -43,14 +59,15 @@ class State:
 
     @torch.no_grad()
     def restart(self, values=()): # Pairs of a tensor and other values for it
-        "Restore what modules, buffers and callbacks held at the start."
+        "Restore what modules, buffers, callbacks and random generators held at the start."
         for o in self.start: o.restore()
+        for restore, state in self.generators: restore(state)
         for t, value in {id(t): (t, value) for t, value in (*self.buffers, *values)}.values():
-            if not torch.equal(t, value): t.copy_(value)  # prepared models notice writes
+            if not torch.equal(t, value): _set(t, value)  # prepared models notice writes
 
     @torch.no_grad()
     def restore_tensors(self):
         "Restore the values of weights, buffers and optimizer state, which a step may have filled with NaN."
-        for t, data in self.originals: t.copy_(data)
+        for t, data in self.originals: _set(t, data)
         if self.learn.opt is not None and not self.optimizer_had_state: self.learn.opt.clear_state()
         self.learn.model.zero_grad(set_to_none=True)

@@ -3,7 +3,8 @@ from contextlib import contextmanager
 
 import torch
 from fastai.callback.channelslast import ChannelsLast as FastaiChannelsLast
-from fastai.callback.core import Callback, CancelStepException
+from fastai.callback.core import (Callback, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
+                                  CancelValidException)
 from fastai.callback.fp16 import MixedPrecision
 from fastcore.basics import noop
 from fastcore.foundation import L
@@ -11,15 +12,17 @@ from fastcore.foundation import L
 from ..core.devices import elapsed_ms, fit_device, free_memory, is_out_of_memory
 from ..core.distributed import broadcast_from_rank0, gather_from_ranks, together
 from ..core.memory_format import align_optimizer, convert_module
+from ..core.nested_tensors import copied
 from ..core.stand_in import StandInCallback
 from ..learner.setting import Setting
 from .batches import halved
 from .state import State, not_finite
 
-__all__ = ['MAX_SKIPS', 'SYNCHRONOUS', 'Eliminated', 'Candidate', 'Steps', 'error_note', 'step_ms', 'step_was_skipped']
+__all__ = ['MAX_SKIPS', 'SYNCHRONOUS', 'Eliminated', 'Candidate', 'Steps', 'canceled', 'error_note', 'step_ms', 'step_was_skipped']
 
 MAX_SKIPS = 40  # steps in a row that the gradient scaler may skip: its default scale is down to 2**-24 then
 EMULATED_FACTOR = 20  # times contiguous fp32's first step; emulated convolutions took 35 to 139 times, depthwise ones 8
+CANCELS = CancelFitException, CancelEpochException, CancelTrainException, CancelValidException
 SYNCHRONOUS = {'cpu'}  # device types on which a call returns when its work is done
 
 
@@ -117,6 +120,7 @@ class Steps:
         contiguous fp32."""
         try: return together(f, error_note)
         except Exception as e:
+            if c is self.baseline and isinstance(e, CANCELS): raise ValueError(canceled(type(e).__name__)) from e
             if c is self.baseline: raise
             note = error_note(e)
         learn = self.learn
@@ -129,14 +133,14 @@ class Steps:
 
     def step(self, c, i) -> float:
         "Milliseconds of one step of a candidate, which continues where its last step ended."
-        batch = self.batches[i % len(self.batches)]
+        batch = copied(self.batches[i % len(self.batches)])  # callbacks such as `CutMix` write into it
         for o in c.state or self.state.start: o.restore()
         c.state = c.state or self.state.take()
         self.activate(c)
         if self.device.type not in SYNCHRONOUS:  # on GPUs memory is scarce, and reported for each candidate
             for o in self.running:
                 if o.is_folded and o is not c: o.prepared.forget()
-        if c.is_folded and not c.prepared.ready: self.learn.one_batch(0, batch)  # the weights were moved
+        if c.is_folded and not c.prepared.ready: self.learn.one_batch(0, copied(batch))  # the weights were moved
         with self.peak_memory(c): ms = step_ms(self.learn, batch)
         self.on_pass()
         for o in c.state: o.take()
@@ -207,6 +211,9 @@ class Steps:
         halves = halved(self.batches, self.bs)
         if halves: self.batches, self.bs = halves, self.bs//2
         return bool(halves)
+
+
+def canceled(name) -> str: return f'A callback raises `{name}` in a measured batch: remove the callback before you measure.'
 
 
 def error_note(e) -> str:

@@ -1,9 +1,8 @@
 "Run a Learner, and restore it bit for bit."
-import random
+import sys
 import traceback
 from contextlib import ExitStack, contextmanager
 
-import numpy as np
 import torch
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
@@ -15,8 +14,8 @@ from ..core.compiling import stance
 from ..core.devices import fit_device, unwrap_model
 from ..core.memory_format import group_by_memory
 from ..core.nested_tensors import tensors_of
-from ..core.random_state import restore_random_states
-from ..core.undo import restore_dict
+from ..core.random_state import generators_of, restore_random_states
+from ..core.undo import restore_dict, uninterrupted
 from .step_callbacks import changes_step, is_part_of_step
 
 __all__ = ['preserve_learner', 'learner_modules', 'objects_in', 'check_model']
@@ -47,12 +46,12 @@ def objects_in(modules):
     return [o for o in objects if hasattr(o, '__dict__') and not isinstance(o, (nn.Module, Tensor, type, Learner))]
 
 
-def _restore_generators(undo, owner):
-    "Have `undo` restore the random generators among an object's attributes: Python's, NumPy's and PyTorch's."
-    for g in getattr(owner, '__dict__', {}).values():
-        if isinstance(g, random.Random): undo.callback(g.setstate, g.getstate())
-        elif isinstance(g, (torch.Generator, np.random.RandomState)): undo.callback(g.set_state, g.get_state())
-        elif isinstance(g, np.random.Generator): undo.callback(setattr, g.bit_generator, 'state', g.bit_generator.state)
+def objects_behind(loader) -> list:
+    "Objects with state behind a loader: its dataset, its samplers, and what these hold. Not its iterators and worker processes."
+    def _held(owners): return [o for o in objects_in(owners) if type(o).__module__.partition('.')[0] not in sys.stdlib_module_names
+                               and not hasattr(type(o), '__next__')]
+    first = _held([loader])
+    return list({id(o): o for o in (*first, *_held(first))}.values())
 
 
 def _note_left_out(e, cbs):
@@ -111,25 +110,27 @@ def preserve_learner(learn,
 ):
     """Context manager: do anything with the Learner inside. Afterwards it is restored bit for bit, even after an error:
     weights, buffers, gradients, their formats and memory, optimizer, modes, callbacks, recorder, hooks, random states,
-    autocast, the loader's shuffling. Costs one copy of the tensors of model and optimizer. Callbacks that a step does
+    autocast, the loader's and its samplers' order. Costs one copy of the tensors of model and optimizer. Callbacks that a step does
     not need are left out; an error of a step names them. Yields the tensors with their originals. Objects in a
-    module's attributes are restored, but nothing nested deeper in them."""
+    module's attributes are restored, and those in a loader's and in theirs, but nothing nested deeper in them."""
     kept = [o for o in learn.cbs if is_part_of_step(o, classes)]
     changing = [o for o in kept if changes_step(o)]
     try: loader = learn.dls.train if loader is None else loader
     except IndexError:
         raise ValueError("The Learner's DataLoaders hold no loader: there is nothing to run on.") from None
     modules, device, loss_func = learner_modules(learn, changing), fit_device(learn), learn.loss_func
-    with restore_random_states(), restore_autocast(device.type), torch.enable_grad(), ExitStack() as undo:
+    with ExitStack() as end, restore_random_states(), restore_autocast(device.type), torch.enable_grad(), ExitStack() as undo:
         if eager: undo.enter_context(stance('force_eager'))
         owners = modules if isinstance(loss_func, nn.Module) else [*modules, loss_func]
         owners = [o for o in owners if hasattr(o, '__dict__')]
         for o in (learn, *learn.cbs, loader, *owners):
             if hasattr(o, '__dict__'): restore_dict(undo, vars(o))
-        for o in objects_in([*modules, *changing]): restore_dict(undo, vars(o))
+        inner, behind = objects_in([*modules, *changing]), objects_behind(loader)
+        for o in (*inner, *behind): restore_dict(undo, vars(o))
         for m in modules:
             for k, v in _cpp_attributes(m).items(): undo.callback(m._c.setattr, k, v)
-        for o in (loader, getattr(loader, 'sampler', None), *changing): _restore_generators(undo, o)
+        holders = [o for o in (*owners, *changing, *inner, loader, *behind) if hasattr(o, '__dict__')]
+        for restore, state in generators_of(v for o in holders for v in vars(o).values()): undo.callback(restore, state)
         values = [[*vars(o).values(), *_cpp_attributes(o).values()] for o in (*owners, *changing)]
         originals = _run_on_clones(undo, tensors_of(values))  # parameters, buffers, plain attributes
         opt = learn.opt_func if learn.opt is None and isinstance(learn.opt_func, OptimWrapper) else learn.opt
@@ -139,6 +140,7 @@ def preserve_learner(learn,
             learn.dls.device = device
         left_out, learn.cbs = [o for o in learn.cbs if o not in kept], L(kept)
         if eager: learn.model = unwrap_model(learn.model)
+        undo.callback(end.enter_context, uninterrupted())  # is called first
         try: yield originals
         except Exception as e:
             _note_left_out(e, left_out)

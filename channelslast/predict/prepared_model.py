@@ -7,10 +7,10 @@ from torch import Tensor
 from ..core.compare import FACTOR, numbers_of, relative_error, rounding_error
 from ..core.compiling import CHANGES, DRAWS
 from ..core.nested_tensors import leaves_of, tensors_of
-from ..core.random_state import restore_random_states
+from ..core.random_state import generators_of, restore_random_states
 from ..core.stand_in import StandInCallback, Work
 from ..core.undo import restore_dict
-from ..core.model_copy import CantCopy, ModelCopy, ModelState, generators_of, has_global_hooks, versions_of
+from ..core.model_copy import CantCopy, ModelCopy, ModelState, has_global_hooks, versions_of
 
 __all__ = ['NotPrepared', 'PredictionCallback', 'input_key']
 
