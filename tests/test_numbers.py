@@ -123,6 +123,27 @@ def test_candidates_with_right_kernels_are_valid(has, name):
     for r in checked(images(MODELS[name]())).values(): assert r.valid, r
 
 
+class TrainsWrongly(nn.BatchNorm2d):
+    "A kernel of the training mode that is wrong in channels last."
+    def __init__(self, how): super().__init__(8); self.how = how
+    def forward(self, x):
+        if not self.training or x.is_contiguous(): return super().forward(x)
+        if self.how == 'values': return super().forward(x).roll(1, 1)
+        if self.how == 'no mean': return nn.functional.batch_norm(x, torch.zeros(8), torch.ones(8), self.weight, self.bias)
+        y = super().forward(x)
+        (self.running_var if self.how == 'variance' else self.running_mean).data.add_(0.5)
+        return y
+
+
+@pytest.mark.parametrize('how, note', [('values', 'result of '), ('no mean', 'result of 1 in training'), ('variance', 'running statistics of 1'),
+                                       ('mean', 'running statistics of 1')])
+def test_kernels_and_statistics_of_the_training_mode_are_compared(has, how, note):
+    has('bf16')
+    rows = checked(learner(nn.Sequential(nn.Conv2d(3, 8, 3), TrainsWrongly(how), nn.ReLU(), nn.Conv2d(8, 8, 3), convnet(8))))
+    assert all(r.valid == (not r.setting.is_channels_last) for r in rows.values())
+    assert all(note in r.note for r in rows.values() if not r.valid)
+
+
 class Cancels(nn.Module):
     """Rounding is amplified: `difference` subtracts nearly equal channels, and the layer norm cancels `shift`, whose
     gradient is nothing but rounding errors."""

@@ -88,10 +88,12 @@ def _errors(grads, reference) -> list: return [_error(a, b) for a, b in _pairs(g
 
 def _set_mode(model, training):
     """Set eval mode, or training mode without dropout of any kind (`DropPath`, `StochasticDepth`). Recurrent layers are
-    always in training mode, without dropout: cuDNN's have no backward pass in eval mode (PyTorch issue 5878)."""
+    always in training mode, without dropout: cuDNN's have no backward pass in eval mode (PyTorch issue 5878). Running
+    statistics become those of the next batch."""
     model.train(training)
     for m in model.modules():
         if isinstance(m, nn.RNNBase): m.train().dropout = 0.
+        elif isinstance(m, nn.modules.batchnorm._BatchNorm): m.momentum = 1.
         elif 'drop' in type(m).__name__.lower() or isinstance(m, nn.MultiheadAttention): m.eval()
 
 
@@ -140,10 +142,10 @@ class Numbers:
         "A function that returns the mode for a pass of a model."
         return partial(self.Record, keep=keep) if self.replays else no_mode
 
-    def replay(self, c, record, rounded=False):
+    def replay(self, c, record, rounded=False, counts=None):
         "Likewise, for a pass of contiguous fp32 with the values of a candidate's pass."
         precision = self.precision_of(c)
-        return lambda model: self.Replay(model, record, self.counts, TOLERANCE[precision].result, eps=ROUNDING[precision],
+        return lambda model: self.Replay(model, record, counts or self.counts, TOLERANCE[precision].result, eps=ROUNDING[precision],
                                          generator=self.generator(), rounded=rounded)
 
     def rounding(self, precision, seed=0):
@@ -170,19 +172,32 @@ class TrainingNumbers(Numbers):
     def set_statistics(self, c):
         """Set running statistics to those of the items, as in training: with the initial ones, activations shrink from
         layer to layer, and gradients in fp16 underflow."""
-        norms = [m for m in self.learn.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None]
-        if not norms: return
-        self.restart()
-        self.steps.activate(c, self.callbacks)
-        _set_mode(self.learn.model, True)
-        for m in norms: m.momentum = 1.
-        self.stop.before_gradients = True
-        try: self.one_batch()
-        except Exception: self.steps.state.restore_tensors()  # the comparison itself will raise it
-        else:
-            self.values = [(m.running_mean, m.running_mean.clone()) for m in norms]
-            self.values += [(m.running_var, m.running_var.clamp(min=MIN_VARIANCE*m.running_var.mean())) for m in norms]
-        self.stop.before_gradients = False
+        self.norms = {n: m for n, m in self.learn.model.named_modules()
+                      if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None}
+        for make_mode in (self.record(keep=False), no_mode) if self.norms else ():
+            try: self.training_counts = self.forward_in_training(c, make_mode)
+            except Exception: self.steps.state.restore_tensors()  # the comparison itself will raise it
+            else: break
+        else: return self.norms.clear()
+        norms = self.norms.values()
+        self.values = [(m.running_mean, m.running_mean.clone()) for m in norms]
+        self.values += [(m.running_var, m.running_var.clamp(min=MIN_VARIANCE*m.running_var.mean())) for m in norms]
+
+    def forward_in_training(self, c, make_mode): # The mode
+        self.training = True
+        try: return self.step(c, make_mode, backward=False)[2]
+        finally: self.training = False
+
+    def compare_training(self, c):
+        "Compare products, normalizations and running statistics in training mode, which has kernels of its own."
+        record = self.forward_in_training(c, self.record())
+        own = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in self.norms.items()}
+        mode = self.forward_in_training(self.steps.baseline, self.replay(c, record, counts=self.training_counts))
+        if mode.wrong: raise Eliminated(f'{DIFFER} (result of {mode.wrong[0]} in training)')
+        for n, m in self.norms.items():
+            (mean, var), scale = own[n], m.running_var.norm()
+            error = torch.maximum((mean - m.running_mean).norm()/scale.sqrt(), (var - m.running_var).norm()/scale)
+            if not error <= self.tolerance_of(c).result: raise Eliminated(f'{DIFFER} (running statistics of {n})')
 
     def step(self, c, make_mode, backward=True) -> tuple: # Loss; gradients in fp32, without the scaler's scale; the mode
         "One step without the optimizer, in the mode that `make_mode(model)` returns."
@@ -219,8 +234,8 @@ class TrainingNumbers(Numbers):
         self.grad_norm, self.reading_errors = _norm(g for g in self.grads if g is not None), reading_errors(self.learn)
 
     def compare(self, c) -> tuple|None: # Arguments of `is_large` and `explain`
-        """Set `loss_diff` and `grad_diff`. Raise `Eliminated` for infinity, NaN, a failing metric, and a product that
-        differs from that of contiguous fp32, whose step is replayed with the candidate's values: rounding alone drives
+        """Set `loss_diff` and `grad_diff`. Raise `Eliminated` for infinity, NaN, a failing metric, and a product or
+        normalization that differs from that of contiguous fp32, whose step is replayed with the candidate's values: rounding alone drives
         gradients of deep networks far apart."""
         loss, grads, record = self.step(c, self.record())
         self.set_differences(c, loss, grads)
@@ -230,6 +245,7 @@ class TrainingNumbers(Numbers):
         if not self.replays: return None
         _, replayed, mode = self.step(self.steps.baseline, self.replay(c, record))
         if mode.wrong: raise Eliminated(f'{DIFFER} (result of {mode.wrong[0]})')
+        if self.norms and not self.training: self.compare_training(c)
         return self.replay(c, record, rounded=True), (loss, self.loss), replayed, _errors(grads, replayed)
 
     def set_differences(self, c, loss, grads):

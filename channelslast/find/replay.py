@@ -15,7 +15,8 @@ from ..core.rounding import Rounding
 __all__ = ['Record', 'Replay']
 
 PRODUCTS = {'convolution', 'addmm', 'mm', 'bmm', 'baddbmm'}  # operations that autocast runs in half precision
-REPLAYED = PRODUCTS | {'native_batch_norm', 'native_layer_norm', 'native_group_norm', 'add', 'add_'}
+NORMS = {'native_batch_norm', 'cudnn_batch_norm', 'miopen_batch_norm', 'native_layer_norm', 'native_group_norm'}
+REPLAYED = PRODUCTS | NORMS | {'add', 'add_'}
 
 
 class Record(Rounding):
@@ -49,12 +50,12 @@ class Record(Rounding):
 
 
 class Replay(Record):
-    """Replace the results of the operations by recorded ones. `.wrong` lists the products that differed, by the module
-    of their weights. With `rounded`, all other operations take and give perturbed numbers."""
+    """Replace the results of the operations by recorded ones. `.wrong` lists the products and
+    normalizations that differed, by the module of their weights. With `rounded`, all other operations take and give perturbed numbers."""
     def __init__(self, model,
         record: Record, # Record of the step to replay
         counts: Record, # Record of this step without a replay: operations are replayed if both ran them equally often
-        tolerance, # Relative error up to which a product is right; it is also right if rounding its factors explains more
+        tolerance, # Relative error up to which a result is right; it is also right if rounding its factors explains more
         eps, generator=None, rounded=False,
     ):
         super().__init__(model, False, eps, generator)
@@ -66,14 +67,15 @@ class Replay(Record):
         if value is None: return
         name, params, _ = key
         value = value.to(result)
-        if name in PRODUCTS and self._differs(value, result, *call):
+        if name in PRODUCTS | NORMS and self._differs(value, result, *call):
             self.wrong.append((params[0].rpartition('.')[0] or params[0]) if params else name)
         result.copy_(value)
 
     def _differs(self, value, result, func, args, kwargs) -> bool:
-        "True if a product differs from the recorded value by more than rounding explains."
+        "True if a result differs from the recorded value by more than rounding explains."
         norm = result.norm().clamp_min(torch.finfo(result.dtype).tiny)
         def _error(t): return ((t - result).norm()/norm).item()
         if _error(value) <= self.tolerance: return False
         rounded = func(*map_tensors(self.perturb, args), **kwargs)
+        if not isinstance(rounded, Tensor): rounded = rounded[0]
         return not _error(value) <= FACTOR*_error(rounded)
