@@ -15,7 +15,7 @@ from ..core.rounding import Rounding
 __all__ = ['Record', 'Replay']
 
 PRODUCTS = {'convolution', 'addmm', 'mm', 'bmm', 'baddbmm'}  # operations that autocast runs in half precision
-NORMS = {'native_batch_norm', 'cudnn_batch_norm', 'miopen_batch_norm', 'native_layer_norm', 'native_group_norm'}
+NORMS = {'batch_norm', 'native_layer_norm', 'native_group_norm'}
 REPLAYED = PRODUCTS | NORMS | {'add', 'add_'}
 
 
@@ -34,6 +34,7 @@ class Record(Rounding):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if name.endswith('_batch_norm'): name = 'batch_norm'  # native or cuDNN's, which depends on dtype and format
         replayed = name in REPLAYED and not self.backward
         out = self.run(func, args, kwargs) if self.rounded and not replayed else func(*args, **kwargs)
         if self.backward or not (replayed or name == '_to_copy'): return out
