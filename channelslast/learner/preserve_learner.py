@@ -110,9 +110,10 @@ def preserve_learner(learn,
 ):
     """Context manager: do anything with the Learner inside. Afterwards it is restored bit for bit, even after an error:
     weights, buffers, gradients, their formats and memory, optimizer, modes, callbacks, recorder, hooks, random states,
-    autocast, the loader's and its samplers' order. Costs one copy of the tensors of model and optimizer. Callbacks that a step does
-    not need are left out; an error of a step names them. Yields the tensors with their originals. Objects in a
-    module's attributes are restored, and those in a loader's and in theirs, but nothing nested deeper in them."""
+    autocast, the order and state of the loader, its samplers and its dataset. Costs one copy of the tensors of model and
+    optimizer. Callbacks that a step does not need are left out; an error of a step names them. Yields the tensors with
+    their originals. Objects in a module's attributes are restored, and those in a loader's and in theirs, but nothing
+    nested deeper in them."""
     kept = [o for o in learn.cbs if is_part_of_step(o, classes)]
     changing = [o for o in kept if changes_step(o)]
     try: loader = learn.dls.train if loader is None else loader
