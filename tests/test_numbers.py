@@ -144,6 +144,39 @@ def test_kernels_and_statistics_of_the_training_mode_are_compared(has, how, note
     assert all(note in r.note for r in rows.values() if not r.valid)
 
 
+class AnyItems(nn.Module):
+    "Takes whole batches only."
+    def __init__(self): super().__init__(); self.net = convnet()
+    def forward(self, x):
+        assert len(x) == 8
+        return self.net(x)
+
+
+class Clamps(nn.BatchNorm2d):
+    "Changes its running statistics in a way of its own."
+    def forward(self, x):
+        y = super().forward(x)
+        self.running_var.data.clamp_(min=10.)
+        return y
+
+
+def nearly_equal(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(8, 256, 1), nn.Sigmoid(),
+                                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(256), nn.Linear(256, 4))
+def constant():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), convnet(8))
+    nn.init.zeros_(model[1].weight)
+    return model
+def clamped(): return nn.Sequential(nn.Conv2d(3, 8, 3), Clamps(8), convnet(8))
+
+
+@pytest.mark.parametrize('half', ['bf16', 'fp16'])
+@pytest.mark.parametrize('model', [AnyItems, nearly_equal, constant, clamped])
+def test_right_statistics_are_accepted(has, model, half):
+    "Of a batch that can't be divided, of hardly any variance, of none, of a module that changes them."
+    has(half)
+    for r in checked(learner(model())).values(): assert r.valid, r
+
+
 class Cancels(nn.Module):
     """Rounding is amplified: `difference` subtracts nearly equal channels, and the layer norm cancels `shift`, whose
     gradient is nothing but rounding errors."""

@@ -238,6 +238,37 @@ def test_samplers_and_datasets_continue_as_if_nothing_was_measured(kwargs):
     assert _losses(False) == _losses(True)
 
 
+class Reads:
+    "Reads on in a file, and counts. Neither the count nor an image that was opened before can be put back without the file."
+    def __init__(self, path): self.file, self.n = open(path), 0
+    def next(self): self.n += 1; return float(self.file.readline())
+
+
+class FromFile:
+    def __init__(self, path): self.reader, self.rng = Reads(path), random.SystemRandom()
+    def __len__(self): return 32
+    def __getitem__(self, i): return torch.full((3, 8, 8), self.reader.next()), torch.tensor(i % 4)
+
+
+def test_a_file_behind_a_loader_and_what_counts_in_it_stay_together(tmp_path):
+    (tmp_path/'numbers.txt').write_text(''.join(f'{i}\n' for i in range(10_000)))
+    ds = FromFile(tmp_path/'numbers.txt')
+    find(learner(dls=DataLoaders(*[TorchLoader(ds, 8)]*2, device=torch.device('cpu'))), num_it=1)
+    assert ds.reader.n > 0 and ds.reader.next() == ds.reader.n - 1
+
+
+class Silent(nn.Module):
+    "Gives no output: the loss takes it from an attribute."
+    def __init__(self): super().__init__(); self.net = convnet()
+    def forward(self, x): self.out = self.net(x)
+
+
+def test_a_model_that_returns_nothing_is_measured():
+    model = Silent()
+    t = find(Learner(loaders(), model, lambda pred, y: nn.functional.cross_entropy(model.out, y)), num_it=1)
+    assert len(t.rows) >= 2 and all(r.valid for r in t.rows), t
+
+
 class Interrupts(random.Random):
     "Ctrl-C arrives while its state is restored."
     def setstate(self, state):

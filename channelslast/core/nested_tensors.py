@@ -85,7 +85,7 @@ def copied(x):
     "`x` with copies of its tensors, for a pass that may write into them."
     def _copy(t):
         new = t.detach().clone().requires_grad_(t.requires_grad)
-        vars(new).update(vars(t))
+        for k, v in vars(t).items(): vars(new).setdefault(k, v)  # subclasses may copy inner tensors
         return new
     return map_tensors(_copy, x)
 

@@ -18,7 +18,7 @@ def python_state() -> tuple:
 def generators_of(objects) -> list: # Functions that set, and the states
     "How to restore the random generators among objects: Python's, NumPy's and PyTorch's."
     objects = [*objects]
-    states = [(o.setstate, o.getstate()) for o in objects if isinstance(o, random.Random)]
+    states = [(o.setstate, o.getstate()) for o in objects if isinstance(o, random.Random) and not isinstance(o, random.SystemRandom)]
     states += [(o.set_state, o.get_state()) for o in objects if isinstance(o, (torch.Generator, np.random.RandomState))]
     bits = [o.bit_generator for o in objects if isinstance(o, np.random.Generator)]
     return states + [(partial(setattr, o, 'state'), o.state) for o in bits]

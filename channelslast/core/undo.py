@@ -44,8 +44,9 @@ def uninterrupted():
     seen = []
     signal.signal(signal.SIGINT, lambda *args: seen.append(args))
     try: yield
-    finally: signal.signal(signal.SIGINT, own)
-    if seen: own(*seen[0])
+    finally:
+        signal.signal(signal.SIGINT, own)
+        if seen: own(*seen[0])
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def checked_batches(learn, loader, train) -> tuple:
 
 
 def _choices(name, chosen, possible, known) -> list:
-    chosen = list(possible) if chosen is None else list(chosen) if isinstance(chosen, (list, tuple, set)) else [chosen]
+    chosen = list(possible) if chosen is None else [chosen] if isinstance(chosen, str) or not hasattr(chosen, '__iter__') else list(chosen)
     for o in chosen:
         if o not in possible:
             why = 'is slow on this device' if o in known else 'is unknown'

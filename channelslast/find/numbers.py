@@ -43,9 +43,11 @@ def no_mode(model): return nullcontext()
 
 
 class StopBatch(Callback):
-    "Stop each batch before the optimizer, or before the backward pass. Sets `mode.backward` when the backward pass begins."
+    """Stop each batch before the optimizer, or before the backward pass. Sets `mode.backward` when the backward pass begins,
+    and `reached` when the model has run."""
     order = -1000
-    def __init__(self, learn): self.learn, self.mode, self.before_gradients = learn, None, False
+    def __init__(self, learn): self.learn, self.mode, self.before_gradients, self.reached = learn, None, False, False
+    def after_pred(self): self.reached = True
     def before_backward(self):
         if self.before_gradients: raise CancelBatchException
         if self.mode: self.mode.backward = True
@@ -134,9 +136,9 @@ class Numbers:
 
     def one_batch(self):
         "A pass of a copy of the items: models and callbacks may write into them."
-        self.learn.pred = None
+        self.stop.reached = False
         self.learn.one_batch(0, copied(self.batch))
-        if self.learn.pred is None: raise ValueError(canceled('CancelBatchException'))
+        if not self.stop.reached: raise ValueError(canceled('CancelBatchException'))
 
     def record(self, keep=True):
         "A function that returns the mode for a pass of a model."
@@ -174,12 +176,16 @@ class TrainingNumbers(Numbers):
         layer to layer, and gradients in fp16 underflow."""
         self.norms = {n: m for n, m in self.learn.model.named_modules()
                       if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None}
+        self.training_counts = None
         for make_mode in (self.record(keep=False), no_mode) if self.norms else ():
-            try: self.training_counts = self.forward_in_training(c, make_mode)
+            try: mode = self.forward_in_training(c, make_mode)
             except Exception: self.steps.state.restore_tensors()  # the comparison itself will raise it
             else: break
-        else: return self.norms.clear()
+        else: return
         norms = self.norms.values()
+        if isinstance(mode, self.Record):
+            self.training_counts, own = mode, mode.wrong_statistics(self.norms, self.tolerance_of(c).result)
+            self.norms = {n: m for n, m in self.norms.items() if n not in own}  # other modules compute theirs in their own way
         self.values = [(m.running_mean, m.running_mean.clone()) for m in norms]
         self.values += [(m.running_var, m.running_var.clamp(min=MIN_VARIANCE*m.running_var.mean())) for m in norms]
 
@@ -188,16 +194,13 @@ class TrainingNumbers(Numbers):
         try: return self.step(c, make_mode, backward=False)[2]
         finally: self.training = False
 
-    def compare_training(self, c):
+    def compare_training(self, c) -> str: # The fault, or `''`
         "Compare products, normalizations and running statistics in training mode, which has kernels of its own."
+        if not self.training_counts or self.training: return ''
         record = self.forward_in_training(c, self.record())
-        own = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in self.norms.items()}
+        wrong = record.wrong_statistics(self.norms, self.tolerance_of(c).result)
         mode = self.forward_in_training(self.steps.baseline, self.replay(c, record, counts=self.training_counts))
-        if mode.wrong: raise Eliminated(f'{DIFFER} (result of {mode.wrong[0]} in training)')
-        for n, m in self.norms.items():
-            (mean, var), scale = own[n], m.running_var.norm()
-            error = torch.maximum((mean - m.running_mean).norm()/scale.sqrt(), (var - m.running_var).norm()/scale)
-            if not error <= self.tolerance_of(c).result: raise Eliminated(f'{DIFFER} (running statistics of {n})')
+        return f'result of {mode.wrong[0]} in training' if mode.wrong else f'running statistics of {wrong[0]}' if wrong else ''
 
     def step(self, c, make_mode, backward=True) -> tuple: # Loss; gradients in fp32, without the scaler's scale; the mode
         "One step without the optimizer, in the mode that `make_mode(model)` returns."
@@ -220,7 +223,7 @@ class TrainingNumbers(Numbers):
     def run_baseline(self):
         """In eval mode, or in training mode for detectors: they have no eval-mode loss. Without a mode if the model can't
         run in one."""
-        c, self.params, self.values = self.steps.baseline, dict(self.learn.model.named_parameters()), []
+        c, self.params, self.values, self.replays = self.steps.baseline, dict(self.learn.model.named_parameters()), [], True
         self.set_statistics(c)
         c.loss_diff = c.grad_diff = 0.
         for self.replays, self.training in (True, False), (True, True), (False, False), (False, True):
@@ -237,6 +240,7 @@ class TrainingNumbers(Numbers):
         """Set `loss_diff` and `grad_diff`. Raise `Eliminated` for infinity, NaN, a failing metric, and a product or
         normalization that differs from that of contiguous fp32, whose step is replayed with the candidate's values: rounding alone drives
         gradients of deep networks far apart."""
+        fault = self.compare_training(c)
         loss, grads, record = self.step(c, self.record())
         self.set_differences(c, loss, grads)
         name = 'loss' if not math.isfinite(loss) else not_finite(zip(map('gradient of {}'.format, self.params), grads))
@@ -245,7 +249,7 @@ class TrainingNumbers(Numbers):
         if not self.replays: return None
         _, replayed, mode = self.step(self.steps.baseline, self.replay(c, record))
         if mode.wrong: raise Eliminated(f'{DIFFER} (result of {mode.wrong[0]})')
-        if self.norms and not self.training: self.compare_training(c)
+        if fault: raise Eliminated(f'{DIFFER} ({fault})')
         return self.replay(c, record, rounded=True), (loss, self.loss), replayed, _errors(grads, replayed)
 
     def set_differences(self, c, loss, grads):

@@ -16,6 +16,7 @@ __all__ = ['Record', 'Replay']
 
 PRODUCTS = {'convolution', 'addmm', 'mm', 'bmm', 'baddbmm'}  # operations that autocast runs in half precision
 NORMS = {'batch_norm', 'native_layer_norm', 'native_group_norm'}
+HALF = torch.float16, torch.bfloat16
 REPLAYED = PRODUCTS | NORMS | {'add', 'add_'}
 
 
@@ -25,6 +26,7 @@ class Record(Rounding):
         super().__init__(eps, generator)
         self.names, self.casts = {self._memory(p): n for n, p in model.named_parameters()}, []
         self.values, self.keep, self.backward, self.rounded = defaultdict(list), keep, False, False
+        self.statistics = {}  # variance and mean of inputs of batch norms in training mode, by the address of their running mean
 
     def _memory(self, t): return t.untyped_storage()._cdata if t.layout is torch.strided else id(t)
 
@@ -38,6 +40,7 @@ class Record(Rounding):
         replayed = name in REPLAYED and not self.backward
         out = self.run(func, args, kwargs) if self.rounded and not replayed else func(*args, **kwargs)
         if self.backward or not (replayed or name == '_to_copy'): return out
+        if name == 'batch_norm': self.on_batch_norm(*args[:7])
         names = self._names(args)
         if name == '_to_copy' and names:
             self.names[self._memory(out)] = names[0]
@@ -48,6 +51,20 @@ class Record(Rounding):
         return out
 
     def on_result(self, key, result, *call): self.values[key].append(result.detach().clone() if self.keep else None)
+
+    def on_batch_norm(self, x, weight, bias, mean, var, training, momentum):
+        if training and mean is not None and momentum == 1:
+            x = x.float() if x.dtype in HALF else x
+            self.statistics[mean.data_ptr()] = torch.var_mean(x, [0, *range(2, x.dim())])
+
+    def wrong_statistics(self, norms: dict, tolerance) -> list:
+        "Names of batch norms with other running statistics than those of their last inputs."
+        def _is_wrong(m):
+            var, mean = self.statistics.get(m.running_mean.data_ptr(), (m.running_var, m.running_mean))
+            power = var + mean.square() + torch.finfo(var.dtype).tiny  # a variance may be a difference of large numbers
+            right = ((m.running_mean - mean).abs() <= tolerance*power.sqrt()) & ((m.running_var - var).abs() <= tolerance*power)
+            return not right.all()
+        return [n for n, m in norms.items() if _is_wrong(m)]
 
 
 class Replay(Record):

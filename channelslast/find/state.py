@@ -21,8 +21,8 @@ def not_finite(named) -> str: # `''` if all are finite
 
 
 def _set(t, value):
-    if t.shape != value.shape: t.resize_(value.shape)  # a buffer that gets its size in the first step
-    t.copy_(value)
+    if t.shape == value.shape: t.copy_(value)
+    else: t.data = value.clone()  # a buffer that got its size in a step
 
 
 class Counters:

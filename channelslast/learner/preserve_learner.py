@@ -47,11 +47,13 @@ def objects_in(modules):
 
 
 def objects_behind(loader) -> list:
-    "Objects with state behind a loader: its dataset, its samplers, and what these hold. Not its iterators and worker processes."
-    def _held(owners): return [o for o in objects_in(owners) if type(o).__module__.partition('.')[0] not in sys.stdlib_module_names
-                               and not hasattr(type(o), '__next__')]
-    first = _held([loader])
-    return list({id(o): o for o in (*first, *_held(first))}.values())
+    """Objects with state behind a loader: its dataset, its samplers, and what these hold. Not its iterators and worker
+    processes, nor objects that hold a file or an iterator, which would continue elsewhere than their other attributes say."""
+    def _is_restorable(o):
+        if type(o).__module__.partition('.')[0] in sys.stdlib_module_names: return False
+        return not any(hasattr(type(v), k) for v in (o, *vars(o).values()) for k in ('__next__', 'seek', 'fileno'))
+    first = [o for o in objects_in([loader]) if _is_restorable(o)]
+    return list({id(o): o for o in (*first, *filter(_is_restorable, objects_in(first)))}.values())
 
 
 def _note_left_out(e, cbs):

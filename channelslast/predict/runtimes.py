@@ -125,7 +125,7 @@ def _to_openvino(traced, tensors, flat, half):
 def _to_onnxruntime(traced, tensors, flat, half):
     with without_telemetry(): import onnxruntime
     sizes, file = {f'input_{i}': {d: f'size_{i}_{d}' for d in flat.any_size(o)} for i, o in enumerate(flat.shapes)}, io.BytesIO()
-    log = torch._C._jit_onnx_log  # prints a graph that can't be exported, also with `verbose=False`
+    log = getattr(torch._C, '_jit_onnx_log', noop)  # prints a graph that can't be exported, also with `verbose=False`
     try:
         torch._C._jit_onnx_log = noop
         torch.onnx.export(traced, tensors, file, dynamo=False, input_names=[*sizes], dynamic_axes=sizes)
