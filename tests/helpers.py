@@ -244,7 +244,8 @@ class PretendGPU(TorchFunctionMode):
             return torch.device('cpu')
         args, kwargs = tree_map(_on_cpu, (args, kwargs))
         out = func(*args, **kwargs)
-        if func == torch.Tensor.to and devices: self.moved.add(out.untyped_storage().data_ptr())
+        copied = func == torch.Tensor.clone and args[0].untyped_storage().data_ptr() in self.moved
+        if func == torch.Tensor.to and devices or copied: self.moved.add(out.untyped_storage().data_ptr())
         return out
     def learner(self, model=None, dls=None, **kwargs):
         dls = dls or loaders()

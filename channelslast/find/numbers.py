@@ -137,6 +137,7 @@ class Numbers:
     def one_batch(self):
         "A pass of a copy of the items: models and callbacks may write into them."
         self.stop.reached = False
+        self.steps.on_pass()
         self.learn.one_batch(0, copied(self.batch))
         if not self.stop.reached: raise ValueError(canceled('CancelBatchException'))
 
@@ -159,7 +160,6 @@ class Numbers:
         "Compare candidates. Those whose numbers differ by more than rounding explains are eliminated."
         for c in candidates:
             if not c.running: continue
-            self.steps.on_pass()
             with self.uncompiled(c):
                 args = self.steps.attempt(c, partial(self.compare, c))
                 # all processes run the same number of passes, since a model may communicate in them

@@ -125,11 +125,12 @@ def _to_openvino(traced, tensors, flat, half):
 def _to_onnxruntime(traced, tensors, flat, half):
     with without_telemetry(): import onnxruntime
     sizes, file = {f'input_{i}': {d: f'size_{i}_{d}' for d in flat.any_size(o)} for i, o in enumerate(flat.shapes)}, io.BytesIO()
-    log = getattr(torch._C, '_jit_onnx_log', noop)  # prints a graph that can't be exported, also with `verbose=False`
+    switch = getattr(torch._C, '_jit_set_onnx_log_enabled', noop)  # PyTorch's exporter always turns its log on, which prints graphs
+    switch(False)
     try:
-        torch._C._jit_onnx_log = noop
+        torch._C._jit_set_onnx_log_enabled = noop
         torch.onnx.export(traced, tensors, file, dynamo=False, input_names=[*sizes], dynamic_axes=sizes)
-    finally: torch._C._jit_onnx_log = log
+    finally: torch._C._jit_set_onnx_log_enabled = switch
     @cache
     def _session(shapes): # `()`: for any; a session for one size is up to 10% faster
         options = onnxruntime.SessionOptions()
