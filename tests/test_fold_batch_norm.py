@@ -181,7 +181,7 @@ class Side(Act):
 
 
 def counts_as_changed(norm) -> bool:
-    "True if PyTorch counts a pass in eval mode as a change of running statistics, as that of `InstanceNorm2d` before 2.9 or so."
+    "True if PyTorch counts a pass in eval mode as a change of running statistics, as 2.8 does for `InstanceNorm2d`."
     if norm.running_var is None: return False
     before = norm.running_var._version
     norm.eval()(torch.randn(2, 8, 4, 4))

@@ -1,12 +1,14 @@
 "What `format_find` measures and compares starts from the same state for each setting, and nothing of it stays."
 import random
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from fastai.vision.all import (SGD, Callback, CancelBatchException, CancelFitException, CancelTrainException, CutMix, DataLoader, DataLoaders, Learner,
                                Recorder)
+from fastcore.basics import noop
 from torch import nn
 from torch.utils.data import DataLoader as TorchLoader
 
@@ -157,6 +159,16 @@ def test_a_callback_that_cancels_measured_batches_is_one_clear_error(error, fitt
 
 # what a model and a loader hold
 
+def losses_after(measure, make):
+    "The losses of a fit of a new Learner, after `measure(learn)`."
+    torch.manual_seed(0)
+    learn = make()
+    measure(learn)
+    torch.manual_seed(1)
+    learn.fit(1)
+    return learn.recorder.losses
+
+
 class Resizes(nn.Module):
     "A buffer gets its size in the first pass, as in quantization-aware training."
     def __init__(self): super().__init__(); self.net = shake(convnet()); self.register_buffer('mean', torch.empty(0))
@@ -179,16 +191,10 @@ class Draws(nn.Module):
 @pytest.mark.parametrize('model', [Resizes, Draws])
 def test_buffers_of_changing_size_and_a_models_own_generators_start_anew(has, fake_steps, model, train):
     has('bf16'); fake_steps({})
-    def _losses(measured):
-        torch.manual_seed(0)
-        learn = learner(model())
-        if measured:
-            t = find(learn, train=train, num_it=2)
-            assert len(t.rows) >= 4 and all(r.valid for r in t.rows), t
-        torch.manual_seed(1)
-        learn.fit(1)
-        return learn.recorder.losses
-    assert _losses(False) == _losses(True)
+    def _measure(learn):
+        t = find(learn, train=train, num_it=2)
+        assert len(t.rows) >= 4 and all(r.valid for r in t.rows), t
+    assert losses_after(noop, lambda: learner(model())) == losses_after(_measure, lambda: learner(model()))
 
 
 class EpochSampler:
@@ -211,7 +217,7 @@ class Order:
 
 
 class Jitters:
-    "A dataset with a random generator and a counter, and one in it that shuffles a list."
+    "A dataset with a random generator, a counter, and an object whose list it reverses."
     def __init__(self, items): self.items, self.rng, self.n, self.inner = items, np.random.default_rng(0), 0, Order()
     def __len__(self): return 32
     def __getitem__(self, i):
@@ -227,19 +233,14 @@ LOADERS = dict(sampler=lambda ds: dict(dataset=ds, batch_size=8, sampler=EpochSa
 
 @pytest.mark.parametrize('kwargs', LOADERS.values(), ids=LOADERS)
 def test_samplers_and_datasets_continue_as_if_nothing_was_measured(kwargs):
-    def _losses(measured):
-        torch.manual_seed(0)
+    def _make():
         ds = [(torch.randn(3, 8, 8), torch.tensor(i % 4)) for i in range(32)]
-        learn = learner(dls=DataLoaders(*[TorchLoader(**kwargs(ds)) for _ in range(2)], device=torch.device('cpu')))
-        if measured: find(learn, num_it=1)
-        torch.manual_seed(1)
-        learn.fit(1)
-        return learn.recorder.losses
-    assert _losses(False) == _losses(True)
+        return learner(dls=DataLoaders(*[TorchLoader(**kwargs(ds)) for _ in range(2)], device=torch.device('cpu')))
+    assert losses_after(noop, _make) == losses_after(partial(find, num_it=1), _make)
 
 
 class Reads:
-    "Reads on in a file, and counts. Neither the count nor an image that was opened before can be put back without the file."
+    "Counts the lines that it reads. The count can't be restored without the position in the file."
     def __init__(self, path): self.file, self.n = open(path), 0
     def next(self): self.n += 1; return float(self.file.readline())
 

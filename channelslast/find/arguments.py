@@ -21,12 +21,11 @@ A_LOADER = 'a DataLoader, such as `learn.dls.test_dl(files, bs=1)`'
 
 def checked_loader(learn, train, num_it, dl, *, compile, optimizer, layers):
     "The loader to take batches from. Raises `ValueError` for arguments and Learners that can't be measured."
-    if train not in (True, False): raise ValueError(f'train={train!r}: use True or False')
+    for k, v in dict(train=train, optimizer=optimizer, layers=layers).items():
+        if v not in (True, False): raise ValueError(f'{k}={v!r}: use True or False')
     if compile not in (True, False):
         raise ValueError(f'compile={compile!r}: use True, which measures each installed backend, or False. Without measuring, '
                          "`learn.add_cb(CompilePredictions('openvino'))` uses one of them.")
-    if optimizer not in (True, False): raise ValueError(f'optimizer={optimizer!r}: use True or False')
-    if layers not in (True, False): raise ValueError(f'layers={layers!r}: use True or False')
     if num_it is not None and (not isinstance(num_it, int) or isinstance(num_it, bool) or num_it < 1):
         raise ValueError(f'num_it={num_it!r}: use a whole number of at least 1')
     if learn._grab_cbs(NonNativeMixedPrecision):

@@ -115,7 +115,7 @@ class FormatTimings:
         return [*filter(None, [self._choice, self._again, self._compiling, self._loader, self._optimizer, self.frozen_hint, *self.notes, code])]
 
     @property
-    def _why(self) -> str:
+    def _reason(self) -> str:
         b, others = self.best, [r.valid for r in self.rows if r is not self.best and r.ms]
         if b.speedup > 1 + TIE: return f'{b.speedup:.2f}× as fast as contiguous fp32'
         if not others: return 'nothing else was measured' if len(self.rows) == 1 else 'no other valid setting was usable'
@@ -123,7 +123,7 @@ class FormatTimings:
         return f'{subject} was ' + ('clearly faster' if self.margin > TIE else f'more than {TIE:.0%} faster')
 
     @property
-    def _doubt(self) -> str:
+    def _rival_gain(self) -> str:
         return f'{self.rival.setting.in_words} may be ' + (f'up to {self.margin:.0%} faster' if self.margin < 1 else 'more than twice as fast')
     @property
     def _again(self) -> str: return 'Measure again when this machine is less busy.' if self.margin > NOISY else ''
@@ -134,17 +134,17 @@ class FormatTimings:
     @property
     def _choice(self) -> str:
         name, use = self.best.setting.in_words, 'Keep' if self._is_kept else 'Use'
-        if self.margin <= TIE: return f'{use} {name}: {self._why}.'
-        pick = name if self.best is self.rows[0] else f'{name} ({self._why})'
-        return f'Undecided: {use.lower()} {pick}, but {self._doubt}.'
+        if self.margin <= TIE: return f'{use} {name}: {self._reason}.'
+        pick = name if self.best is self.rows[0] else f'{name} ({self._reason})'
+        return f'Undecided: {use.lower()} {pick}, but {self._rival_gain}.'
 
     @property
     def outcome(self) -> str:
         "What `to_fastest` has done, in a few sentences."
         subject = 'Training in' if self.train else 'Predictions in'
         if self._is_kept: subject = 'Training stays in' if self.train else 'Predictions stay in'
-        undecided = self._again and f'Undecided: {self._doubt}. {self._again}'
-        return ' '.join(filter(None, [f'{subject} {self.best.setting}: {self._why}.', undecided, self.frozen_hint]))
+        undecided = self._again and f'Undecided: {self._rival_gain}. {self._again}'
+        return ' '.join(filter(None, [f'{subject} {self.best.setting}: {self._reason}.', undecided, self.frozen_hint]))
 
     @property
     def _compiling(self) -> str:

@@ -19,7 +19,7 @@ from ..core.openmp import end_waiting_threads
 from .convertible import check_numbers, check_operations, limits_of
 from .prepared_model import NotPrepared
 
-__all__ = ['BACKENDS', 'Runtime', 'check_backend', 'missing_packages', 'openvino_core']
+__all__ = ['BACKENDS', 'Runtime', 'check_backend', 'missing_packages', 'openvino_core', 'without_telemetry']
 
 Backend = namedtuple('Backend', 'name packages convert')
 
@@ -114,7 +114,7 @@ def _to_openvino(traced, tensors, flat, half):
     model.validate_nodes_and_infer_types()
     hint = {torch.bfloat16: 'bf16', torch.float16: 'f16'}.get(half, 'f32')  # without one it chooses bf16 by itself
     compiled = openvino_core().compile_model(model, 'CPU', dict(INFERENCE_PRECISION_HINT=hint, PERFORMANCE_HINT='LATENCY',
-                                                                 INFERENCE_NUM_THREADS=torch.get_num_threads()))
+                                                                INFERENCE_NUM_THREADS=torch.get_num_threads()))
     requests = threading.local()  # a request serves one thread at a time
     def _run(arrays):
         requests.own = vars(requests).get('own') or compiled.create_infer_request()

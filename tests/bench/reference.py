@@ -26,6 +26,7 @@ from channelslast import CompilePredictions, keep_memory, less_random
 from channelslast.core.devices import elapsed_ms, is_out_of_memory, synchronize
 from channelslast.core.memory_format import convert_nested
 from channelslast.find.steps import MAX_SKIPS, step_ms, step_was_skipped
+from channelslast.predict.runtimes import openvino_core, without_telemetry
 from .models import make_learner
 
 FRESH_COPIES, COMPILED_COPIES = 6, 3  # compiling each set of copies takes longer than measuring it
@@ -117,14 +118,12 @@ class ByHand(Callback):
 
 
 def openvino_by_hand(model, x):
-    from channelslast.predict.runtimes import openvino_core, without_telemetry  # several in one process spoil the stack of signal handlers
     with without_telemetry(): import openvino
     compiled = openvino_core().compile_model(openvino.convert_model(model, example_input=x), 'CPU')
     return lambda a: compiled(a)[0]
 
 
 def onnxruntime_by_hand(model, x):
-    from channelslast.predict.runtimes import without_telemetry
     with without_telemetry(): import onnxruntime
     exported = torch.onnx.export(model, (x,), dynamo=True, verbose=False).model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(exported, providers=['CPUExecutionProvider'])
