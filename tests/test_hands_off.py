@@ -123,6 +123,28 @@ def test_callbacks_that_run_last_meet_the_users_model():
     assert seen == {True}
 
 
+class MovesItself(nn.Linear):
+    "A layer that notes where it is moved."
+    def _apply(self, fn, recurse=True):
+        vars(self).setdefault('moves', []).append(fn(torch.zeros(1)).device.type)
+        return super()._apply(fn, recurse)
+
+
+@pytest.mark.parametrize('cb', [None, FoldBatchNorm])
+def test_a_prediction_moves_the_model_only_if_that_changes_something(cb, monkeypatch):
+    moves, move = [], nn.Module._apply
+    monkeypatch.setattr(nn.Module, '_apply', lambda self, fn, recurse=True: [moves.append(self), move(self, fn, recurse)][1])
+    learn = learner(net(), cbs=cb and cb())
+    preds_of(learn)
+    assert bool([m for m in moves if m is learn.model]) == (cb is None)  # without callbacks for predictions, fastai's own way
+    own = learner(nn.Sequential(net(), MovesItself(4, 4)), cbs=cb and cb())
+    preds_of(own)
+    assert own.model[1].moves == ['cpu']
+    learn.model[0].to('meta')  # `Module.to` refuses to move it back
+    with pytest.raises(NotImplementedError, match='meta tensor'): preds_of(learn)
+    assert isinstance(learn.model, nn.Sequential)
+
+
 def new_weights(model, seed=1):
     "A state dict of other weights for the model."
     torch.manual_seed(seed)

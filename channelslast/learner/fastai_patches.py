@@ -6,19 +6,23 @@
 | `one_batch` | runs convolutions that CPU kernels compute wrongly | correct kernels compute them |
 | `to_fp16`, `to_bf16` | add a second mixed precision to an existing one: the loss is scaled twice | replace it |
 | `load` | gives the optimizer's state the strides that it was saved with | the strides of the current parameters |
+| `before_fit` | moves the model to its device before each prediction | not if it is there, with compiled or folded predictions |
 | `EXPLAINED_METHODS` | raise `view` errors without mentioning channels last | a note says where, why, what to do |"""
 from contextlib import nullcontext
 from functools import wraps
 
 import torch
+from fastai.callback.core import TrainEvalCallback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.meta import delegates
+from torch import nn
 
 from ..core.autocast import restore_autocast
 from ..core.devices import fit_device
 from ..core.memory_format import align_optimizer, unique_modules
+from ..core.model_copy import own_dicts
 from ..core.onednn_workarounds import SafeConvolutions, needs_safe_convolutions, pause_safe_convolutions
 from ..core.stand_in import StandInCallback, model_of, running_fits
 from .channels_last import ChannelsLast
@@ -31,6 +35,32 @@ __all__ = []
 # together these run every model, loss function, metric, callback and optimizer; fastai's other methods call them
 EXPLAINED_METHODS = 'fit', 'validate', 'get_preds', 'predict', 'tta', 'show_results', 'one_batch', 'create_opt'
 _one_batch, _optimizer_step, _fit, _load = Learner.one_batch, Learner._step, Learner.fit, Learner.load
+_before_fit = TrainEvalCallback.before_fit
+
+
+class _Stays:
+    "A model whose tensors are on their device: `to` does nothing."
+    def __init__(self, model): self.model = model
+    def to(self, device): return self.model
+    def __getattr__(self, name): return getattr(self.model, name)
+
+
+def _is_on(model, device) -> bool:
+    "True if `model.to(device)` changes nothing. Recurrent layers, for example, have an `_apply` of their own."
+    modules = unique_modules(model)
+    if any(getattr(getattr(m, k), '__func__', None) is not getattr(nn.Module, k) for m in modules for k in ('to', '_apply')): return False
+    return all(t is None or t.device == device for m in modules for d in own_dicts(m)[:2] for t in d.values())
+
+
+@patch
+def before_fit(self:TrainEvalCallback):
+    "Set the iter and epoch counters to 0, put the model and the right device"
+    model = self.model
+    stays = self.learn._grab_cbs(StandInCallback) and isinstance(model, nn.Module) and _is_on(model, getattr(self.dls, 'device', None))
+    if stays: self.learn.model = _Stays(model)
+    try: _before_fit(self)
+    finally:
+        if stays: self.learn.model = model
 
 
 @patch
