@@ -10,8 +10,6 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from .nested_tensors import map_tensors
 
-__all__ = ['DTYPES', 'HALF_DTYPES', 'cast_floats', 'run_in_fp32', 'restore_autocast']
-
 DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
 HALF_DTYPES = tuple(DTYPES.values())
 

@@ -9,8 +9,6 @@ from torch import Tensor
 from .devices import fp32_precision
 from .nested_tensors import leaves_of, map_tensors
 
-__all__ = ['FACTOR', 'perturb', 'numbers_of', 'relative_error', 'rounding_error']
-
 FACTOR = 3  # accept up to this many times the difference that rounding errors cause
 HALF_ERROR = 5e-2  # relative error that half precision explains
 REDUCED_FP32 = dict(fp16=(1e-2, 2**-10), bf16=(HALF_ERROR, 2**-7))  # fp32 in TF32 or bf16: the same; its rounding error

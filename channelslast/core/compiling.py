@@ -15,10 +15,9 @@ from .nested_tensors import tensors_of
 from .onednn_workarounds import needs_safe_convolutions, note_rewritten
 from .random_state import python_state
 
-__all__ = ['CHANGES', 'DRAWS', 'compiling_quietly', 'note_reasons', 'own_code', 'print_compiled', 'reason_of', 'stance']
-
-DRAWS = 'it draws random numbers of Python or NumPy'  # likewise, unless another thread drew them
-CHANGES = 'its state changes, or it depends on more than its input'  # a reason to stay uncompiled
+# reasons to stay uncompiled
+CHANGES = 'its state changes, or it depends on more than its input'
+DRAWS = 'it draws random numbers of Python or NumPy'  # another thread may have drawn them
 COMPILERS = dict(linux='g++ (such as `apt install g++`)', darwin="Xcode's tools (`xcode-select --install`)",
                  win32="Visual Studio's Build Tools with C++")
 

@@ -13,9 +13,6 @@ from fastai.torch_core import default_device
 from fastcore.basics import noop
 from torch import nn
 
-__all__ = ['model_device', 'fit_device', 'unwrap_model', 'autocast_is_fast', 'known_problem', 'fp32_setting',
-           'fp32_precision', 'is_out_of_memory', 'free_memory', 'synchronize', 'elapsed_ms']
-
 NO_TENSOR_CORES = re.compile(r'GTX 16|MX[45]50|\bT(400|500|550|600|1000|1200|2000)\b')  # small Turing GPUs
 
 

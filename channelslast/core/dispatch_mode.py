@@ -3,8 +3,6 @@ from torch.utils._python_dispatch import TorchDispatchMode  # no public name
 
 from .module_hooks import LOCK
 
-__all__ = ['DispatchMode']
-
 
 class DispatchMode(TorchDispatchMode):
     """Other threads wait with their modes and compilations. PyTorch notes for the whole process that a mode is on, and

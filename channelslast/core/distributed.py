@@ -1,8 +1,6 @@
 "Exchange values between the processes of a distributed run. In a single process, each function returns at once."
 from torch import distributed
 
-__all__ = ['is_single_process', 'broadcast_from_rank0', 'gather_from_ranks', 'together']
-
 
 def is_single_process() -> bool: return not (distributed.is_available() and distributed.is_initialized())
 

@@ -1,8 +1,6 @@
 "Keep freed memory in the process (glibc only)."
 import ctypes
 
-__all__ = ['keep_memory']
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # as in glibc's malloc.h
 KEEP = (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)
 # glibc raises its thresholds while a process runs: these are their values after it has freed large tensors

@@ -2,8 +2,6 @@
 import html
 import re
 
-__all__ = ['paragraph', 'tag_code']
-
 
 def tag_code(markup) -> str:
     "HTML with `code` in backticks as `<code>` elements."

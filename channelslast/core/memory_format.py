@@ -10,10 +10,6 @@ from torch import Tensor, nn
 
 from .nested_tensors import map_tensors
 
-__all__ = ['CHANNELS_LAST_FORMATS', 'can_be_channels_last', 'format_strides', 'needs_conversion', 'convert',
-           'convert_nested', 'unique_modules', 'kernel_dims', 'group_by_memory', 'convert_module', 'match_strides',
-           'align_optimizer']
-
 CHANNELS_LAST_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of dimensions
 CONV = nn.modules.conv._ConvNd  # base class of all convolutions, transposed ones too
 

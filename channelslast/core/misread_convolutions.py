@@ -1,7 +1,5 @@
 "Convolutions that PyTorch's CPU kernels (oneDNN 3.12) compute wrongly. Each condition includes a few that are correct."
 
-__all__ = ['BLOCK', 'hits_onednn_6035', 'misreads_padding', 'misreads_column', 'misses_input']
-
 BLOCK = 16  # channels per block in oneDNN's kernel: 16 with AVX-512, 8 with AVX2
 
 

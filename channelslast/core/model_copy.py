@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ['HOOKS', 'CantCopy', 'ModelCopy', 'ModelState', 'all_hooks_of', 'has_global_hooks', 'is_plain',
-           'own_dicts', 'program_of', 'versions_of']
-
 INTERNAL = {*vars(nn.Module())}  # attributes that each module has
 GLOBAL_HOOKS = '_global_forward_pre_hooks', '_global_forward_hooks'  # no public name lists hooks
 HOOKS = '_forward_pre_hooks', '_forward_hooks'  # likewise

@@ -4,8 +4,6 @@ from contextlib import contextmanager
 
 from torch.nn.modules import module as hooks
 
-__all__ = ['LOCK', 'module_hooks']
-
 # Held while hooks on all modules exist, which a compilation in another thread would trace, during dispatch modes, which
 # PyTorch notes for the process, and while a model compiles or a compiled step runs, which change settings of the process:
 # log level, warnings, PyTorch's configuration and stance.

@@ -9,8 +9,6 @@ from types import ModuleType
 
 from torch import Tensor
 
-__all__ = ['leaves_of', 'tensors_of', 'map_tensors', 'copied', 'first_items']
-
 SEQUENCES = tuple, list, deque
 OPAQUE = Tensor, str, bytes, type, ModuleType
 

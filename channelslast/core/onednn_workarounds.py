@@ -9,8 +9,6 @@ from torch.overrides import TorchFunctionMode
 
 from .misread_convolutions import BLOCK, hits_onednn_6035, misreads_column, misreads_padding, misses_input
 
-__all__ = ['needs_safe_convolutions', 'SafeConvolutions', 'note_rewritten', 'pause_safe_convolutions']
-
 PLAIN = 'input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups'
 TRANSPOSED = 'input', 'weight', 'bias', 'stride', 'padding', 'output_padding', 'groups', 'dilation'
 ARGUMENTS = {torch.conv1d: PLAIN, torch.conv2d: PLAIN, torch.conv3d: PLAIN, torch.conv_transpose1d: TRANSPOSED,

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ['end_waiting_threads']
-
 SOFT = 1  # OpenMP's `omp_pause_soft`: settings stay
 
 

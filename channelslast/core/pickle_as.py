@@ -2,8 +2,6 @@
 import copyreg
 from copy import deepcopy
 
-__all__ = ['pickle_as']
-
 
 def pickle_as(base):
     """Class decorator: instances pickle as `base`, fastai's own class, so an exported Learner also loads where this

@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from fastai.torch_core import set_seed
 
-__all__ = ['python_state', 'generators_of', 'restore_random_states', 'less_random']
-
 
 def python_state() -> tuple:
     "The random states of Python and NumPy. Compiled code would repeat its first draw from them."

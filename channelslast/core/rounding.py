@@ -3,8 +3,6 @@ from .compare import perturb
 from .dispatch_mode import DispatchMode
 from .nested_tensors import map_tensors
 
-__all__ = ['Rounding']
-
 
 class Rounding(DispatchMode):
     "Context manager: each operation takes and gives numbers that differ by up to the relative rounding error `eps`."

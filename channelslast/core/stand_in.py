@@ -9,8 +9,6 @@ from torch import nn
 
 from .devices import is_out_of_memory
 
-__all__ = ['StandIn', 'StandInCallback', 'Work', 'model_of', 'running_fits']
-
 running_fits = WeakKeyDictionary()  # number of fits that run, by Learner
 
 

@@ -9,8 +9,6 @@ import torch
 
 from .random_state import restore_random_states
 
-__all__ = ['Saved', 'restore_dict', 'undo_on_error', 'uninterrupted']
-
 
 class Saved:
     "What a dictionary holds now, and the dictionaries, lists and sets in it. `restore()` puts it back, as often as needed."

@@ -13,8 +13,6 @@ from ..learner.preserve_learner import check_model
 from ..learner.setting import FORMATS, PRECISIONS, Setting
 from .batches import load_batches
 
-__all__ = ['checked_loader', 'checked_batches', 'chosen_settings']
-
 
 A_LOADER = 'a DataLoader, such as `learn.dls.test_dl(files, bs=1)`'
 

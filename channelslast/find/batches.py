@@ -8,8 +8,6 @@ from fastai.torch_core import to_device
 from ..core.devices import fit_device, synchronize
 from ..core.nested_tensors import first_items, leaves_of
 
-__all__ = ['load_batches', 'halved']
-
 BATCHES, LOADER_BATCHES = 4, 8  # to step on; to time the loader with
 LOADER_MS = 20_000  # stop timing a slow loader after this time
 

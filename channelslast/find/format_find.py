@@ -32,8 +32,6 @@ from .race import MIN_ROUNDS, TIE, decide, fastest, race, uncertainty
 from .results import FormatTimings, Timing
 from .steps import Steps, error_note
 
-__all__ = []
-
 MAX_ROUNDS, EXTRA_ROUNDS = 15, 45  # of steps; extra ones while all steps may lie in one slow phase of the machine
 FEW = 2  # rounds before layers in fp32, folded batch norms and compiled predictions join the race
 JOINING = 4  # factor of the progress bar: settings that join, their first steps and comparisons
@@ -188,7 +186,6 @@ class Measurement:
             notes.append('Measured with `torch.backends.cudnn.benchmark = False`. Measure again if you set it to True: '
                          'cuDNN then chooses other kernels.')
         return notes
-
 
     def other_runtimes(self) -> list:
         "A sentence on runtimes that were not tried: why, and how to."

@@ -23,8 +23,6 @@ from ..learner.step_callbacks import is_part_of_step
 from .state import not_finite
 from .steps import Eliminated, canceled
 
-__all__ = ['StopBatch', 'TrainingNumbers', 'PredictionNumbers']
-
 ITEMS = 4  # of a batch: more take longer, but show no other faults
 # Relative differences from fp32 that need no explanation: of the loss or outputs, an operation's result, the gradient
 # of a weight, and the gradient of a vector (bias or norm), a sum over all positions: in bf16, one in Swin3D differed by
@@ -146,13 +144,13 @@ class Numbers:
         return partial(self.Record, keep=keep) if self.replays else no_mode
 
     def replay(self, c, record, rounded=False, counts=None):
-        "Likewise, for a pass of contiguous fp32 with the values of a candidate's pass."
+        "A function that returns the mode for a pass of contiguous fp32 with the values of a candidate's pass."
         precision = self.precision_of(c)
         return lambda model: self.Replay(model, record, counts or self.counts, TOLERANCE[precision].result, eps=ROUNDING[precision],
                                          generator=self.generator(), rounded=rounded)
 
     def rounding(self, precision, seed=0):
-        "Likewise, for a pass in which each operation makes a rounding error."
+        "A function that returns the mode for a pass in which each operation makes a rounding error."
         from ..core.rounding import Rounding
         return lambda model: Rounding(ROUNDING[precision], self.generator(seed))
 

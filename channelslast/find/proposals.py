@@ -15,8 +15,6 @@ from .numbers import StopBatch
 from .race import TIE, near
 from .steps import SYNCHRONOUS
 
-__all__ = ['time_optimizer', 'with_fp32_layers', 'with_fused_optimizer', 'with_folded_batch_norms', 'compiled_predictions', 'compiled_training']
-
 OPTIMIZER_STEPS = 3  # to time the optimizer with
 
 

@@ -9,9 +9,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ['TIE', 'MIN_ROUNDS', 'FAR_FACTOR', 'Decision', 'Result', 'fastest', 'uncertainty', 'wins_sign_test', 'too_early',
-           'eliminated', 'decide', 'should_stop', 'near', 'race']
-
 TIE = 0.02  # relative difference up to which times count as equal
 # Stop if the possible gain is below SMALL_GAIN after so many rounds or milliseconds; the limit grows in proportion
 SMALL_GAIN, PATIENCE_ROUNDS, PATIENCE_MS = 0.05, 6, 10_000

@@ -12,8 +12,6 @@ from ..core.compare import FACTOR
 from ..core.nested_tensors import map_tensors
 from ..core.rounding import Rounding
 
-__all__ = ['Record', 'Replay']
-
 PRODUCTS = {'convolution', 'addmm', 'mm', 'bmm', 'baddbmm'}  # operations that autocast runs in half precision
 NORMS = {'batch_norm', 'native_layer_norm', 'native_group_norm'}
 HALF = torch.float16, torch.bfloat16
@@ -68,8 +66,8 @@ class Record(Rounding):
 
 
 class Replay(Record):
-    """Replace the results of the operations by recorded ones. `.wrong` lists the products and
-    normalizations that differed, by the module of their weights. With `rounded`, all other operations take and give perturbed numbers."""
+    """Replace the results of operations by recorded ones. `.wrong` lists the products and normalizations that differed, by the
+    module of their weights. With `rounded`, all other operations take and give perturbed numbers."""
     def __init__(self, model,
         record: Record, # Record of the step to replay
         counts: Record, # Record of this step without a replay: operations are replayed if both ran them equally often

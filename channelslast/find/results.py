@@ -8,8 +8,6 @@ from ..core.markup import paragraph, tag_code
 from ..learner.setting import LABELS, Setting
 from .race import TIE
 
-__all__ = ['BEST', 'OTHER', 'Timing', 'FormatTimings', 'bars']
-
 NOISY = 0.1  # margin above which the verdict suggests measuring again
 LARGE_SHARE = 0.1  # the optimizer's share of a step above which the verdict mentions it
 NOTE_WIDTH = 80  # characters of a printed note: with the other columns, lines have at most 160

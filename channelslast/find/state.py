@@ -6,8 +6,6 @@ from ..core.random_state import generators_of
 from ..core.undo import Saved
 from ..learner.preserve_learner import learner_modules, objects_in
 
-__all__ = ['State', 'not_finite']
-
 SAME = {k for k, v in vars(torch.nn.Module()).items() if isinstance(v, dict)} - {'_buffers'}  # hooks, parameters, modules
 
 

@@ -18,8 +18,6 @@ from ..learner.setting import Setting
 from .batches import halved
 from .state import State, not_finite
 
-__all__ = ['MAX_SKIPS', 'SYNCHRONOUS', 'Eliminated', 'Candidate', 'Steps', 'canceled', 'error_note', 'step_ms', 'step_was_skipped']
-
 MAX_SKIPS = 40  # steps in a row that the gradient scaler may skip: its default scale is down to 2**-24 then
 EMULATED_FACTOR = 20  # times contiguous fp32's first step; emulated convolutions took 35 to 139 times, depthwise ones 8
 CANCELS = CancelFitException, CancelEpochException, CancelTrainException, CancelValidException

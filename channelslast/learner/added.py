@@ -1,7 +1,5 @@
 "What `to_fastest` added to a Learner: one record, from which it is taken away again."
 
-__all__ = ['added_by_to_fastest', 'record_added']
-
 
 def added_by_to_fastest(learn) -> dict: # `callbacks`; `optimizer`: a `fused`, or None
     return vars(learn).get('_added_by_to_fastest') or dict(callbacks=[], optimizer=None)

@@ -15,8 +15,6 @@ from ..core.stand_in import StandInCallback
 from .fused_optimizer import restore_optimizer
 from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler, resolve_layers
 
-__all__ = ['ChannelsLast']
-
 
 @pickle_as(_FastaiChannelsLast)
 class ChannelsLast(_FastaiChannelsLast):

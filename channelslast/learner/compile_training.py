@@ -11,8 +11,6 @@ from ..core.pickle_as import pickle_as
 from ..core.stand_in import StandInCallback, Work
 from ..core.undo import undo_on_error
 
-__all__ = ['CompileTraining']
-
 MAX_SETTINGS = 4  # to compile for: modes, frozen layers, precision, format
 MAX_DRAWS = 3  # first batches in a row with random numbers drawn; fewer may be another thread's
 NOTE = 'This step ran code compiled by `CompileTraining`. `learn.remove_cb(CompileTraining)` removes it.'

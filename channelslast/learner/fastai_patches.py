@@ -30,8 +30,6 @@ from .fused_optimizer import follow_opt_func
 from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler
 from .view_errors import explain_view_errors
 
-__all__ = []
-
 # together these run every model, loss function, metric, callback and optimizer; fastai's other methods call them
 EXPLAINED_METHODS = 'fit', 'validate', 'get_preds', 'predict', 'tta', 'show_results', 'one_batch', 'create_opt'
 _one_batch, _optimizer_step, _fit, _load = Learner.one_batch, Learner._step, Learner.fit, Learner.load

@@ -12,8 +12,6 @@ from ..core.memory_format import match_strides
 from ..core.pickle_as import pickle_as
 from .added import added_by_to_fastest, record_added
 
-__all__ = ['fused', 'fused_argument', 'FusedOptimizer', 'is_fused', 'follow_opt_func', 'use_fused', 'restore_optimizer']
-
 
 def _state_tensors(ps, states, name):
     "The state tensors of this name in the strides of their parameters; missing ones start at zero."

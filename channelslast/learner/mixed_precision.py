@@ -17,8 +17,6 @@ from ..core.autocast import DTYPES, HALF_DTYPES, cast_floats, run_in_fp32
 from ..core.devices import model_device, unwrap_model
 from ..core.pickle_as import pickle_as
 
-__all__ = ['check_amp_mode', 'check_scaler', 'resolve_layers', 'DeviceMixedPrecision']
-
 
 def check_amp_mode(amp_mode, caller, fp32_hint='') -> AMPMode:
     "`amp_mode`, a name or an `AMPMode`, as an `AMPMode`; anything else raises a `ValueError` that names `caller`."

@@ -18,8 +18,6 @@ from ..core.random_state import generators_of, restore_random_states
 from ..core.undo import restore_dict, uninterrupted
 from .step_callbacks import changes_step, is_part_of_step
 
-__all__ = ['preserve_learner', 'learner_modules', 'objects_in', 'check_model']
-
 
 def learner_modules(learn, cbs=()) -> list:
     "The modules of the Learner's model, of its loss function and of these callbacks, each once."

@@ -16,8 +16,6 @@ from .compile_training import CompileTraining
 from .fused_optimizer import is_fused, restore_optimizer, use_fused
 from .mixed_precision import DeviceMixedPrecision
 
-__all__ = ['FORMATS', 'PRECISIONS', 'LABELS', 'Setting']
-
 FORMATS, PRECISIONS = ('contiguous', 'channels_last'), ('fp32', 'fp16', 'bf16')
 LABELS = dict(contiguous='contiguous', channels_last='channels last')
 

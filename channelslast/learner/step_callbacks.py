@@ -7,8 +7,6 @@ from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.learner import CastToTensor
 
-__all__ = ['ESSENTIAL_CALLBACKS', 'changes_step', 'is_part_of_step']
-
 ESSENTIAL_CALLBACKS = TrainEvalCallback, CastToTensor, ChannelsLast, MixedPrecision  # a step differs without these
 STEP = {'xb', 'yb', 'x', 'y', 'pred', 'loss', 'loss_grad', 'loss_func'}  # attributes of the Learner
 

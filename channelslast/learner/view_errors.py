@@ -13,8 +13,6 @@ from fastai.optimizer import Optimizer, OptimWrapper
 from ..core.devices import unwrap_model
 from .preserve_learner import learner_modules
 
-__all__ = ['explain_view_errors']
-
 VIEW = re.compile('view size is not compatible|Cannot view a tensor with shape')  # the latter inside `torch.compile`
 LIBRARIES = {'torch', 'fastai', 'fastcore', 'channelslast'}
 

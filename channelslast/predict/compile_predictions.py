@@ -21,8 +21,6 @@ from ..core.model_copy import is_plain
 from .prepared_model import NotPrepared, PredictionCallback, input_key
 from .runtimes import BACKENDS, Runtime, check_backend
 
-__all__ = ['CompilePredictions']
-
 MAX_MISSES = 3  # batches in a row that the compiled code does not fit; then it is compiled again
 MAX_UNUSED = 3  # compilations in a row that fitted no later batch; then the model stays uncompiled
 

@@ -4,8 +4,6 @@ from torch import SymInt, Tensor
 
 from .prepared_model import NotPrepared
 
-__all__ = ['check_numbers', 'check_operations', 'limits_of']
-
 INT32 = -2**31, 2**31 - 1  # OpenVINO computes in 32 bits
 EXACT = {'embedding', 'float', 'to', 'eq', 'ne', 'lt', 'le', 'gt', 'ge'}  # operations on whole numbers within these limits
 

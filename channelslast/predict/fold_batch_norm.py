@@ -5,8 +5,6 @@ from ..core.model_copy import CantCopy
 from ..core.pickle_as import pickle_as
 from .prepared_model import NotPrepared, PredictionCallback
 
-__all__ = ['FoldBatchNorm']
-
 
 @pickle_as(Callback)
 class FoldBatchNorm(PredictionCallback):

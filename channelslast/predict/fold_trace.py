@@ -11,8 +11,6 @@ from ..core.dispatch_mode import DispatchMode
 from ..core.nested_tensors import tensors_of
 from ..core.model_copy import HOOKS, own_dicts
 
-__all__ = ['WEIGHTS', 'STATISTICS', 'Pair', 'Cast', 'ForwardTrace', 'layer_tensors']
-
 CONVS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 NORM = nn.modules.batchnorm._BatchNorm  # includes `SyncBatchNorm`, which is like the others in eval mode
 AUTOCAST = nn.modules.conv._ConvNd, nn.Linear  # layers that autocast runs in half precision; includes transposed ones

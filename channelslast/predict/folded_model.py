@@ -9,8 +9,6 @@ from ..core.model_copy import HOOKS, own_dicts
 from .fold_trace import STATISTICS, WEIGHTS, Cast, ForwardTrace, Pair, layer_tensors
 from .prepared_model import NotPrepared
 
-__all__ = ['FoldedModel', 'trace_pass']
-
 ORDER = 'it does not run the same layers for every batch'
 
 

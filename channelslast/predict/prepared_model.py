@@ -12,8 +12,6 @@ from ..core.stand_in import StandInCallback, Work
 from ..core.undo import restore_dict
 from ..core.model_copy import CantCopy, ModelCopy, ModelState, has_global_hooks, versions_of
 
-__all__ = ['NotPrepared', 'PredictionCallback', 'input_key']
-
 MAX_SHAPES = 8  # input shapes to compare; if one copy is right for all of them, it serves other shapes too
 MAX_WRITES = 3  # batches in a row that change the model; then it predicts as without the callback
 MAX_ERROR = 0.5  # a larger relative error of the outputs is never taken for rounding

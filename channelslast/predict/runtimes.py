@@ -19,8 +19,6 @@ from ..core.openmp import end_waiting_threads
 from .convertible import check_numbers, check_operations, limits_of
 from .prepared_model import NotPrepared
 
-__all__ = ['BACKENDS', 'Runtime', 'check_backend', 'missing_packages', 'openvino_core', 'without_telemetry']
-
 Backend = namedtuple('Backend', 'name packages convert')
 
 

@@ -18,8 +18,6 @@ from ..core.markup import paragraph
 from ..core.nested_tensors import tensors_of
 from ..learner.preserve_learner import check_model, preserve_learner
 
-__all__ = ['FormatSummary']
-
 WIDTH = 160  # of printed lines, in characters
 # Remedies by class name. A test shows that each keeps channels last and computes the same. Speedups over the replaced
 # layer: convolutions plus this layer, forward and backward, in channels last (table in nbs/02_format_summary.ipynb)

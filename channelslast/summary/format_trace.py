@@ -15,8 +15,6 @@ from ..core.memory_format import can_be_channels_last
 from ..core.module_hooks import module_hooks
 from ..core.nested_tensors import tensors_of
 
-__all__ = ['Conversion', 'FormatTrace', 'layout_of']
-
 
 @dataclass(frozen=True)
 class Conversion:
