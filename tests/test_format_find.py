@@ -329,6 +329,13 @@ def test_the_outcome_of_given_times(rows, best, margin, current, outcome):
     assert FormatTimings(rows, best, margin, rival, current=current.setting).outcome == outcome
 
 
+def test_after_a_short_measurement_the_verdict_advises_a_larger_num_it(fake_steps):
+    fake_steps({})
+    assert find(num_it=3).few_rounds and not find(num_it=None).few_rounds
+    undecided = FormatTimings([BASE, LAST], BASE, 0.45, LAST, few_rounds=True)
+    assert undecided.verdict.endswith(' Measure again with a larger `num_it`.')
+
+
 def test_many_frozen_parameters_are_printed_with_commas():
     assert '11,166,912 of 11,703,872 parameters' in FormatTimings([BASE], BASE, frozen=(11166912, 11703872)).verdict
 

@@ -173,7 +173,8 @@ class Measurement:
         return FormatTimings(
             [*rows.values()], rows[decision.best], max(TIE, decision.max_gain), rows.get(decision.rival), self.loader_ms,
             optimizer_ms=steps.optimizer_ms.get(own), fused_ms=None if own else steps.optimizer_ms.get(True),
-            advice=self.advice, train=self.train, frozen=self.frozen, notes=[*self.notes, *self.conditions(steps.bs)], current=self.current)
+            advice=self.advice, train=self.train, frozen=self.frozen, notes=[*self.notes, *self.conditions(steps.bs)], current=self.current,
+            few_rounds=self.rounds < MAX_ROUNDS)
 
     def conditions(self, used) -> list:
         "Sentences on how the measured step differs, or may differ, from steps of a later fit."

@@ -79,6 +79,7 @@ class FormatTimings:
     frozen: tuple = None        # Numbers of frozen and of all parameters in the optimizer's groups; None for predictions
     notes: list = ()            # Conditions of the measurement
     current: Setting = Setting() # The Learner's setting when it was measured
+    few_rounds: bool = False    # Did `num_it` allow fewer steps per setting than the default?
 
     @property
     def fused(self) -> bool: return self.best.fused
@@ -124,7 +125,9 @@ class FormatTimings:
     def _rival_gain(self) -> str:
         return f'{self.rival.setting.in_words} may be ' + (f'up to {self.margin:.0%} faster' if self.margin < 1 else 'more than twice as fast')
     @property
-    def _again(self) -> str: return 'Measure again when this machine is less busy.' if self.margin > NOISY else ''
+    def _again(self) -> str:
+        how = 'with a larger `num_it`' if self.few_rounds else 'when this machine is less busy'
+        return f'Measure again {how}.' if self.margin > NOISY else ''
 
     @property
     def _is_kept(self) -> bool: return self.best.setting == self.current
