@@ -277,7 +277,15 @@ class Interrupts(random.Random):
         super().setstate(state)
 
 
-def test_an_interruption_of_the_restoration_waits_for_its_end():
+@pytest.fixture
+def interrupts():
+    "Ctrl-C raises `KeyboardInterrupt`, also in a process that a shell runs in the background, where it is ignored."
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, own)
+
+
+def test_an_interruption_of_the_restoration_waits_for_its_end(interrupts):
     class Random(nn.Module):
         def __init__(self): super().__init__(); self.net, self.rng = convnet(), Interrupts(0)
         def forward(self, x): return self.net(x*self.rng.random())
