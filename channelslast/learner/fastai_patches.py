@@ -1,4 +1,4 @@
-"""Fixes to fastai's own `Learner` methods, applied to every Learner when this library is imported.
+"""Fixes to fastai's own methods, applied to every Learner when this library is imported.
 
 | method | fastai's | here |
 |---|---|---|
@@ -6,7 +6,7 @@
 | `one_batch` | runs convolutions that CPU kernels compute wrongly | correct kernels compute them |
 | `to_fp16`, `to_bf16` | add a second mixed precision to an existing one: the loss is scaled twice | replace it |
 | `load` | gives the optimizer's state the strides that it was saved with | the strides of the current parameters |
-| `before_fit` | moves the model to its device before each prediction | not if it is there, with compiled or folded predictions |
+| `before_fit` | moves the model to its device, tensor by tensor | not if all are there and it runs folded or compiled |
 | `EXPLAINED_METHODS` | raise `view` errors without mentioning channels last | a note says where, why, what to do |"""
 from contextlib import nullcontext
 from functools import wraps
@@ -44,7 +44,7 @@ class _Stays:
 
 
 def _is_on(model, device) -> bool:
-    "True if `model.to(device)` changes nothing. Recurrent layers, for example, have an `_apply` of their own."
+    "True if `model.to(device)` changes nothing: all tensors are there, and no module does more, as recurrent layers do."
     modules = unique_modules(model)
     if any(getattr(getattr(m, k), '__func__', None) is not getattr(nn.Module, k) for m in modules for k in ('to', '_apply')): return False
     return all(t is None or t.device == device for m in modules for d in own_dicts(m)[:2] for t in d.values())
@@ -52,13 +52,11 @@ def _is_on(model, device) -> bool:
 
 @patch
 def before_fit(self:TrainEvalCallback):
-    "Set the iter and epoch counters to 0, put the model and the right device"
-    model = self.model
-    stays = self.learn._grab_cbs(StandInCallback) and isinstance(model, nn.Module) and _is_on(model, getattr(self.dls, 'device', None))
-    if stays: self.learn.model = _Stays(model)
+    "Reset the counters, and move the model and the loss function to their device."
+    learn, model = self.learn, self.model
+    if learn._grab_cbs(StandInCallback) and isinstance(model, nn.Module) and _is_on(model, getattr(self.dls, 'device', None)): learn.model = _Stays(model)
     try: _before_fit(self)
-    finally:
-        if stays: self.learn.model = model
+    finally: learn.model = model
 
 
 @patch
