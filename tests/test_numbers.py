@@ -130,18 +130,34 @@ class TrainsWrongly(nn.BatchNorm2d):
         if not self.training or x.is_contiguous(): return super().forward(x)
         if self.how == 'values': return super().forward(x).roll(1, 1)
         if self.how == 'no mean': return nn.functional.batch_norm(x, torch.zeros(8), torch.ones(8), self.weight, self.bias)
-        y = super().forward(x)
+        y = super().forward(Spoil.apply(x, GRADIENTS['doubled']) if self.how == 'gradient' else x)
+        if self.how == 'gradient': return y
         (self.running_var if self.how == 'variance' else self.running_mean).data.add_(0.5)
         return y
 
 
-@pytest.mark.parametrize('how, note', [('values', 'result of '), ('no mean', 'result of 1 in training'), ('variance', 'running statistics of 1'),
+@pytest.mark.parametrize('how, note', [('values', 'result of '), ('no mean', 'result of 1'), ('gradient', 'gradient of 0.weight'), ('variance', 'running statistics of 1'),
                                        ('mean', 'running statistics of 1')])
 def test_kernels_and_statistics_of_the_training_mode_are_compared(has, how, note):
     has('bf16')
     rows = checked(learner(nn.Sequential(nn.Conv2d(3, 8, 3), TrainsWrongly(how), nn.ReLU(), nn.Conv2d(8, 8, 3), convnet(8))))
     assert all(r.valid == (not r.setting.is_channels_last) for r in rows.values())
     assert all(note in r.note for r in rows.values() if not r.valid)
+
+
+class Random(nn.Module):
+    "Drops and adds random numbers in training mode, in the order of memory, by functions."
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), nn.Sequential(nn.Conv2d(8, 8, 3), convnet(8))
+    def forward(self, x):
+        x = nn.functional.dropout(self.body(x), 0.5, self.training)
+        return self.head(x*(1 + torch.rand_like(x)) if self.training else x)
+
+
+def test_random_numbers_of_the_training_mode_are_no_fault(has):
+    has('bf16')
+    for r in checked(learner(Random())).values(): assert r.valid, r
 
 
 class AnyItems(nn.Module):

@@ -30,8 +30,8 @@ ITEMS = 4  # of a batch: more take longer, but show no other faults
 Tolerance = namedtuple('Tolerance', 'output result weight vector')
 TOLERANCE = dict(fp32=Tolerance(1e-3, 1e-2, 5e-2, 5e-2), fp16=Tolerance(2e-2, 1e-2, 5e-2, 0.2), bf16=Tolerance(5e-2, 2e-2, 0.12, 0.8))
 ROUNDING = dict(fp32=2**-18, fp16=2**-11, bf16=2**-8)  # relative rounding error; for fp32 that of a sum
-MIN_VARIANCE = 0.1  # of a channel, relative to the mean: few items give some channels hardly any, which would amplify gradients
-MIN_SCALE = 2**-24  # of the loss in fp16; with running statistics instead of the batch's, gradients may grow from layer to layer
+MIN_SCALE = 2**-24  # of the loss in fp16
+NORM = nn.modules.batchnorm._BatchNorm  # no public name
 LOSSES = 4  # passes with rounding errors; in a single one, they may cancel in the loss
 NO_MODE = "Operations were not compared: the model can't run under a dispatch mode, as `flex_attention` can't."
 DIFFER = 'numbers differ from contiguous fp32'
@@ -87,14 +87,14 @@ def _errors(grads, reference) -> list: return [_error(a, b) for a, b in _pairs(g
 
 
 def _set_mode(model, training):
-    """Set eval mode, or training mode without dropout of any kind (`DropPath`, `StochasticDepth`). Recurrent layers are
-    always in training mode, without dropout: cuDNN's have no backward pass in eval mode (PyTorch issue 5878). Running
-    statistics become those of the next batch."""
-    model.train(training)
+    """Leave batch norms as in the fit: their statistics give activations and gradients the scale at which the model trains, while
+    with initial ones fp16 underflows. Their running statistics become those of the next batch. Other modules are in eval
+    mode, so that nothing drops out, also no `F.dropout`; with `training` only those that drop. Recurrent layers have no dropout, but
+    are in training mode: cuDNN's have no backward pass in eval mode (PyTorch issue 5878)."""
     for m in model.modules():
-        if isinstance(m, nn.RNNBase): m.train().dropout = 0.
-        elif isinstance(m, nn.modules.batchnorm._BatchNorm): m.momentum = 1.
-        elif 'drop' in type(m).__name__.lower() or isinstance(m, nn.MultiheadAttention): m.eval()
+        if isinstance(m, NORM): m.momentum = 1.
+        elif isinstance(m, nn.RNNBase): m.dropout = 0.
+        elif not training or 'drop' in type(m).__name__.lower() or isinstance(m, nn.MultiheadAttention): m.training = False
 
 
 class Numbers:
@@ -105,7 +105,7 @@ class Numbers:
         self.callbacks = [self.stop, *filter(is_part_of_step, steps.callbacks)]
         self.Record, self.Replay, self.replays = replay.Record, replay.Replay, True
         self.whole = self.batch = steps.batches[0]
-        self.values, self.fp32_precision, self.training = [], fp32_precision(fit_device(steps.learn)), False
+        self.fp32_precision, self.training = fp32_precision(fit_device(steps.learn)), False
 
     def start(self):
         "Take the pass of contiguous fp32, on few items, or on the whole batch for a model that takes no other number."
@@ -129,7 +129,7 @@ class Numbers:
     def generator(self, seed=0): return torch.Generator(fit_device(self.learn)).manual_seed(seed)
 
     def restart(self):
-        self.steps.state.restart(self.values)
+        self.steps.state.restart()
         set_seed(0)
 
     def one_batch(self):
@@ -143,10 +143,10 @@ class Numbers:
         "A function that returns the mode for a pass of a model."
         return partial(self.Record, keep=keep) if self.replays else no_mode
 
-    def replay(self, c, record, rounded=False, counts=None):
+    def replay(self, c, record, rounded=False):
         "A function that returns the mode for a pass of contiguous fp32 with the values of a candidate's pass."
         precision = self.precision_of(c)
-        return lambda model: self.Replay(model, record, counts or self.counts, TOLERANCE[precision].result, eps=ROUNDING[precision],
+        return lambda model: self.Replay(model, record, self.counts, TOLERANCE[precision].result, eps=ROUNDING[precision],
                                          generator=self.generator(), rounded=rounded)
 
     def rounding(self, precision, seed=0):
@@ -168,38 +168,7 @@ class Numbers:
 
 
 class TrainingNumbers(Numbers):
-    "Compares losses and gradients. Activations have the scale at which the model trains: that of one batch's statistics."
-    def set_statistics(self, c):
-        """Set running statistics to those of the items, as in training: with the initial ones, activations shrink from
-        layer to layer, and gradients in fp16 underflow."""
-        self.norms = {n: m for n, m in self.learn.model.named_modules()
-                      if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None}
-        self.training_counts = None
-        for make_mode in (self.record(keep=False), no_mode) if self.norms else ():
-            try: mode = self.forward_in_training(c, make_mode)
-            except Exception: self.steps.state.restore_tensors()  # the comparison itself will raise it
-            else: break
-        else: return
-        norms = self.norms.values()
-        if isinstance(mode, self.Record):
-            self.training_counts, own = mode, mode.wrong_statistics(self.norms, self.tolerance_of(c).result)
-            self.norms = {n: m for n, m in self.norms.items() if n not in own}  # other modules compute theirs in their own way
-        self.values = [(m.running_mean, m.running_mean.clone()) for m in norms]
-        self.values += [(m.running_var, m.running_var.clamp(min=MIN_VARIANCE*m.running_var.mean())) for m in norms]
-
-    def forward_in_training(self, c, make_mode): # The mode
-        self.training = True
-        try: return self.step(c, make_mode, backward=False)[2]
-        finally: self.training = False
-
-    def compare_training(self, c) -> str: # The fault, or `''`
-        "Compare products, normalizations and running statistics in training mode, which has kernels of its own."
-        if not self.training_counts or self.training: return ''
-        record = self.forward_in_training(c, self.record())
-        wrong = record.wrong_statistics(self.norms, self.tolerance_of(c).result)
-        mode = self.forward_in_training(self.steps.baseline, self.replay(c, record, counts=self.training_counts))
-        return f'result of {mode.wrong[0]} in training' if mode.wrong else f'running statistics of {wrong[0]}' if wrong else ''
-
+    "Compares losses, gradients and running statistics."
     def step(self, c, make_mode, backward=True) -> tuple: # Loss; gradients in fp32, without the scaler's scale; the mode
         "One step without the optimizer, in the mode that `make_mode(model)` returns."
         self.stop.before_gradients = not backward
@@ -219,10 +188,9 @@ class TrainingNumbers(Numbers):
         return self.learn.loss.detach().float().mean().item(), grads, mode
 
     def run_baseline(self):
-        """In eval mode, or in training mode for detectors: they have no eval-mode loss. Without a mode if the model can't
-        run in one."""
-        c, self.params, self.values, self.replays = self.steps.baseline, dict(self.learn.model.named_parameters()), [], True
-        self.set_statistics(c)
+        """In eval mode, or in training mode for detectors: they have no eval-mode loss. Without a dispatch mode if the model
+        can't run in one."""
+        c, self.params = self.steps.baseline, dict(self.learn.model.named_parameters())
         c.loss_diff = c.grad_diff = 0.
         for self.replays, self.training in (True, False), (True, True), (False, False), (False, True):
             try: self.loss, grads, self.counts = self.step(c, self.record(keep=False))
@@ -230,6 +198,9 @@ class TrainingNumbers(Numbers):
             else:
                 if self.training or any(g is not None for g in grads): break
         else: raise error
+        norms = {n: m for n, m in self.learn.model.named_modules() if isinstance(m, NORM) and m.running_var is not None}
+        own = self.counts.wrong_statistics(norms, self.tolerance_of(c).result) if self.replays else norms  # computed in their own way
+        self.norms = {n: m for n, m in norms.items() if n not in own}
         if not self.replays: self.notes.append(NO_MODE)
         self.grads = [g if g is None else g.cpu() for g in grads]  # leaves the device's memory to the steps
         self.grad_norm, self.reading_errors = _norm(g for g in self.grads if g is not None), reading_errors(self.learn)
@@ -238,16 +209,16 @@ class TrainingNumbers(Numbers):
         """Set `loss_diff` and `grad_diff`. Raise `Eliminated` for infinity, NaN, a failing metric, and a product or
         normalization that differs from that of contiguous fp32, whose step is replayed with the candidate's values: rounding alone drives
         gradients of deep networks far apart."""
-        fault = self.compare_training(c)
         loss, grads, record = self.step(c, self.record())
         self.set_differences(c, loss, grads)
         name = 'loss' if not math.isfinite(loss) else not_finite(zip(map('gradient of {}'.format, self.params), grads))
         if name: raise Eliminated(f'{name} is not finite')
         check_reading(self.learn, self.reading_errors)
         if not self.replays: return None
+        statistics = record.wrong_statistics(self.norms, self.tolerance_of(c).result)
         _, replayed, mode = self.step(self.steps.baseline, self.replay(c, record))
-        if mode.wrong: raise Eliminated(f'{DIFFER} (result of {mode.wrong[0]})')
-        if fault: raise Eliminated(f'{DIFFER} ({fault})')
+        if mode.wrong: raise Eliminated(f'{DIFFER} ({mode.wrong[0]})')
+        if statistics: raise Eliminated(f'{DIFFER} (running statistics of {statistics[0]})')
         return self.replay(c, record, rounded=True), (loss, self.loss), replayed, _errors(grads, replayed)
 
     def set_differences(self, c, loss, grads):
@@ -325,7 +296,7 @@ class PredictionNumbers(Numbers):
         check_reading(self.learn, self.reading_errors)
         if plain:
             _, mode = self.outputs(self.steps.baseline, self.replay(c, record))
-            if mode.wrong: raise Eliminated(f'{DIFFER} (result of {mode.wrong[0]})')
+            if mode.wrong: raise Eliminated(f'{DIFFER} ({mode.wrong[0]})')
         return ()
 
     def use_whole_batch(self):

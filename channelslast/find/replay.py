@@ -15,7 +15,18 @@ from ..core.rounding import Rounding
 PRODUCTS = {'convolution', 'addmm', 'mm', 'bmm', 'baddbmm'}  # operations that autocast runs in half precision
 NORMS = {'batch_norm', 'native_layer_norm', 'native_group_norm'}
 HALF = torch.float16, torch.bfloat16
+STATISTICS = 'statistics'  # of a batch norm's input in training mode: its result stays the same if a channel is scaled
+COMPARED = PRODUCTS | NORMS | {STATISTICS}
 REPLAYED = PRODUCTS | NORMS | {'add', 'add_'}
+
+
+def _var_mean(x) -> tuple: return torch.var_mean(x.float() if x.dtype in HALF else x, [0, *range(2, x.dim())])  # of channels
+
+
+def _moments(x) -> Tensor:
+    "Mean and root mean square of each channel."
+    var, mean = _var_mean(x)
+    return torch.stack([mean, (var.nan_to_num() + mean.square()).sqrt()])  # the variance of one number is NaN
 
 
 class Record(Rounding):
@@ -38,8 +49,8 @@ class Record(Rounding):
         replayed = name in REPLAYED and not self.backward
         out = self.run(func, args, kwargs) if self.rounded and not replayed else func(*args, **kwargs)
         if self.backward or not (replayed or name == '_to_copy'): return out
-        if name == 'batch_norm': self.on_batch_norm(*args[:7])
         names = self._names(args)
+        if name == 'batch_norm': self.on_batch_norm(names, *args[:7])
         if name == '_to_copy' and names:
             self.names[self._memory(out)] = names[0]
             self.casts.append(out)  # kept alive, so that no later tensor gets its memory
@@ -50,10 +61,10 @@ class Record(Rounding):
 
     def on_result(self, key, result, *call): self.values[key].append(result.detach().clone() if self.keep else None)
 
-    def on_batch_norm(self, x, weight, bias, mean, var, training, momentum):
-        if training and mean is not None and momentum == 1:
-            x = x.float() if x.dtype in HALF else x
-            self.statistics[mean.data_ptr()] = torch.var_mean(x, [0, *range(2, x.dim())])
+    def on_batch_norm(self, names, x, weight, bias, mean, var, training, momentum):
+        if not training: return
+        if mean is not None and momentum == 1: self.statistics[mean.data_ptr()] = _var_mean(x)
+        self.on_result((STATISTICS, names, x.shape), _moments(x), _moments, (x,), {})
 
     def wrong_statistics(self, norms: dict, tolerance) -> list:
         "Names of batch norms with other running statistics than those of their last inputs."
@@ -67,7 +78,7 @@ class Record(Rounding):
 
 class Replay(Record):
     """Replace the results of operations by recorded ones. `.wrong` lists the products and normalizations that differed, by the
-    module of their weights. With `rounded`, all other operations take and give perturbed numbers."""
+    module of their weights, as do inputs of batch norms. With `rounded`, all other operations take and give perturbed numbers."""
     def __init__(self, model,
         record: Record, # Record of the step to replay
         counts: Record, # Record of this step without a replay: operations are replayed if both ran them equally often
@@ -83,8 +94,9 @@ class Replay(Record):
         if value is None: return
         name, params, _ = key
         value = value.to(result)
-        if name in PRODUCTS | NORMS and self._differs(value, result, *call):
-            self.wrong.append((params[0].rpartition('.')[0] or params[0]) if params else name)
+        if name in COMPARED and self._differs(value, result, *call):
+            where = (params[0].rpartition('.')[0] or params[0]) if params else name
+            self.wrong.append(f"{'input' if name == STATISTICS else 'result'} of {where}")
         result.copy_(value)
 
     def _differs(self, value, result, func, args, kwargs) -> bool:

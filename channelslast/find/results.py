@@ -26,7 +26,7 @@ class Timing:
     setting: Setting        # Memory format, precision, layers in fp32; folded, compiled, with the fused optimizer?
     ms: float = None        # Fastest measured training step (or batch's predictions); None if it could not run
     speedup: float = None   # Over contiguous fp32 with the Learner's own optimizer
-    loss_diff: float = None # Relative difference of the loss from contiguous fp32; eval mode (detectors: training mode)
+    loss_diff: float = None # Relative difference of the loss from contiguous fp32, on a few items without dropout
     grad_diff: float = None # The same for all gradients: norm of the difference divided by their norm
     memory: float = None    # Peak MiB on the device; None where the device can't tell
     note: str = ''          # How many convolutions stay in fp32; why it was eliminated or measured in fewer steps

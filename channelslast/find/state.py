@@ -56,11 +56,11 @@ class State:
         self.start = self.take()
 
     @torch.no_grad()
-    def restart(self, values=()): # Pairs of a tensor and other values for it
+    def restart(self):
         "Restore what modules, buffers, callbacks and random generators held at the start."
         for o in self.start: o.restore()
         for restore, state in self.generators: restore(state)
-        for t, value in {id(t): (t, value) for t, value in (*self.buffers, *values)}.values():
+        for t, value in self.buffers:
             if not torch.equal(t, value): _set(t, value)  # prepared models notice writes
 
     @torch.no_grad()
