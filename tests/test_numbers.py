@@ -136,8 +136,8 @@ class TrainsWrongly(nn.BatchNorm2d):
         return y
 
 
-@pytest.mark.parametrize('how, note', [('values', 'result of '), ('no mean', 'result of 1'), ('gradient', 'gradient of 0.weight'), ('variance', 'running statistics of 1'),
-                                       ('mean', 'running statistics of 1')])
+@pytest.mark.parametrize('how, note', [('values', 'result of '), ('no mean', 'result of 1'), ('gradient', 'gradient of 0.weight'),
+                                       ('variance', 'running statistics of 1'), ('mean', 'running statistics of 1')])
 def test_kernels_and_statistics_of_the_training_mode_are_compared(has, how, note):
     has('bf16')
     rows = checked(learner(nn.Sequential(nn.Conv2d(3, 8, 3), TrainsWrongly(how), nn.ReLU(), nn.Conv2d(8, 8, 3), convnet(8))))

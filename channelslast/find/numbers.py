@@ -19,8 +19,8 @@ from ..core.distributed import gather_from_ranks
 from ..core.nested_tensors import copied, first_items, map_tensors
 from ..core.random_state import restore_random_states
 from ..core.undo import restore_dict
+from ..learner.state import not_finite
 from ..learner.step_callbacks import is_part_of_step
-from .state import not_finite
 from .steps import Eliminated, canceled
 
 ITEMS = 4  # of a batch: more take longer, but show no other faults
@@ -87,10 +87,11 @@ def _errors(grads, reference) -> list: return [_error(a, b) for a, b in _pairs(g
 
 
 def _set_mode(model, training):
-    """Leave batch norms as in the fit: their statistics give activations and gradients the scale at which the model trains, while
-    with initial ones fp16 underflows. Their running statistics become those of the next batch. Other modules are in eval
-    mode, so that nothing drops out, also no `F.dropout`; with `training` only those that drop. Recurrent layers have no dropout, but
-    are in training mode: cuDNN's have no backward pass in eval mode (PyTorch issue 5878)."""
+    """Set eval mode or, with `training`, that of the fit without dropout: formats draw it in different orders.
+
+    Batch norms stay in the fit's mode. The batch's statistics give activations the scale at which the model trains; with
+    initial ones, gradients underflow in fp16. Running statistics become those of the next batch. Recurrent layers stay in
+    training mode, without dropout: cuDNN's have no backward pass in eval mode (PyTorch issue 5878)."""
     for m in model.modules():
         if isinstance(m, NORM): m.momentum = 1.
         elif isinstance(m, nn.RNNBase): m.dropout = 0.
@@ -100,7 +101,7 @@ def _set_mode(model, training):
 class Numbers:
     "Passes of contiguous fp32 and of candidates on the same items. Does not communicate with other processes."
     def __init__(self, steps): # A `Steps` object, whose first candidate is contiguous fp32
-        from . import replay  # needs a private module of PyTorch, so it is imported where it is used
+        from ..core import replay  # needs a private module of PyTorch, so it is imported where it is used
         self.steps, self.learn, self.stop, self.notes = steps, steps.learn, StopBatch(steps.learn), []
         self.callbacks = [self.stop, *filter(is_part_of_step, steps.callbacks)]
         self.Record, self.Replay, self.replays = replay.Record, replay.Replay, True
@@ -143,11 +144,11 @@ class Numbers:
         "A function that returns the mode for a pass of a model."
         return partial(self.Record, keep=keep) if self.replays else no_mode
 
-    def replay(self, c, record, rounded=False):
-        "A function that returns the mode for a pass of contiguous fp32 with the values of a candidate's pass."
+    def replay(self, c, record, seed=None):
+        "A function that returns the mode for a pass of contiguous fp32 with the values of a candidate's pass; with `seed` rounded."
         precision = self.precision_of(c)
         return lambda model: self.Replay(model, record, self.counts, TOLERANCE[precision].result, eps=ROUNDING[precision],
-                                         generator=self.generator(), rounded=rounded)
+                                         generator=self.generator(seed or 0), rounded=seed is not None)
 
     def rounding(self, precision, seed=0):
         "A function that returns the mode for a pass in which each operation makes a rounding error."
@@ -216,10 +217,10 @@ class TrainingNumbers(Numbers):
         check_reading(self.learn, self.reading_errors)
         if not self.replays: return None
         statistics = record.wrong_statistics(self.norms, self.tolerance_of(c).result)
-        _, replayed, mode = self.step(self.steps.baseline, self.replay(c, record))
+        replayed_loss, replayed, mode = self.step(self.steps.baseline, self.replay(c, record))
         if mode.wrong: raise Eliminated(f'{DIFFER} ({mode.wrong[0]})')
         if statistics: raise Eliminated(f'{DIFFER} (running statistics of {statistics[0]})')
-        return self.replay(c, record, rounded=True), (loss, self.loss), replayed, _errors(grads, replayed)
+        return partial(self.replay, c, record), (loss, replayed_loss), replayed, _errors(grads, replayed)
 
     def set_differences(self, c, loss, grads):
         c.loss_diff = abs(loss - self.loss)/(abs(self.loss) or 1)
@@ -234,17 +235,18 @@ class TrainingNumbers(Numbers):
         return [(n, e) for (n, p), e in zip(self.params.items(), errors)
                 if not e <= (limits.vector if p.dim() < 2 else limits.weight)]
 
-    def is_large(self, c, make_mode, losses, reference, errors) -> bool:
+    def is_large(self, c, rounded, losses, reference, errors) -> bool:
         return self.loss_is_large(c, losses) or bool(self.large_errors(c, errors))
 
-    def explain(self, c, make_mode, losses, reference, errors, eager=None, differ=DIFFER):
-        "Repeat the pass of the reference with rounding errors. Eliminates a candidate whose differences these don't explain."
-        eager, precision = eager or self.steps.baseline, self.precision_of(c)
+    def explain(self, c, rounded, losses, reference, errors, eager=None, differ=DIFFER):
+        """Repeat the pass of the reference in the modes `rounded(seed)`, with rounding errors. Eliminates a candidate whose
+        differences these don't explain."""
+        eager = eager or self.steps.baseline
         if self.loss_is_large(c, losses):
-            rounded = [self.step(eager, self.rounding(precision, seed), backward=False)[0] for seed in range(LOSSES)]
-            if not abs(losses[0] - losses[1]) <= FACTOR*max(abs(o - losses[1]) for o in rounded): raise Eliminated(f'{differ} (loss)')
+            others = [self.step(eager, rounded(seed), backward=False)[0] for seed in range(LOSSES)]
+            if not abs(losses[0] - losses[1]) <= FACTOR*max(abs(o - losses[1]) for o in others): raise Eliminated(f'{differ} (loss)')
         large = self.large_errors(c, errors)
-        rounding = dict(zip(self.params, _errors(self.step(eager, make_mode)[1], reference))) if large else {}
+        rounding = dict(zip(self.params, _errors(self.step(eager, rounded(0))[1], reference))) if large else {}
         for n, e in large:
             if not e <= FACTOR*rounding[n]: raise Eliminated(f'{differ} (gradient of {n})')
 
@@ -258,7 +260,7 @@ class TrainingNumbers(Numbers):
             eager_loss, eager_grads = _step(eager)
             missing = [n for n, a, b in zip(self.params, grads, eager_grads) if (a is None) != (b is None)]
             if missing: raise Eliminated(f'a gradient is missing only uncompiled, or only compiled ({missing[0]})')
-            args = self.rounding(self.precision_of(c)), (loss, eager_loss), eager_grads, _errors(grads, eager_grads)
+            args = partial(self.rounding, self.precision_of(c)), (loss, eager_loss), eager_grads, _errors(grads, eager_grads)
             if self.is_large(c, *args): self.explain(c, *args, eager=eager, differ='numbers differ when compiled')
         self.steps.attempt(c, _check)
         c.prepared.forget()

@@ -15,8 +15,8 @@ from ..core.memory_format import align_optimizer, convert_module
 from ..core.nested_tensors import copied
 from ..core.stand_in import StandInCallback
 from ..learner.setting import Setting
+from ..learner.state import State, not_finite
 from .batches import halved
-from .state import State, not_finite
 
 MAX_SKIPS = 40  # steps in a row that the gradient scaler may skip: its default scale is down to 2**-24 then
 EMULATED_FACTOR = 20  # times contiguous fp32's first step; emulated convolutions took 35 to 139 times, depthwise ones 8

@@ -191,7 +191,7 @@ class CompilePredictions(PredictionCallback):
     def on_prepared(self, run, args, kwargs):
         self.work.misses, self.work.unused = 0, self.work.unused + 1
         how = f'converted by {BACKENDS[self.backend].name}' if run.converted else 'compiled'
-        print_compiled(self, self.model, run.start, args, kwargs, self.work.again, how, ' and other sizes'*run.any_size)
+        print_compiled(self, self.model, run.start, args, kwargs, again=self.work.again, how=how, more=' and other sizes'*run.any_size)
         if self.work.unused >= MAX_UNUSED + self.max_copies: self.refuse(CHANGES)
 
     def reason_of(self, e): return str(e) if isinstance(e, NotPrepared) else reason_of(e)

@@ -4,7 +4,7 @@ import torch
 from ..core.nested_tensors import tensors_of
 from ..core.random_state import generators_of
 from ..core.undo import Saved
-from ..learner.preserve_learner import learner_modules, objects_in
+from .preserve_learner import learner_modules, objects_in
 
 SAME = {k for k, v in vars(torch.nn.Module()).items() if isinstance(v, dict)} - {'_buffers'}  # hooks, parameters, modules
 

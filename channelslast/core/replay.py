@@ -8,16 +8,13 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from ..core.compare import FACTOR
-from ..core.nested_tensors import map_tensors
-from ..core.rounding import Rounding
+from .compare import FACTOR
+from .nested_tensors import map_tensors
+from .rounding import Rounding
 
-PRODUCTS = {'convolution', 'addmm', 'mm', 'bmm', 'baddbmm'}  # operations that autocast runs in half precision
-NORMS = {'batch_norm', 'native_layer_norm', 'native_group_norm'}
 HALF = torch.float16, torch.bfloat16
 STATISTICS = 'statistics'  # of a batch norm's input in training mode: its result stays the same if a channel is scaled
-COMPARED = PRODUCTS | NORMS | {STATISTICS}
-REPLAYED = PRODUCTS | NORMS | {'add', 'add_'}
+REPLAYED = {'convolution', 'addmm', 'mm', 'bmm', 'baddbmm', 'batch_norm', 'native_layer_norm', 'native_group_norm', 'add', 'add_'}
 
 
 def _var_mean(x) -> tuple: return torch.var_mean(x.float() if x.dtype in HALF else x, [0, *range(2, x.dim())])  # of channels
@@ -77,8 +74,8 @@ class Record(Rounding):
 
 
 class Replay(Record):
-    """Replace the results of operations by recorded ones. `.wrong` lists the products and normalizations that differed, by the
-    module of their weights, as do inputs of batch norms. With `rounded`, all other operations take and give perturbed numbers."""
+    """Replace the results of operations by recorded ones. `.wrong` lists those that differed, and inputs of batch norms,
+    by the module of their weights. With `rounded`, all other operations take and give perturbed numbers."""
     def __init__(self, model,
         record: Record, # Record of the step to replay
         counts: Record, # Record of this step without a replay: operations are replayed if both ran them equally often
@@ -94,7 +91,7 @@ class Replay(Record):
         if value is None: return
         name, params, _ = key
         value = value.to(result)
-        if name in COMPARED and self._differs(value, result, *call):
+        if self._differs(value, result, *call):
             where = (params[0].rpartition('.')[0] or params[0]) if params else name
             self.wrong.append(f"{'input' if name == STATISTICS else 'result'} of {where}")
         result.copy_(value)
@@ -104,6 +101,7 @@ class Replay(Record):
         norm = result.norm().clamp_min(torch.finfo(result.dtype).tiny)
         def _error(t): return ((t - result).norm()/norm).item()
         if _error(value) <= self.tolerance: return False
+        if args[0] is result: args = result - args[1]*kwargs.get('alpha', 1), *args[1:]  # `add_`: as it was before
         rounded = func(*map_tensors(self.perturb, args), **kwargs)
         if not isinstance(rounded, Tensor): rounded = rounded[0]
         return not _error(value) <= FACTOR*_error(rounded)
