@@ -32,22 +32,29 @@ TOLERANCE = dict(fp32=Tolerance(1e-3, 1e-2, 5e-2, 5e-2), fp16=Tolerance(2e-2, 1e
 ROUNDING = dict(fp32=2**-18, fp16=2**-11, bf16=2**-8)  # relative rounding error; for fp32 that of a sum
 MIN_SCALE = 2**-24  # of the loss in fp16
 NORM = nn.modules.batchnorm._BatchNorm  # no public name
-LOSSES = 4  # passes with rounding errors; in a single one, they may cancel in the loss
+PASSES = 4  # with rounding errors; in a single one, they may cancel
+NOISE = 0.5  # of a gradient: if rounding errors are larger, it is nothing else
+LOSS = 'loss'
 NO_MODE = "Operations were not compared: the model can't run under a dispatch mode, as `flex_attention` can't."
 DIFFER = 'numbers differ from contiguous fp32'
+
+
+class Difference(namedtuple('Difference', 'off size limit varies')):
+    """Absolute difference of a loss or gradient from its reference, the reference's size, and the relative difference that needs no
+    explanation. `varies` is True if rounding errors vary much from one pass to the next, as those of few numbers do."""
+    @property
+    def is_large(self) -> bool: return not self.off <= self.limit*self.size
 
 
 def no_mode(model): return nullcontext()
 
 
 class StopBatch(Callback):
-    """Stop each batch before the optimizer, or before the backward pass. Sets `mode.backward` when the backward pass begins,
-    and `reached` when the model has run."""
+    "Stop each batch before the optimizer. Sets `mode.backward` when the backward pass begins, and `reached` when the model has run."
     order = -1000
-    def __init__(self, learn): self.learn, self.mode, self.before_gradients, self.reached = learn, None, False, False
+    def __init__(self, learn): self.learn, self.mode, self.reached = learn, None, False
     def after_pred(self): self.reached = True
     def before_backward(self):
-        if self.before_gradients: raise CancelBatchException
         if self.mode: self.mode.backward = True
     def before_step(self): raise CancelBatchException
 
@@ -73,17 +80,14 @@ def _pairs(grads, reference):
         yield a, b
 
 
-def _error(a, b) -> float:
-    """Relative difference of two gradients: the larger of that of the whole gradient, and an eighth of the largest one
-    of a slice (the weights of one output channel) relative to an average slice."""
-    if a is None or not a.numel(): return 0.
+def _error(a, b) -> tuple: # And the norm of `b`
+    """Difference of two gradients: the larger of the norm of all differences, and an eighth of that which the largest one of
+    a slice (the weights of one output channel) would give in all slices."""
+    if a is None or not a.numel(): return 0., 0.
     diff, b = (t.flatten(1) if t.dim() > 1 else t.view(1, -1) for t in (a - b, b))
     diffs, norm = torch.linalg.vector_norm(diff, dim=1), torch.linalg.vector_norm(b)
     largest = torch.maximum(torch.linalg.vector_norm(diffs), diffs.max()*math.sqrt(len(diffs))/8)
-    return (largest/norm if largest else largest).item()
-
-
-def _errors(grads, reference) -> list: return [_error(a, b) for a, b in _pairs(grads, reference)]
+    return largest.item(), norm.item()
 
 
 def _set_mode(model, training):
@@ -170,9 +174,8 @@ class Numbers:
 
 class TrainingNumbers(Numbers):
     "Compares losses, gradients and running statistics."
-    def step(self, c, make_mode, backward=True) -> tuple: # Loss; gradients in fp32, without the scaler's scale; the mode
+    def step(self, c, make_mode) -> tuple: # Loss; gradients in fp32, without the scaler's scale; the mode
         "One step without the optimizer, in the mode that `make_mode(model)` returns."
-        self.stop.before_gradients = not backward
         while True:
             self.restart()
             self.steps.activate(c, self.callbacks)
@@ -207,9 +210,9 @@ class TrainingNumbers(Numbers):
         self.grad_norm, self.reading_errors = _norm(g for g in self.grads if g is not None), reading_errors(self.learn)
 
     def compare(self, c) -> tuple|None: # Arguments of `is_large` and `explain`
-        """Set `loss_diff` and `grad_diff`. Raise `Eliminated` for infinity, NaN, a failing metric, and a product or
-        normalization that differs from that of contiguous fp32, whose step is replayed with the candidate's values: rounding alone drives
-        gradients of deep networks far apart."""
+        """Set `loss_diff` and `grad_diff`. Raise `Eliminated` for infinity, NaN, a failing metric, and an operation that
+        differs from that of contiguous fp32, whose step is replayed with the candidate's values: rounding alone drives
+        losses and gradients of deep networks far apart."""
         loss, grads, record = self.step(c, self.record())
         self.set_differences(c, loss, grads)
         name = 'loss' if not math.isfinite(loss) else not_finite(zip(map('gradient of {}'.format, self.params), grads))
@@ -217,38 +220,42 @@ class TrainingNumbers(Numbers):
         check_reading(self.learn, self.reading_errors)
         if not self.replays: return None
         statistics = record.wrong_statistics(self.norms, self.tolerance_of(c).result)
-        replayed_loss, replayed, mode = self.step(self.steps.baseline, self.replay(c, record))
+        *replayed, mode = self.step(self.steps.baseline, self.replay(c, record))
         if mode.wrong: raise Eliminated(f'{DIFFER} ({mode.wrong[0]})')
         if statistics: raise Eliminated(f'{DIFFER} (running statistics of {statistics[0]})')
-        return partial(self.replay, c, record), (loss, replayed_loss), replayed, _errors(grads, replayed)
+        return partial(self.replay, c, record), replayed, self.differences(c, (loss, grads), replayed)
 
     def set_differences(self, c, loss, grads):
         c.loss_diff = abs(loss - self.loss)/(abs(self.loss) or 1)
         pairs = ((a, b) for a, b in _pairs(grads, self.grads) if a is not None)
         c.grad_diff = _norm(a - b.to(a.device) for a, b in pairs)/(self.grad_norm or 1)
 
-    def loss_is_large(self, c, losses) -> bool: return not abs(losses[0] - losses[1]) <= self.tolerance_of(c).output*abs(losses[1])
+    def differences(self, c, step, reference) -> dict:
+        "A `Difference` for the loss and each gradient of two steps, by name."
+        (loss, grads), (loss0, grads0), limits = step, reference, self.tolerance_of(c)
+        found = {LOSS: Difference(abs(loss - loss0), abs(loss0), limits.output, True)}
+        for (n, p), (a, b) in zip(self.params.items(), _pairs(grads, grads0)):
+            is_vector = p.dim() < 2
+            found[f'gradient of {n}'] = Difference(*_error(a, b), limits.vector if is_vector else limits.weight, is_vector)
+        return found
 
-    def large_errors(self, c, errors) -> list:
-        "Pairs `(parameter name, error)` of gradients that differ by more than the tolerance."
-        limits = self.tolerance_of(c)
-        return [(n, e) for (n, p), e in zip(self.params.items(), errors)
-                if not e <= (limits.vector if p.dim() < 2 else limits.weight)]
+    def is_large(self, c, rounded, reference, differences) -> bool: return any(o.is_large for o in differences.values())
 
-    def is_large(self, c, rounded, losses, reference, errors) -> bool:
-        return self.loss_is_large(c, losses) or bool(self.large_errors(c, errors))
-
-    def explain(self, c, rounded, losses, reference, errors, eager=None, differ=DIFFER):
-        """Repeat the pass of the reference in the modes `rounded(seed)`, with rounding errors. Eliminates a candidate whose
-        differences these don't explain."""
-        eager = eager or self.steps.baseline
-        if self.loss_is_large(c, losses):
-            others = [self.step(eager, rounded(seed), backward=False)[0] for seed in range(LOSSES)]
-            if not abs(losses[0] - losses[1]) <= FACTOR*max(abs(o - losses[1]) for o in others): raise Eliminated(f'{differ} (loss)')
-        large = self.large_errors(c, errors)
-        rounding = dict(zip(self.params, _errors(self.step(eager, rounded(0))[1], reference))) if large else {}
-        for n, e in large:
-            if not e <= FACTOR*rounding[n]: raise Eliminated(f'{differ} (gradient of {n})')
+    def explain(self, c, rounded, reference, differences, eager=None, differ=DIFFER):
+        """Repeat the reference's step in the modes `rounded(seed)`, with rounding errors. Eliminates a candidate whose
+        differences these don't explain. Some gradients are rounding errors alone, such as that of a bias before a batch
+        norm, which takes the mean off: they may differ by a part of the whole gradient."""
+        whole = math.hypot(*(o.size for k, o in differences.items() if k != LOSS))
+        large, noise = {k: o for k, o in differences.items() if o.is_large}, {}
+        def _is_explained(k, o):
+            is_noise = k != LOSS and noise[k] >= NOISE*o.size
+            return o.off <= FACTOR*noise[k] or is_noise and o.off <= self.tolerance_of(c).weight*whole
+        for seed in range(PASSES):
+            others = self.differences(c, self.step(eager or self.steps.baseline, rounded(seed))[:2], reference)
+            noise = {k: max(noise.get(k, 0.), others[k].off) if o.varies or not seed else noise[k] for k, o in large.items()}
+            large = {k: o for k, o in large.items() if not _is_explained(k, o)}
+            if not large: return
+        raise Eliminated(f'{differ} ({next(iter(large))})')
 
     def check_compiled(self, c, eager):
         """Compare a compiled candidate with the same one uncompiled. Its code for these modes is thrown away."""
@@ -257,10 +264,10 @@ class TrainingNumbers(Numbers):
             for _ in range(3): loss, grads = _step(c)  # the first step runs uncompiled, the second one compiles
             if c.prepared.reason: raise Eliminated(f'not compiled: {c.prepared.reason}')
             self.set_differences(c, loss, grads)
-            eager_loss, eager_grads = _step(eager)
-            missing = [n for n, a, b in zip(self.params, grads, eager_grads) if (a is None) != (b is None)]
+            reference = _step(eager)
+            missing = [n for n, a, b in zip(self.params, grads, reference[1]) if (a is None) != (b is None)]
             if missing: raise Eliminated(f'a gradient is missing only uncompiled, or only compiled ({missing[0]})')
-            args = partial(self.rounding, self.precision_of(c)), (loss, eager_loss), eager_grads, _errors(grads, eager_grads)
+            args = partial(self.rounding, self.precision_of(c)), reference, self.differences(c, (loss, grads), reference)
             if self.is_large(c, *args): self.explain(c, *args, eager=eager, differ='numbers differ when compiled')
         self.steps.attempt(c, _check)
         c.prepared.forget()
