@@ -6,7 +6,7 @@ from fastai.vision.all import SGD, AccumMetric, DataLoader, DataLoaders, Learner
 from torch import nn
 
 from channelslast.core.memory_format import format_strides
-from .helpers import convnet, difference, find, learner, rows_of, values_of
+from .helpers import convnet, difference, find, learner, loaders, rows_of, values_of
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +143,83 @@ def test_kernels_and_statistics_of_the_training_mode_are_compared(has, how, note
     rows = checked(learner(nn.Sequential(nn.Conv2d(3, 8, 3), TrainsWrongly(how), nn.ReLU(), nn.Conv2d(8, 8, 3), convnet(8))))
     assert all(r.valid == (not r.setting.is_channels_last) for r in rows.values())
     assert all(note in r.note for r in rows.values() if not r.valid)
+
+
+class OwnNorm(nn.Module):
+    "A batch norm that is none of PyTorch's. In training mode it is wrong in channels last."
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('mean', torch.zeros(8)); self.register_buffer('var', torch.ones(8))
+    def forward(self, x):
+        y = nn.functional.batch_norm(x, self.mean, self.var, training=self.training)
+        return y.roll(1, 1) if self.training and not x.is_contiguous() else y
+
+
+def test_the_training_mode_of_other_norms_is_compared():
+    r = checked(learner(nn.Sequential(nn.Conv2d(3, 8, 3), OwnNorm(), nn.ReLU(), nn.Conv2d(8, 8, 3), convnet(8))))['channels last, fp32']
+    assert not r.valid and 'result of 3' in r.note
+
+
+class Pooled(nn.Module):
+    "As in DeepLab: the average of all positions passes a convolution and a batch norm, and is added to the positions."
+    def __init__(self):
+        super().__init__()
+        self.stem, self.pool = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), nn.AdaptiveAvgPool2d(1)
+        self.conv, self.norm, self.head = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), convnet(8)
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x + self.norm(self.conv(self.pool(x))))
+
+
+@pytest.mark.parametrize('how', ['zero', 'row', None])
+def test_a_wrong_gradient_before_a_norm_of_few_values_is_found(has, how):
+    "Rounding of its statistics must not be overestimated."
+    has('bf16')
+    learn = learner(Pooled(), loaders((3, 32, 32)))
+    if how: spoil(learn.model.conv, how, in_half)
+    r = checked(learn, formats='contiguous')['contiguous, bf16']
+    assert r.valid == (not how) and (not how or 'gradient of conv.weight' in r.note)
+
+
+class ZeroGamma(nn.Module):
+    "A branch whose last scale starts at zero, so that all its gradients are zero."
+    def __init__(self):
+        super().__init__()
+        self.stem, self.branch, self.gamma, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Parameter(torch.zeros(1)), convnet(8)
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x + self.gamma*self.branch(x))
+
+
+def test_a_gradient_that_should_be_zero_is_found():
+    learn = learner(ZeroGamma())
+    conv = learn.model.branch
+    real = conv._conv_forward
+    def _conv_forward(x, weight, bias): return real(x, Spoil.apply(weight, lambda g: g + 1e-3) if in_last(conv) else weight, bias)
+    conv._conv_forward = _conv_forward
+    assert checked(learn)['channels last, fp32'].note == 'numbers differ from contiguous fp32 (gradient of branch.weight)'
+
+
+def biased(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), convnet(8))
+def biased_head():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize('model', [biased, biased_head])
+@pytest.mark.parametrize('half', ['bf16', 'fp16'])
+def test_biases_before_a_batch_norm_are_no_fault(has, model, half):
+    "Their gradients are rounding errors alone."
+    has(half)
+    for r in checked(learner(model())).values(): assert r.valid, r
+
+
+def test_items_without_labels_are_left_out():
+    "The first ones alone give no finite loss."
+    x, y = torch.randn(16, 3, 12, 12), torch.randint(0, 4, (16, 12, 12))
+    y[:4] = 255
+    dl = DataLoader(list(zip(x, y)), bs=8)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    for r in checked(Learner(DataLoaders(dl, dl), net, nn.CrossEntropyLoss(ignore_index=255))).values(): assert r.valid, r
 
 
 class Random(nn.Module):

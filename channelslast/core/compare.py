@@ -10,6 +10,8 @@ from .devices import fp32_precision
 from .nested_tensors import leaves_of, map_tensors
 
 FACTOR = 3  # accept up to this many times the difference that rounding errors cause
+SUM_ERROR = 2**-18  # relative rounding error of a sum in fp32
+PASSES = 4  # with rounding errors: in a single one, they may cancel
 HALF_ERROR = 5e-2  # relative error that half precision explains
 REDUCED_FP32 = dict(fp16=(1e-2, 2**-10), bf16=(HALF_ERROR, 2**-7))  # fp32 in TF32 or bf16: the same; its rounding error
 

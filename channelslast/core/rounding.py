@@ -1,5 +1,5 @@
 "A pass in which each operation makes a rounding error: the change that rounding explains."
-from .compare import perturb
+from .compare import SUM_ERROR, perturb
 from .dispatch_mode import DispatchMode
 from .nested_tensors import map_tensors
 
@@ -17,4 +17,11 @@ class Rounding(DispatchMode):
     def run(self, func, args, kwargs):
         views = any(r.alias_info is not None for r in func._schema.returns)  # no public name
         if views: return func(*args, **kwargs)
-        return map_tensors(self.perturb, func(*map_tensors(self.perturb, args), **kwargs))
+        if 'norm_backward' not in func.overloadpacket.__name__: args = map_tensors(self.perturb, args)
+        else: args = [self._perturb_saved(s.name, a) for s, a in zip(func._schema.arguments, args)]
+        return map_tensors(self.perturb, func(*args, **kwargs))
+
+    def _perturb_saved(self, name, x):
+        "An argument of a normalization's backward pass: its input is that of the forward pass, and statistics are sums in fp32."
+        if name.startswith('grad'): return self.perturb(x)
+        return x if name == 'input' else perturb(x, SUM_ERROR, self.generator)

@@ -12,7 +12,7 @@ from fastai.callback.core import Callback, CancelBatchException
 from fastai.torch_core import set_seed
 from torch import nn
 
-from ..core.compare import FACTOR, numbers_of, relative_error
+from ..core.compare import FACTOR, PASSES, SUM_ERROR, numbers_of, relative_error
 from ..core.compiling import stance
 from ..core.devices import fit_device, fp32_precision
 from ..core.distributed import gather_from_ranks
@@ -29,10 +29,9 @@ ITEMS = 4  # of a batch: more take longer, but show no other faults
 # 0.6 in one run and by 0.4 in another, where rounding the results explained 0.02.
 Tolerance = namedtuple('Tolerance', 'output result weight vector')
 TOLERANCE = dict(fp32=Tolerance(1e-3, 1e-2, 5e-2, 5e-2), fp16=Tolerance(2e-2, 1e-2, 5e-2, 0.2), bf16=Tolerance(5e-2, 2e-2, 0.12, 0.8))
-ROUNDING = dict(fp32=2**-18, fp16=2**-11, bf16=2**-8)  # relative rounding error; for fp32 that of a sum
+ROUNDING = dict(fp32=SUM_ERROR, fp16=2**-11, bf16=2**-8)  # relative rounding error
 MIN_SCALE = 2**-24  # of the loss in fp16
 NORM = nn.modules.batchnorm._BatchNorm  # no public name
-PASSES = 4  # with rounding errors; in a single one, they may cancel
 NOISE = 0.5  # of a gradient: if rounding errors are larger, it is nothing else
 LOSS = 'loss'
 NO_MODE = "Operations were not compared: the model can't run under a dispatch mode, as `flex_attention` can't."
@@ -93,13 +92,16 @@ def _error(a, b) -> tuple: # And the norm of `b`
 def _set_mode(model, training):
     """Set eval mode or, with `training`, that of the fit without dropout: formats draw it in different orders.
 
-    Batch norms stay in the fit's mode. The batch's statistics give activations the scale at which the model trains; with
-    initial ones, gradients underflow in fp16. Running statistics become those of the next batch. Recurrent layers stay in
-    training mode, without dropout: cuDNN's have no backward pass in eval mode (PyTorch issue 5878)."""
+    Modules with statistics of their own stay in the fit's mode. The batch's statistics give activations the scale at which
+    the model trains; with initial ones, gradients underflow in fp16. Running statistics of batch norms become those of the
+    next batch. Recurrent layers stay in training mode, without dropout: cuDNN's have no backward pass in eval mode (PyTorch
+    issue 5878)."""
     for m in model.modules():
+        drops = 'drop' in type(m).__name__.lower() or isinstance(m, nn.MultiheadAttention)
+        stays = training or any(b.is_floating_point() for b in m.buffers(recurse=False))
         if isinstance(m, NORM): m.momentum = 1.
         elif isinstance(m, nn.RNNBase): m.dropout = 0.
-        elif not training or 'drop' in type(m).__name__.lower() or isinstance(m, nn.MultiheadAttention): m.training = False
+        elif drops or not stays: m.training = False
 
 
 class Numbers:
@@ -110,17 +112,20 @@ class Numbers:
         self.callbacks = [self.stop, *filter(is_part_of_step, steps.callbacks)]
         self.Record, self.Replay, self.replays = replay.Record, replay.Replay, True
         self.whole = self.batch = steps.batches[0]
-        self.fp32_precision, self.training = fp32_precision(fit_device(steps.learn)), False
+        self.fp32_precision, self.training, self.finite = fp32_precision(fit_device(steps.learn)), False, True
 
     def start(self):
-        "Take the pass of contiguous fp32, on few items, or on the whole batch for a model that takes no other number."
+        """Take the pass of contiguous fp32, on few items, or on the whole batch if the model takes no other number or these items
+        give no loss, such as images without labels."""
         def _start():
             few = first_items(self.whole, self.steps.bs, ITEMS) if (self.steps.bs or 0) > ITEMS else self.whole
             for batch in few, self.whole:
                 self.batch = batch
-                try: return self.run_baseline()
+                try: self.run_baseline()
                 except Exception:
                     if batch is self.whole: raise
+                else:
+                    if self.finite: return
         with self.uncompiled(self.steps.baseline): self.steps.attempt(self.steps.baseline, _start)
 
     def uncompiled(self, c):
@@ -206,6 +211,7 @@ class TrainingNumbers(Numbers):
         own = self.counts.wrong_statistics(norms, self.tolerance_of(c).result) if self.replays else norms  # computed in their own way
         self.norms = {n: m for n, m in norms.items() if n not in own}
         if not self.replays: self.notes.append(NO_MODE)
+        self.finite = math.isfinite(self.loss)
         self.grads = [g if g is None else g.cpu() for g in grads]  # leaves the device's memory to the steps
         self.grad_norm, self.reading_errors = _norm(g for g in self.grads if g is not None), reading_errors(self.learn)
 
@@ -248,8 +254,8 @@ class TrainingNumbers(Numbers):
         whole = math.hypot(*(o.size for k, o in differences.items() if k != LOSS))
         large, noise = {k: o for k, o in differences.items() if o.is_large}, {}
         def _is_explained(k, o):
-            is_noise = k != LOSS and noise[k] >= NOISE*o.size
-            return o.off <= FACTOR*noise[k] or is_noise and o.off <= self.tolerance_of(c).weight*whole
+            is_noise = k != LOSS and noise[k] >= NOISE*o.size and o.off <= self.tolerance_of(c).weight*whole
+            return o.off <= FACTOR*noise[k]*(10 if is_noise else 1)
         for seed in range(PASSES):
             others = self.differences(c, self.step(eager or self.steps.baseline, rounded(seed))[:2], reference)
             noise = {k: max(noise.get(k, 0.), others[k].off) if o.varies or not seed else noise[k] for k, o in large.items()}

@@ -12,6 +12,7 @@ from fastai.torch_core import TensorBase
 from fastcore.basics import noop
 from torch import Tensor, nn
 
+from ..core.compare import SUM_ERROR
 from ..core.compiling import CHANGES, compiling_quietly, note_reasons, own_code, print_compiled, reason_of
 from ..core.devices import fit_device, model_device
 from ..core.nested_tensors import map_tensors, tensors_of
@@ -138,7 +139,7 @@ class CompilePredictions(PredictionCallback):
         super().__setattr__(name, value)
 
     @property
-    def rounding(self) -> float: return 0. if self.backend == 'inductor' else 2**-18 # runtimes sum in another order
+    def rounding(self) -> float: return 0. if self.backend == 'inductor' else SUM_ERROR # runtimes sum in another order
     @property
     def max_copies(self) -> int: return 1 if self.backend == 'inductor' else 4  # batches of one, other branches on sizes
 
