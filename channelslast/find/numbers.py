@@ -39,10 +39,10 @@ DIFFER = 'numbers differ from contiguous fp32'
 
 
 class Difference(namedtuple('Difference', 'off size limit varies')):
-    """Absolute difference of a loss or gradient from its reference, the reference's size, and the relative difference that needs no
+    """Absolute difference of a loss or gradient from its reference, the reference's size, and the difference that needs no
     explanation. `varies` is True if rounding errors vary much from one pass to the next, as those of few numbers do."""
     @property
-    def is_large(self) -> bool: return not self.off <= self.limit*self.size
+    def is_large(self) -> bool: return not self.off <= self.limit
 
 
 def no_mode(model): return nullcontext()
@@ -238,11 +238,14 @@ class TrainingNumbers(Numbers):
 
     def differences(self, c, step, reference) -> dict:
         "A `Difference` for the loss and each gradient of two steps, by name."
-        (loss, grads), (loss0, grads0), limits = step, reference, self.tolerance_of(c)
-        found = {LOSS: Difference(abs(loss - loss0), abs(loss0), limits.output, True)}
-        for (n, p), (a, b) in zip(self.params.items(), _pairs(grads, grads0)):
+        (loss, grads), (loss0, grads0), tolerance = step, reference, self.tolerance_of(c)
+        errors = [_error(a, b) for a, b in _pairs(grads, grads0)]
+        least = SUM_ERROR*math.hypot(*(size for _, size in errors))  # of the whole gradient, which holds zeros but for rounding
+        found = {LOSS: Difference(abs(loss - loss0), abs(loss0), tolerance.output*abs(loss0), True)}
+        for (n, p), (off, size) in zip(self.params.items(), errors):
             is_vector = p.dim() < 2
-            found[f'gradient of {n}'] = Difference(*_error(a, b), limits.vector if is_vector else limits.weight, is_vector)
+            limit = max(least, size*(tolerance.vector if is_vector else tolerance.weight))
+            found[f'gradient of {n}'] = Difference(off, size, limit, is_vector)
         return found
 
     def is_large(self, c, rounded, reference, differences) -> bool: return any(o.is_large for o in differences.values())
