@@ -30,17 +30,17 @@ ITEMS = 4  # of a batch: more take longer, but show no other faults
 Tolerance = namedtuple('Tolerance', 'output result weight vector')
 TOLERANCE = dict(fp32=Tolerance(1e-3, 1e-2, 5e-2, 5e-2), fp16=Tolerance(2e-2, 1e-2, 5e-2, 0.2), bf16=Tolerance(5e-2, 2e-2, 0.12, 0.8))
 ROUNDING = dict(fp32=SUM_ERROR, fp16=2**-11, bf16=2**-8)  # relative rounding error
-MIN_SCALE = 2**-24  # of the loss in fp16
+MIN_SCALE = 2**-24  # least scale of the loss in fp16
 NORM = nn.modules.batchnorm._BatchNorm  # no public name
-NOISE = 0.5  # of a gradient: if rounding errors are larger, it is nothing else
+NOISE = 0.5  # share of a gradient from which on rounding errors count as all of it
 LOSS = 'loss'
 NO_MODE = "Operations were not compared: the model can't run under a dispatch mode, as `flex_attention` can't."
 DIFFER = 'numbers differ from contiguous fp32'
 
 
 class Difference(namedtuple('Difference', 'off size limit varies')):
-    """Absolute difference of a loss or gradient from its reference, the reference's size, and the difference that needs no
-    explanation. `varies` is True if rounding errors vary much from one pass to the next, as those of few numbers do."""
+    """Absolute difference of a loss or gradient from its reference, the reference's absolute value or norm, and the
+    difference that needs no explanation. `varies` is True if rounding errors vary much from pass to pass, as in vectors."""
     @property
     def is_large(self) -> bool: return not self.off <= self.limit
 
@@ -240,7 +240,7 @@ class TrainingNumbers(Numbers):
         "A `Difference` for the loss and each gradient of two steps, by name."
         (loss, grads), (loss0, grads0), tolerance = step, reference, self.tolerance_of(c)
         errors = [_error(a, b) for a, b in _pairs(grads, grads0)]
-        least = SUM_ERROR*math.hypot(*(size for _, size in errors))  # of the whole gradient, which holds zeros but for rounding
+        least = SUM_ERROR*math.hypot(*(size for _, size in errors))  # relative to the whole gradient, since some are zero but for rounding
         found = {LOSS: Difference(abs(loss - loss0), abs(loss0), tolerance.output*abs(loss0), True)}
         for (n, p), (off, size) in zip(self.params.items(), errors):
             is_vector = p.dim() < 2
@@ -253,7 +253,7 @@ class TrainingNumbers(Numbers):
     def explain(self, c, rounded, reference, differences, eager=None, differ=DIFFER):
         """Repeat the reference's step in the modes `rounded(seed)`, with rounding errors. Eliminates a candidate whose
         differences these don't explain. Some gradients are rounding errors alone, such as that of a bias before a batch
-        norm, which takes the mean off: they may differ by a part of the whole gradient."""
+        norm, which subtracts the mean: they may differ by a part of the whole gradient."""
         whole = math.hypot(*(o.size for k, o in differences.items() if k != LOSS))
         large, noise = {k: o for k, o in differences.items() if o.is_large}, {}
         def _is_explained(k, o):
