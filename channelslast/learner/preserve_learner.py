@@ -62,7 +62,7 @@ def _note_left_out(e, cbs):
                  "included only if it assigns `self.learn.xb`, `yb`, `pred`, `loss`, `loss_grad` or `loss_func`.")
 
 
-def _cpp_attributes(m) -> dict:
+def cpp_attributes(m) -> dict:
     "Attributes of a scripted module that are stored in C++: mode, parameters, buffers, plain values."
     if not isinstance(m, torch.jit.ScriptModule): return {}
     return {k: m._c.getattr(k) for k in torch._C.ConcreteModuleType.from_jit_type(m._c._type()).get_attributes()}
@@ -129,10 +129,10 @@ def preserve_learner(learn,
         inner, behind = objects_in([*modules, *changing]), objects_behind(loader)
         for o in (*inner, *behind): restore_dict(undo, vars(o))
         for m in modules:
-            for k, v in _cpp_attributes(m).items(): undo.callback(m._c.setattr, k, v)
+            for k, v in cpp_attributes(m).items(): undo.callback(m._c.setattr, k, v)
         holders = [o for o in (*owners, *changing, *inner, loader, *behind) if hasattr(o, '__dict__')]
         for restore, state in generators_of(v for o in holders for v in vars(o).values()): undo.callback(restore, state)
-        values = [[*vars(o).values(), *_cpp_attributes(o).values()] for o in (*owners, *changing)]
+        values = [[*vars(o).values(), *cpp_attributes(o).values()] for o in (*owners, *changing)]
         originals = _run_on_clones(undo, tensors_of(values))  # parameters, buffers, plain attributes
         opt = learn.opt_func if learn.opt is None and isinstance(learn.opt_func, OptimWrapper) else learn.opt
         originals += _restore_optimizer(undo, opt)

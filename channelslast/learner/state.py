@@ -4,7 +4,7 @@ import torch
 from ..core.nested_tensors import tensors_of
 from ..core.random_state import generators_of
 from ..core.undo import Saved
-from .preserve_learner import learner_modules, objects_in
+from .preserve_learner import cpp_attributes, learner_modules, objects_in
 
 SAME = {k for k, v in vars(torch.nn.Module()).items() if isinstance(v, dict)} - {'_buffers'}  # hooks, parameters, modules
 
@@ -32,6 +32,16 @@ class Counters:
     def restore(self): vars(self.learn).update(self.values)
 
 
+class ScriptState:
+    "What TorchScript holds for a module: its mode and attributes."
+    def __init__(self, module):
+        self.module = module
+        self.take()
+    def take(self): self.values = cpp_attributes(self.module)
+    def restore(self):
+        for k, v in self.values.items(): self.module._c.setattr(k, v)
+
+
 class State:
     "The state of a Learner from which all candidates start."
     def __init__(self, learn, callbacks, originals): # Pairs of a tensor and its original values, from `preserve_learner`
@@ -39,7 +49,9 @@ class State:
         state = tensors_of(list(getattr(getattr(learn.opt, 'opt', learn.opt), 'state', {}).values()))
         weights, self.optimizer_had_state = {*map(id, learn.model.parameters()), *map(id, state)}, bool(state)
         self.buffers = [(t, data) for t, data in originals if id(t) not in weights]  # and tensors in attributes
-        owners = [*learner_modules(learn, callbacks), learn.loss_func, *callbacks]
+        modules = learner_modules(learn, callbacks)
+        self.scripts = [m for m in modules if isinstance(m, torch.jit.ScriptModule)]
+        owners = [*modules, learn.loss_func, *callbacks]
         owners = {id(o): o for o in (*owners, *objects_in(owners)) if hasattr(o, '__dict__')}.values()
         self.dicts = [vars(o) for o in owners]
         self.generators = generators_of(v for d in self.dicts for v in d.values())
@@ -49,7 +61,7 @@ class State:
 
     def take(self) -> list:
         "What the modules and callbacks hold now: attributes, not the values of tensors. And the Learner's counters."
-        return [Counters(self.learn), *(Saved(d, SAME) for d in self.dicts)]
+        return [Counters(self.learn), *(Saved(d, SAME) for d in self.dicts), *map(ScriptState, self.scripts)]
 
     def begin(self):
         "Candidates start from what the modules and callbacks hold now."
