@@ -213,8 +213,8 @@ def test_biases_before_a_batch_norm_are_no_fault(has, model, half):
     for r in checked(learner(model())).values(): assert r.valid, r
 
 
-def test_items_without_labels_are_left_out():
-    "The first ones alone give no finite loss."
+def test_a_whole_batch_is_compared_if_its_first_items_have_no_labels():
+    "These alone give no finite loss."
     x, y = torch.randn(16, 3, 12, 12), torch.randint(0, 4, (16, 12, 12))
     y[:4] = 255
     dl = DataLoader(list(zip(x, y)), bs=8)

@@ -20,9 +20,8 @@ REPLAYED = {'convolution', 'addmm', 'mm', 'bmm', 'baddbmm', 'batch_norm', 'nativ
 def _var_mean(x) -> tuple: return torch.var_mean(x.float() if x.dtype in HALF else x, [0, *range(2, x.dim())])  # of channels
 
 
-def _moments(x) -> Tensor:
+def _mean_rms(var, mean) -> Tensor:
     "Mean and root mean square of each channel."
-    var, mean = _var_mean(x)
     return torch.stack([mean, (var.nan_to_num() + mean.square()).sqrt()])  # the variance of one number is NaN
 
 
@@ -60,8 +59,9 @@ class Record(Rounding):
 
     def on_batch_norm(self, names, x, weight, bias, mean, var, training, momentum):
         if not training: return
-        if mean is not None and momentum == 1: self.statistics[mean.data_ptr()] = _var_mean(x)
-        self.on_result((STATISTICS, names, x.shape), _moments(x), _moments, (x,), {})
+        moments = _var_mean(x)
+        if mean is not None and momentum == 1: self.statistics[mean.data_ptr()] = moments
+        self.on_result((STATISTICS, names, x.shape), _mean_rms(*moments), lambda x: _mean_rms(*_var_mean(x)), (x,), {})
 
     def wrong_statistics(self, norms: dict, tolerance) -> list:
         "Names of batch norms with other running statistics than those of their last inputs."
@@ -75,7 +75,8 @@ class Record(Rounding):
 
 class Replay(Record):
     """Replace the results of operations by recorded ones. `.wrong` lists those that differed, and inputs of batch norms,
-    by the module of their weights. With `rounded`, all other operations take and give perturbed numbers."""
+    by the module of their weights. With `rounded`, nothing is compared, and all other operations take and give perturbed
+    numbers."""
     def __init__(self, model,
         record: Record, # Record of the step to replay
         counts: Record, # Record of this step without a replay: operations are replayed if both ran them equally often
@@ -91,7 +92,7 @@ class Replay(Record):
         if value is None: return
         name, params, _ = key
         value = value.to(result)
-        if self._differs(value, result, *call):
+        if not self.rounded and self._differs(value, result, *call):
             where = (params[0].rpartition('.')[0] or params[0]) if params else name
             self.wrong.append(f"{'input' if name == STATISTICS else 'result'} of {where}")
         result.copy_(value)

@@ -32,7 +32,8 @@ TOLERANCE = dict(fp32=Tolerance(1e-3, 1e-2, 5e-2, 5e-2), fp16=Tolerance(2e-2, 1e
 ROUNDING = dict(fp32=SUM_ERROR, fp16=2**-11, bf16=2**-8)  # relative rounding error
 MIN_SCALE = 2**-24  # least scale of the loss in fp16
 NORM = nn.modules.batchnorm._BatchNorm  # no public name
-NOISE = 0.5  # share of a gradient from which on rounding errors count as all of it
+NOISE = 0.5  # a gradient whose rounding errors are a larger share of it is nothing but rounding errors
+NOISE_FACTOR = 10*FACTOR  # accept up to this many times the rounding errors of such a gradient
 LOSS = 'loss'
 NO_MODE = "Operations were not compared: the model can't run under a dispatch mode, as `flex_attention` can't."
 DIFFER = 'numbers differ from contiguous fp32'
@@ -92,10 +93,10 @@ def _error(a, b) -> tuple: # And the norm of `b`
 def _set_mode(model, training):
     """Set eval mode or, with `training`, that of the fit without dropout: formats draw it in different orders.
 
-    Modules with statistics of their own stay in the fit's mode. The batch's statistics give activations the scale at which
-    the model trains; with initial ones, gradients underflow in fp16. Running statistics of batch norms become those of the
-    next batch. Recurrent layers stay in training mode, without dropout: cuDNN's have no backward pass in eval mode (PyTorch
-    issue 5878)."""
+    Modules with statistics of their own (floating-point buffers) stay in the fit's mode. The batch's statistics give
+    activations the scale at which the model trains; with initial ones, gradients underflow in fp16. Running statistics of
+    batch norms become those of the next batch. Recurrent layers stay in training mode, without dropout: cuDNN's have no
+    backward pass in eval mode (PyTorch issue 5878)."""
     for m in model.modules():
         drops = 'drop' in type(m).__name__.lower() or isinstance(m, nn.MultiheadAttention)
         stays = training or any(b.is_floating_point() for b in m.buffers(recurse=False))
@@ -258,7 +259,7 @@ class TrainingNumbers(Numbers):
         large, noise = {k: o for k, o in differences.items() if o.is_large}, {}
         def _is_explained(k, o):
             is_noise = k != LOSS and noise[k] >= NOISE*o.size and o.off <= self.tolerance_of(c).weight*whole
-            return o.off <= FACTOR*noise[k]*(10 if is_noise else 1)
+            return o.off <= (NOISE_FACTOR if is_noise else FACTOR)*noise[k]
         for seed in range(PASSES):
             others = self.differences(c, self.step(eager or self.steps.baseline, rounded(seed))[:2], reference)
             noise = {k: max(noise.get(k, 0.), others[k].off) if o.varies or not seed else noise[k] for k, o in large.items()}
