@@ -41,7 +41,6 @@ def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: runs with `-m slow` only')
     config.addinivalue_line('markers', 'cuda: needs a CUDA GPU')
     config.addinivalue_line('markers', 'zoo: one test per architecture; `-m slow` runs every tenth, `-m zoo` all')
-    config.addinivalue_line('markers', 'emulated: in the zoo, in fp16, in which a CPU takes minutes; runs with `-m zoo` only')
     if not config.option.markexpr and all(os.path.isdir(o) for o in config.args): config.option.markexpr = 'not slow'
     config.option.nbmake, config.option.nbmake_timeout = True, 300  # each notebook in nbs/ runs as a test
     config.option.doctestmodules = True  # the examples in docstrings
@@ -50,8 +49,7 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(config, items):
     zoo = [o for o in items if o.get_closest_marker('zoo')]
-    quick = [o for o in zoo if not o.get_closest_marker('emulated')]
-    for o in quick[::10] if len(quick) > 10 else quick: o.add_marker('slow')
+    for o in zoo[::10] if len(zoo) > 10 else zoo: o.add_marker('slow')
     if 'zoo' not in config.option.markexpr:
         left = {o for o in zoo if not o.get_closest_marker('slow')}
         items[:] = [o for o in items if o not in left]

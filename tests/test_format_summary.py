@@ -586,6 +586,12 @@ def test_format_summary_of_a_contiguous_shufflenet_finds_nothing_to_lose():
     assert 'nothing to lose' in s.verdict and s.rows == []
 
 
+def test_format_summary_does_not_advise_the_format_that_the_learner_has():
+    "The model takes its images apart at once."
+    verdict = learner(nn.Sequential(nn.Flatten(), nn.Linear(192, 4))).to_channelslast(to_fp16=False).format_summary().verdict
+    assert verdict == 'No activation is channels last, although the Learner is: the model does not use the format.'
+
+
 class MovesByCopy(PretendGPU):
     "A device to which tensors are copied, except those that are there."
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -47,8 +47,8 @@ def _add_note(learn, e):
     where = next(filter(None, chain(parts, functions)), 'the Learner')
     e.channels_last = True
     e.add_note(f"Raised in {where}. This Learner is in channels last, where `view` can't flatten channels with "
-             "height and width: they are not adjacent in memory. Use `reshape` instead of `view`, "
-             "or call `learn.to_contiguous()`.")
+             "height and width: they are not adjacent in memory. Use `reshape` instead of `view` (`nn.Flatten` "
+             "instead of fastai's `Flatten`), or call `learn.to_contiguous()`.")
 
 
 def explain_view_errors(f):

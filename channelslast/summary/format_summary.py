@@ -7,6 +7,7 @@ from functools import partial
 from textwrap import fill
 
 import pandas as pd
+from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.learner import Learner
 from fastai.torch_core import to_device
@@ -45,8 +46,9 @@ class FormatSummary:
     >>> learn = Learner(DataLoaders(dl, dl), model, CrossEntropyLossFlat())
     >>> learn.to_channelslast(to_fp16=False).format_summary().lost[0].cls
     'Softmax2d'"""
-    def __init__(self, rows, counts, note='', max_rows=20, device='cpu'):
+    def __init__(self, rows, counts, note='', max_rows=20, device='cpu', is_channels_last=False): # The last one of the Learner
         self.rows, self.counts, self.note, self.max_rows, self.device = list(rows), counts, note, max_rows, device
+        self.is_channels_last = is_channels_last
 
     @property
     def lost(self): return [r for r in self.rows if r.kind == 'lost']
@@ -70,8 +72,9 @@ class FormatSummary:
     def verdict(self) -> str:
         "The result in a few sentences."
         (kept, had), (kept_backward, had_backward) = self.counts[False], self.counts[True]
-        if not had: return ("No activation is channels last, so there is nothing to lose: "
-                            "call `learn.to_channelslast()` first.") + self.note
+        if not had: return 'No activation is channels last' + (
+            ', although the Learner is: the model does not use the format.' if self.is_channels_last else
+            ', so there is nothing to lose: call `learn.to_channelslast()` first.') + self.note
         ratio = f'{kept} of {had} activations forward, {kept_backward} of {had_backward} backward'
         lost, unseen, moved = len(self.lost), self._unseen, f'{_mb(self.bytes_moved)} per step.{self.note}'
         moved = '1 conversion moves ' + moved if len(self.rows) == 1 else f'{len(self.rows)} conversions move {moved}'
@@ -211,4 +214,4 @@ def format_summary(self:Learner,
                  'Only the forward pass was traced: no parameter requires a gradient.': frozen,
                  'The compiled model was traced uncompiled.': model is not self.model}
         note = ''.join(f' {text}' for text, applies in notes.items() if applies)
-        return FormatSummary(trace.rows, trace.counts, note, max_rows, fit_device(self).type)
+        return FormatSummary(trace.rows, trace.counts, note, max_rows, fit_device(self).type, bool(self._grab_cbs(ChannelsLast)))
