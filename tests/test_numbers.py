@@ -237,6 +237,35 @@ def test_random_numbers_of_the_training_mode_are_no_fault(has):
     for r in checked(learner(Random())).values(): assert r.valid, r
 
 
+DRAWS = {
+    'dropout': lambda x: nn.functional.dropout(x, 0.5), 'fused dropout': lambda x: torch.native_dropout(x, 0.5, True)[0],
+    'alpha dropout': lambda x: nn.functional.alpha_dropout(x, 0.5, training=True), 'noise': lambda x: x + torch.randn_like(x),
+    'uniform': lambda x: x*torch.empty_like(x).uniform_(), 'choice': lambda x: x*torch.randint_like(x, 2)}
+
+
+class Draws(nn.Module):
+    "Draws random numbers for its activations, in each mode."
+    def __init__(self, draw):
+        super().__init__()
+        self.body, self.draw, self.head = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), draw, convnet(8)
+    def forward(self, x): return self.head(self.draw(self.body(x)))
+
+
+@pytest.mark.parametrize('train', [True, False])
+@pytest.mark.parametrize('name', [*DRAWS])
+def test_random_numbers_of_each_mode_are_no_fault(has, name, train):
+    has('bf16')
+    for r in checked(learner(Draws(DRAWS[name])), train=train).values(): assert r.valid or r.folded, r
+
+
+@pytest.mark.parametrize('train', [True, False])
+def test_a_wrong_result_after_random_numbers_is_a_fault(has, train):
+    has('bf16')
+    model = Draws(DRAWS['dropout'])
+    spoil(convs_of(model)[1], 'doubled_result', in_last)
+    for k, r in checked(learner(model), train=train).items(): assert r.valid == ('contiguous' in k) or r.folded, r
+
+
 class AnyItems(nn.Module):
     "Takes whole batches only."
     def __init__(self): super().__init__(); self.net = convnet()

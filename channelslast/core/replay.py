@@ -1,4 +1,5 @@
-"""Replay one step's operations in another step, with the same values in the forward pass: rounding is not amplified.
+"""Replay one step's operations in another step, with the same values in the forward pass: rounding is not amplified, and
+random numbers are the same.
 
 Plain PyTorch. Two steps of a deep network in two precisions differ by far more than the rounding of one operation,
 since activations fall on the other side of a ReLU's kink, and all that follows differs. If each operation of the second
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .compare import FACTOR, PASSES
-from .nested_tensors import map_tensors
+from .nested_tensors import map_tensors, tensors_of
 from .rounding import Rounding
 
 HALF = torch.float16, torch.bfloat16
 STATISTICS = 'statistics'  # of a batch norm's input in training mode: its result stays the same if a channel is scaled
+RANDOM = 'random numbers'  # in the order of memory: other ones in another format, even from the same state
 REPLAYED = {'convolution', 'addmm', 'mm', 'bmm', 'baddbmm', 'batch_norm', 'native_layer_norm', 'native_group_norm', 'add', 'add_'}
 
 
@@ -42,7 +44,8 @@ class Record(Rounding):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         if name.endswith('_batch_norm'): name = 'batch_norm'  # native or cuDNN's, which depends on dtype and format
-        replayed = name in REPLAYED and not self.backward
+        if torch.Tag.nondeterministic_seeded in func.tags and 'attention' not in name: name = RANDOM  # attention need not drop
+        replayed = (name in REPLAYED or name == RANDOM) and not self.backward
         out = self.run(func, args, kwargs) if self.rounded and not replayed else func(*args, **kwargs)
         if self.backward or not (replayed or name == '_to_copy'): return out
         names = self._names(args)
@@ -50,9 +53,9 @@ class Record(Rounding):
         if name == '_to_copy' and names:
             self.names[self._memory(out)] = names[0]
             self.casts.append(out)  # kept alive, so that no later tensor gets its memory
-        if replayed:
-            result = out if isinstance(out, Tensor) else out[0]
-            if result.is_floating_point(): self.on_result((name, names, result.shape), result, func, args, kwargs)
+        results = tensors_of(out)  # of other operations, later ones are statistics
+        if name != RANDOM: results = [o for o in results[:1] if replayed and o.is_floating_point()]
+        for o in results: self.on_result((name, names, o.shape), o, func, args, kwargs)
         return out
 
     def on_result(self, key, result, *call): self.values[key].append(result.detach().clone() if self.keep else None)
@@ -92,7 +95,7 @@ class Replay(Record):
         if value is None: return
         name, params, _ = key
         value = value.to(result)
-        if not self.rounded and self._differs(value, result, *call):
+        if not self.rounded and name != RANDOM and self._differs(value, result, *call):
             where = (params[0].rpartition('.')[0] or params[0]) if params else name
             self.wrong.append(f"{'input' if name == STATISTICS else 'result'} of {where}")
         result.copy_(value)

@@ -91,7 +91,7 @@ def _error(a, b) -> tuple: # And the norm of `b`
 
 
 def _set_mode(model, training):
-    """Set eval mode or, with `training`, that of the fit without dropout: formats draw it in different orders.
+    """Set eval mode or, with `training`, that of the fit without dropout: other kernels of attention draw other ones.
 
     Modules with statistics of their own (floating-point buffers) stay in the fit's mode. The batch's statistics give
     activations the scale at which the model trains; with initial ones, gradients underflow in fp16. Running statistics of
@@ -305,32 +305,32 @@ class PredictionNumbers(Numbers):
         self.rounding_errors, self.reading_errors = {}, reading_errors(self.learn)
 
     def compare(self, c) -> tuple|None: # Arguments of `is_large` and `explain`
-        """Set `pred_diff`. Raise `Eliminated` for outputs that can't be compared, a failing metric, and, in a model that
-        runs as it is, a product that differs from that of contiguous fp32."""
+        """Set `pred_diff`. Raise `Eliminated` for outputs that can't be compared and a failing metric. A model that runs as it
+        is, is replayed as in training: for an operation that differs from that of contiguous fp32, too."""
         if c.setting.compiled and self.batch is not self.whole: self.use_whole_batch()
         plain = self.replays and not c.prepared
         outputs, record = self.outputs(c, self.record() if plain else no_mode, passes=1 + bool(c.prepared))
         c.pred_diff = relative_error(outputs, self.reference)
         if not numbers_of(self.reference): raise Eliminated('outputs hold no numbers to compare with contiguous fp32')
         check_reading(self.learn, self.reading_errors)
-        if plain:
-            _, mode = self.outputs(self.steps.baseline, self.replay(c, record))
-            if mode.wrong: raise Eliminated(f'{DIFFER} ({mode.wrong[0]})')
-        return ()
+        if not plain: return c.pred_diff,
+        replayed, mode = self.outputs(self.steps.baseline, self.replay(c, record))
+        if mode.wrong: raise Eliminated(f'{DIFFER} ({mode.wrong[0]})')
+        return relative_error(outputs, replayed),
 
     def use_whole_batch(self):
         "Only batches of the compiled shape run compiled."
         self.batch = self.whole
         self.run_baseline()
 
-    def is_large(self, c) -> bool: return self.replays and not c.pred_diff <= self.tolerance_of(c).output
+    def is_large(self, c, off) -> bool: return self.replays and not off <= self.tolerance_of(c).output
 
-    def explain(self, c):
+    def explain(self, c, off):
         precision = self.precision_of(c)
         if precision not in self.rounding_errors:
             rounded, _ = self.outputs(self.steps.baseline, self.rounding(precision))
             self.rounding_errors[precision] = relative_error(rounded, self.reference)
-        if not c.pred_diff <= FACTOR*self.rounding_errors[precision]: raise Eliminated(DIFFER)
+        if not off <= FACTOR*self.rounding_errors[precision]: raise Eliminated(DIFFER)
 
 
 # what reads a step: metrics, the recorder
