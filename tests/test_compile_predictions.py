@@ -10,6 +10,7 @@ import pytest
 import torch
 from fastai.vision.all import Callback, ConvLayer, CrossEntropyLossFlat, DynamicUnet, Learner, load_learner
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from channelslast import CompilePredictions, FoldBatchNorm
 from .helpers import (REFUSED, Breaks, convnet, difference, each_backend, find, image_folder, learner, learner_state, loaders, model_state, preds_of,
@@ -57,6 +58,23 @@ def test_really_compiled_unets_and_nested_outputs_are_the_same(compilations):
         for k in 1, 2:
             for a, b in zip(outputs[:n], outputs[k*n:]): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         assert learn.compile_predictions.compiled
+
+
+class Recomputes(nn.Module):
+    "Checkpoints a layer, as timm's `set_grad_checkpointing` does."
+    def __init__(self): super().__init__(); self.net, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+    def forward(self, x): return self.head(checkpoint(self.net, x, use_reentrant=False).mean((2, 3)))
+
+
+@each_backend()
+@pytest.mark.filterwarnings('ignore:.*stays uncompiled')
+def test_a_model_that_checkpoints_layers_is_compiled_by_PyTorch_and_follows_its_weights(backend):
+    learn = learner(Recomputes(), loaders(n=16), cbs=CompilePredictions(backend))
+    for _ in range(2): assert_right(learn)
+    assert learn.compile_predictions.compiled == (backend == 'inductor')
+    if backend != 'inductor': assert 'has no `tag_activation_checkpoint`' in learn.compile_predictions.reason
+    with torch.no_grad(): learn.model.net.weight.mul_(2)
+    assert_right(learn)
 
 
 class Keep(Callback):

@@ -266,6 +266,38 @@ def test_a_wrong_result_after_random_numbers_is_a_fault(has, train):
     for k, r in checked(learner(model), train=train).items(): assert r.valid == ('contiguous' in k) or r.folded, r
 
 
+class Tiny(nn.Module):
+    "A branch whose weights, or whose results, are so small that they have few digits in fp16."
+    def __init__(self, scale, weight):
+        super().__init__()
+        self.body, self.branch, self.head, self.scale = nn.Conv2d(3, 8, 3), nn.Linear(8, 8, bias=False), convnet(8), scale
+        with torch.no_grad(): self.branch.weight.mul_(weight)
+    def forward(self, x):
+        x = self.body(x)
+        return self.head(x + self.branch(self.scale*x.mean((2, 3)))[:, :, None, None])
+
+
+@pytest.mark.parametrize('scale, weight', [(1., 1e-6), (1e-4, 1e-3)])
+def test_small_numbers_have_few_digits_in_fp16(has, scale, weight):
+    has('fp16')
+    for train in True, False:
+        for r in checked(learner(Tiny(scale, weight)), train=train).values(): assert r.valid, r
+
+
+class OtherOperations(nn.Module):
+    "A linear layer that adds its bias apart in contiguous, and computes a wrong result in channels last."
+    def __init__(self): super().__init__(); self.body, self.linear, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), convnet(8)
+    def forward(self, x):
+        x = self.body(x).movedim(1, -1)
+        wrong = x.is_contiguous() and in_last(self.body)
+        return self.head(nn.functional.linear(x, self.linear.weight*(1.5 if wrong else 1), self.linear.bias).movedim(-1, 1))
+
+
+def test_results_of_a_linear_layer_are_compared_if_one_of_the_formats_adds_the_bias_apart():
+    rows = checked(learner(OtherOperations()))
+    assert rows['contiguous, fp32'].valid and '(result of linear)' in rows['channels last, fp32'].note
+
+
 class AnyItems(nn.Module):
     "Takes whole batches only."
     def __init__(self): super().__init__(); self.net = convnet()

@@ -3,6 +3,7 @@ they share with the compiler is in test_compile_predictions.py, test_never_stale
 import ctypes
 import gc
 import importlib
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import warnings
 from functools import partial
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from fastai.vision.all import Callback, Learner, MixedPrecision, Recorder, TensorImage, load_learner
@@ -213,7 +215,15 @@ def _checks_its_input(m, x):
 FIRST_ONLY = { # a model whose conversion might be right for its first input only, this input, another one
     'a number of the input': (lambda m, x: m.linear(x)/x.abs().max().item(), torch.randn(4, 5), 7*torch.randn(4, 5)),
     'a tensor of a number of the input': (lambda m, x: x*x.new_full((5,), x.max().item()), torch.randn(4, 5), 7*torch.randn(4, 5)),
+    'a number of an array': (lambda m, x: m.linear(x)/float(x.numpy().max()), torch.randn(4, 5), 7*torch.randn(4, 5)),
     'quotients of tensors': (lambda m, x: x//2, torch.rand(4, 5), -3.3*torch.rand(4, 5)),
+    'quotients in place': (lambda m, x: m.linear(x).fill_(1).mul_(x).floor_divide_(2), torch.rand(4, 5), -3.3*torch.rand(4, 5)),
+    'quotients of arrays': (lambda m, x: torch.from_numpy(x.numpy()//np.float32(2)), torch.rand(4, 5), -3.3*torch.rand(4, 5)),
+    'powers of whole parts': (lambda m, x: m.linear((x.long()**2).float()), torch.rand(4, 5), 2e5*torch.rand(4, 5)),
+    'small whole parts': (lambda m, x: m.linear((x.to(torch.int16)*2).float()), torch.rand(4, 5), 3e4*torch.rand(4, 5)),
+    'a whole part as index': (lambda m, x: m.embedding(x[:, 0].long()), 9*torch.rand(4, 5), 99*torch.rand(4, 5)),
+    'an index of a table': (lambda m, x: m.linear(torch.arange(5)[x].float().expand(4, 5)), torch.zeros(4, 1, dtype=torch.long), torch.full((4, 1), 7)),
+    'small probabilities': (lambda m, x: nn.functional.logsigmoid(x), torch.randn(4, 5), -200*torch.rand(4, 5)),
     'quotients of whole numbers': (lambda m, x: m.linear((x//3).float()), torch.arange(20).view(4, 5), -torch.arange(20).view(4, 5)),
     'sums that wrap around': (lambda m, x: m.linear((x + 100).float()), torch.full((4, 5), 9, dtype=torch.uint8), torch.full((4, 5), 200, dtype=torch.uint8)),
     'large whole numbers': (lambda m, x: m.linear((x > 5).float()), torch.full((4, 5), 9), torch.full((4, 5), 2**32)),
@@ -236,11 +246,33 @@ def test_other_numbers_than_those_of_the_first_input_give_the_models_output_or_e
     predict(learn, first)
 
 
-def test_embeddings_and_bytes_are_converted(runtime):
-    tokens, image = torch.arange(10).view(5, 2), torch.arange(20, dtype=torch.uint8).view(4, 5)
-    for f, x in (lambda m, x: m.linear(m.embedding(x[:, 0])), tokens), (lambda m, x: m.linear(x.float()), image):
-        learn = predicting(runtime, Of(f))
-        assert not is_converted(learn, x) and is_converted(learn, x)
+def _pools(m, x):
+    y = m.linear(x)[:, None]
+    largest, where = nn.functional.max_pool1d(y, 2, return_indices=True)
+    return largest + y.gather(2, where)
+
+
+WHOLE = { # models that compute with whole numbers which are the same in each runtime
+    'tokens': (lambda m, x: m.linear(m.embedding(x[:, 0])), torch.arange(10).view(5, 2)),
+    'moved tokens': (lambda m, x: m.linear(m.embedding(torch.cat([x, x.flip(0)]).flatten())), torch.arange(8).view(4, 2)),
+    'bytes': (lambda m, x: m.linear(x.float()), torch.arange(20, dtype=torch.uint8).view(4, 5)),
+    'indices': (lambda m, x: m.embedding(m.linear(x).argmax(1)), torch.randn(4, 5)),
+    'the largest': (lambda m, x: x.gather(1, m.linear(x).topk(2)[1])*x.max(1)[0][:, None], torch.randn(4, 5)),
+    'a mask': (lambda m, x: m.linear(x)*(x > 0).sum(1, keepdim=True), torch.randn(4, 5)),
+    'positions': (lambda m, x: m.linear(x) + m.embedding(torch.arange(x.shape[0]) % 3), torch.randn(4, 5)),
+    'pooling': (_pools, torch.randn(4, 5))}
+
+
+@pytest.mark.parametrize('name', WHOLE)
+def test_whole_numbers_that_are_indices_are_converted(runtime, name):
+    f, x = WHOLE[name]
+    learn = predicting(runtime, Of(f))
+    assert not is_converted(learn, x) and is_converted(learn, x)
+
+
+def test_infinite_outputs_are_converted_if_the_first_ones_are_infinite(runtime):
+    learn, x = predicting(runtime, Of(lambda m, x: m.linear(x).masked_fill(x < 0, -math.inf))), torch.randn(4, 5)
+    assert not is_converted(learn, x) and is_converted(learn, x)
 
 
 def test_sizes_that_a_model_rounds_up_are_right_for_many_sizes(runtime):

@@ -17,11 +17,12 @@ REDUCED_FP32 = dict(fp16=(1e-2, 2**-10), bf16=(HALF_ERROR, 2**-7))  # fp32 in TF
 
 
 @torch.no_grad()
-def perturb(inputs, eps, generator=None):
+def perturb(inputs, eps, generator=None, tiny=0.): # `tiny`: distance of the smallest numbers of the precision
     "The inputs, each number changed by a rounding error, up or down. Whole numbers may be codes, so they stay."
     def _perturb(t):
         if not t.is_floating_point(): return t
         change = t*max(eps, torch.finfo(t.dtype).eps)
+        if tiny: change = torch.maximum(change.abs(), t.abs().clamp_max(tiny))
         up = torch.rand(t.shape, device=t.device, generator=generator) < 0.5
         return torch.where(t == t.round(), t, torch.where(up, t + change, t - change))
     return map_tensors(_perturb, inputs)

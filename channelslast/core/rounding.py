@@ -6,11 +6,14 @@ from .nested_tensors import map_tensors
 
 class Rounding(DispatchMode):
     "Context manager: each operation takes and gives numbers that differ by up to the relative rounding error `eps`."
-    def __init__(self, eps, generator=None): # `generator` leaves the pass's own random numbers alone
+    def __init__(self, eps,
+        generator=None, # Leaves the pass's own random numbers alone
+        tiny=0., # Distance of the smallest numbers, until `.backward` is set to True: later ones have the loss's scale
+    ):
         super().__init__()
-        self.eps, self.generator = eps, generator
+        self.eps, self.generator, self.tiny, self.backward = eps, generator, tiny, False
 
-    def perturb(self, x): return perturb(x, self.eps, self.generator)
+    def perturb(self, x): return perturb(x, self.eps, self.generator, 0. if self.backward else self.tiny)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None): return self.run(func, args, kwargs or {})
 

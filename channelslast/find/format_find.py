@@ -221,7 +221,8 @@ def format_find(self:Learner,
     more than rounding explains is refused. The batch size affects which one is fastest. `nbs/03_format_find.ipynb` shows
     how it works.
 
-    Costs the memory of one more copy of the model and the optimizer's state. Other arguments are those of
+    Costs the memory of one more copy of the model and the optimizer's state. Other threads must not run the model meanwhile:
+    its weights change their format and, while training is measured, their values. Other arguments are those of
     `torch.amp.GradScaler`, for fp16. Raises `ValueError` for invalid arguments, a model that can't train or has
     half-precision weights, and a loader without batches or labels. Errors in contiguous fp32 are raised; an error in
     another setting becomes its `note`.

@@ -38,7 +38,9 @@ _compiling = threading.local()  # `.run`: the `FrozenModel` that this thread com
 def _backend(graph, inputs): # PyTorch keeps each backend for the life of the process
     run = vars(_compiling).get('run')
     if run is None: raise NotPrepared(CHANGES)  # a later call that the code does not fit
-    run.constants += [getattr(graph, n.target) for n in graph.graph.nodes if n.op == 'get_attr']
+    graphs = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]  # checkpointed layers are graphs in a graph
+    constants = [getattr(m, n.target) for m in graphs for n in m.graph.nodes if n.op == 'get_attr']
+    run.constants += [o for o in constants if isinstance(o, Tensor)]
     if not run.converted: return torch._inductor.compile(graph, inputs)  # its entrance for graphs
     code = Runtime(run.backend, graph, inputs)
     run.any_size = code.any_size
@@ -114,8 +116,9 @@ class CompilePredictions(PredictionCallback):
 
     A model that can't be compiled, keeps state, or draws random numbers of Python or NumPy runs uncompiled, with a warning.
     With a runtime, so does a model that draws random numbers of PyTorch, takes numbers out of tensors, asserts something
-    about its input, rounds quotients down, or computes with whole numbers other than indices of embeddings. Results of
-    OpenVINO for NaN and infinity may differ from PyTorch's.
+    about its input, rounds quotients down, computes with whole numbers other than indices, or checkpoints layers. A batch
+    for which a runtime gives infinity or NaN, though not for the first one, runs uncompiled, too. Results of OpenVINO for
+    NaN and infinity in the input may differ from PyTorch's.
 
     >>> from fastai.vision.all import *; from channelslast import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)

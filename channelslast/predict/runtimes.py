@@ -62,7 +62,7 @@ class Runtime:
         if torch.float64 in {t.dtype for t in (*tensors, *graph.parameters(), *graph.buffers())}:
             raise NotPrepared(f'it computes in float64, and {name} in fp32')
         check_operations(graph, name)
-        self.limits, flat = limits_of(graph, name), Flat(graph).eval()
+        self.limits, self.finite, flat = limits_of(graph, name), None, Flat(graph).eval()
         half = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else torch.float32
         output = next(n for n in graph.graph.nodes if n.op == 'output')
         self.dtypes, random = [n.meta['example_value'].dtype for n in output.args[0]], torch.get_rng_state()
@@ -75,8 +75,11 @@ class Runtime:
         tensors = [t for t in args if isinstance(t, Tensor)]
         for t, limits in zip(tensors, self.limits, strict=True): check_numbers(t, limits)
         end_waiting_threads()
-        outs = self.run([t.numpy() for t in tensors])
-        return tuple(torch.from_numpy(o).to(dtype) for o, dtype in zip(outs, self.dtypes, strict=True))
+        outs = [*map(torch.from_numpy, self.run([t.numpy() for t in tensors]))]
+        finite = all(o.sum().isfinite() or o.isfinite().all() for o in outs)  # the sum is faster
+        if self.finite is None: self.finite = finite  # of the outputs that are compared
+        if self.finite and not finite: raise NotPrepared('its outputs are infinite or NaN')  # PyTorch's may be finite
+        return tuple(o.to(dtype) for o, dtype in zip(outs, self.dtypes, strict=True))
 
 
 @contextmanager
