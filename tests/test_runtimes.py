@@ -201,6 +201,19 @@ def test_a_model_that_cannot_be_converted_runs_uncompiled_with_one_short_warning
     assert len(told) == 1 and len(told[0]) < 250 and '\n' not in told[0] and not learn.compile_predictions.compiled
 
 
+class ReturnsSize(nn.Module):
+    "A dictionary with the number of items."
+    def __init__(self): super().__init__(); self.net = net()
+    def forward(self, x): return dict(y=self.net(x), n=len(x))
+
+
+@pytest.mark.filterwarnings('ignore:.*stays uncompiled')
+def test_a_model_that_returns_sizes_runs_uncompiled_and_says_so(runtime):
+    learn, x = predicting(runtime, ReturnsSize()), torch.randn(2, 3, 8, 8)
+    for _ in range(2): assert predict(learn, x)[0]['n'] == 2
+    assert learn.compile_predictions.reason == 'it returns sizes of its input'
+
+
 class Of(nn.Module):
     "`f(module, x)`, with a linear layer and an embedding at hand."
     def __init__(self, f): super().__init__(); self.f, self.linear, self.embedding = f, nn.Linear(5, 5), nn.Embedding(10, 5)

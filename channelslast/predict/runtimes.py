@@ -64,8 +64,9 @@ class Runtime:
         check_operations(graph, name)
         self.limits, self.finite, flat = limits_of(graph, name), None, Flat(graph).eval()
         half = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else torch.float32
-        output = next(n for n in graph.graph.nodes if n.op == 'output')
-        self.dtypes, random = [n.meta['example_value'].dtype for n in output.args[0]], torch.get_rng_state()
+        outs = [n.meta['example_value'] for n in next(n for n in graph.graph.nodes if n.op == 'output').args[0]]
+        if not all(isinstance(o, Tensor) for o in outs): raise NotPrepared('it returns sizes of its input')
+        self.dtypes, random = [o.dtype for o in outs], torch.get_rng_state()
         with torch.autocast('cpu', enabled=False):  # TorchScript casts by itself
             traced = torch.jit.trace(flat, tensors, check_trace=False, strict=False)
             if not torch.equal(random, torch.get_rng_state()): raise NotPrepared('it draws random numbers')
