@@ -6,7 +6,7 @@ from fastai.vision.all import SGD, AccumMetric, DataLoader, DataLoaders, Learner
 from torch import nn
 
 from channelslast.core.memory_format import format_strides
-from .helpers import convnet, difference, find, learner, loaders, rows_of, values_of
+from .helpers import SumsInFp32, convnet, difference, find, learner, loaders, rows_of, values_of
 
 
 @pytest.fixture(autouse=True)
@@ -213,6 +213,17 @@ def test_biases_before_a_batch_norm_are_no_fault(has, model, half):
     for r in checked(learner(model())).values(): assert r.valid, r
 
 
+def test_scales_before_a_batch_norm_are_no_fault(has):
+    "Of depthwise 1×1 convolutions: the batch norm divides by the standard deviation, so their gradients are small sums of large numbers."
+    has('bf16')
+    def _scale(): return nn.Sequential(nn.Conv2d(64, 64, 1, groups=64, bias=False), nn.BatchNorm2d(64))
+    for seed in 3, 4, 6:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), _scale(), nn.GELU(), _scale(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4))
+        with SumsInFp32(): rows = checked(learner(model, loaders((3, 16, 16))))
+        for r in rows.values(): assert r.valid, r
+
+
 def test_a_whole_batch_is_compared_if_its_first_items_have_no_labels():
     "These alone give no finite loss."
     x, y = torch.randn(16, 3, 12, 12), torch.randint(0, 4, (16, 12, 12))
@@ -264,6 +275,43 @@ def test_a_wrong_result_after_random_numbers_is_a_fault(has, train):
     model = Draws(DRAWS['dropout'])
     spoil(convs_of(model)[1], 'doubled_result', in_last)
     for k, r in checked(learner(model), train=train).items(): assert r.valid == ('contiguous' in k) or r.folded, r
+
+
+class WrongPool(nn.Module):
+    "Adds 10% to a pooled result in channels last, before an operation that might draw random numbers from it."
+    def __init__(self, f): super().__init__(); self.body, self.f, self.head = nn.Conv2d(3, 8, 3), f, nn.Linear(8, 4)
+    def forward(self, x):
+        pooled = self.body(x).mean((2, 3))
+        return self.head(self.f(pooled*(1.1 if in_last(self.body) else 1)))
+
+
+@pytest.mark.parametrize('train', [True, False])
+@pytest.mark.parametrize('f', [nn.RReLU().eval(), lambda x: torch.native_dropout(x, 0.1, True)[0], lambda x: torch.normal(x, 1e-3)])
+def test_inputs_of_operations_that_draw_random_numbers_are_compared(f, train):
+    rows = checked(learner(WrongPool(f)), train=train)
+    assert rows['contiguous, fp32'].valid and not rows['channels last, fp32'].valid
+
+
+def test_small_errors_in_each_layer_are_a_fault_of_predictions():
+    "Each one is as small as rounding may be, and they add up."
+    layers = [nn.Sequential(nn.Conv2d(8 if i else 3, 8, 3, padding=1, bias=False), nn.ReLU()) for i in range(6)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4, bias=False))
+    for m in convs_of(model):
+        m._conv_forward = lambda x, w, b, m=m, real=m._conv_forward: real(x, w, b)*(1.009 if in_last(m) else 1)
+    rows = checked(learner(model), train=False)
+    assert rows['contiguous, fp32'].valid and not rows['channels last, fp32'].valid
+
+
+class SparseSum(nn.Module):
+    def __init__(self): super().__init__(); self.net, self.weight = convnet(), nn.Parameter(torch.eye(4))
+    def forward(self, x):
+        mix = torch.eye(4).to_sparse() + torch.ones(4, 4).to_sparse()
+        return torch.sparse.mm(mix, (self.net(x).float() @ self.weight).T).T
+
+
+@pytest.mark.parametrize('train', [True, False])
+def test_sums_of_sparse_tensors_are_no_fault(train):
+    for r in checked(learner(SparseSum()), train=train).values(): assert r.valid, r
 
 
 class Tiny(nn.Module):

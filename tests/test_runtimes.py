@@ -225,6 +225,12 @@ def _checks_its_input(m, x):
     return m.linear(x)
 
 
+def _index_in_a_buffer(m, x):
+    buffer = torch.zeros(4, 5)
+    buffer[:, :3].copy_(x[:, :3])
+    return m.embedding(buffer.long())
+
+
 FIRST_ONLY = { # a model whose conversion might be right for its first input only, this input, another one
     'a number of the input': (lambda m, x: m.linear(x)/x.abs().max().item(), torch.randn(4, 5), 7*torch.randn(4, 5)),
     'a tensor of a number of the input': (lambda m, x: x*x.new_full((5,), x.max().item()), torch.randn(4, 5), 7*torch.randn(4, 5)),
@@ -236,6 +242,7 @@ FIRST_ONLY = { # a model whose conversion might be right for its first input onl
     'small whole parts': (lambda m, x: m.linear((x.to(torch.int16)*2).float()), torch.rand(4, 5), 3e4*torch.rand(4, 5)),
     'a whole part as index': (lambda m, x: m.embedding(x[:, 0].long()), 9*torch.rand(4, 5), 99*torch.rand(4, 5)),
     'an index of a table': (lambda m, x: m.linear(torch.arange(5)[x].float().expand(4, 5)), torch.zeros(4, 1, dtype=torch.long), torch.full((4, 1), 7)),
+    'an index in a buffer': (_index_in_a_buffer, 9*torch.rand(4, 5), 99*torch.rand(4, 5)),
     'small probabilities': (lambda m, x: nn.functional.logsigmoid(x), torch.randn(4, 5), -200*torch.rand(4, 5)),
     'quotients of whole numbers': (lambda m, x: m.linear((x//3).float()), torch.arange(20).view(4, 5), -torch.arange(20).view(4, 5)),
     'sums that wrap around': (lambda m, x: m.linear((x + 100).float()), torch.full((4, 5), 9, dtype=torch.uint8), torch.full((4, 5), 200, dtype=torch.uint8)),
@@ -272,6 +279,9 @@ WHOLE = { # models that compute with whole numbers which are the same in each ru
     'indices': (lambda m, x: m.embedding(m.linear(x).argmax(1)), torch.randn(4, 5)),
     'the largest': (lambda m, x: x.gather(1, m.linear(x).topk(2)[1])*x.max(1)[0][:, None], torch.randn(4, 5)),
     'a mask': (lambda m, x: m.linear(x)*(x > 0).sum(1, keepdim=True), torch.randn(4, 5)),
+    'positions of tokens': (lambda m, x: m.embedding((x != 1).int().cumsum(1)*(x != 1).int() + 1), torch.arange(20).view(4, 5)),
+    'a code': (lambda m, x: nn.functional.one_hot(m.linear(x).argmax(1), 5).float(), torch.randn(4, 5)),
+    'short tokens': (lambda m, x: m.embedding(x.long()), torch.arange(4, dtype=torch.int32)),
     'positions': (lambda m, x: m.linear(x) + m.embedding(torch.arange(x.shape[0]) % 3), torch.randn(4, 5)),
     'pooling': (_pools, torch.randn(4, 5))}
 

@@ -14,14 +14,12 @@ import torch
 import torchvision
 from fastai.vision.all import Callback, CancelBatchException, DataLoader, DataLoaders, Learner, SGD
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import channelslast
 from channelslast import CompilePredictions, FoldBatchNorm
 from channelslast.core.compare import relative_error
-from channelslast.core.nested_tensors import map_tensors
-from .helpers import find, shake, strides
+from .helpers import SumsInFp32, find, shake, strides
 
 SEGMENTATION, VIDEO = (torchvision.models.list_models(module=m) for m in (torchvision.models.segmentation, torchvision.models.video))
 # the smallest model of each family (module) of timm 1.0.31, except timm's own test models
@@ -263,16 +261,6 @@ def test_compiled_predictions_are_the_same(name, zoo_report):
     assert cb.compiled or any(f'stays uncompiled: {cb.reason}' in str(w.message) for w in caught)
     assert off < FOLDED[1] and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     gc.collect()
-
-
-class SumsInFp32(TorchDispatchMode):
-    "Half-precision products are summed in fp32, as on GPUs. CPUs without fp16 sum them in fp16, which takes up to three times as long."
-    PRODUCTS = 'convolution', 'convolution_backward', 'addmm', 'mm', 'bmm', 'baddbmm'
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        halves = {t.dtype for t in args if isinstance(t, torch.Tensor)} & {torch.float16, torch.bfloat16}
-        if func.overloadpacket.__name__ not in self.PRODUCTS or not halves: return func(*args, **kwargs or {})
-        def _cast(x, dtype): return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, x)
-        return _cast(func(*_cast(args, torch.float32), **kwargs or {}), *halves)
 
 
 @pytest.mark.parametrize('name', architectures(FAST[1:]))

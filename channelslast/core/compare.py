@@ -22,7 +22,7 @@ def perturb(inputs, eps, generator=None, tiny=0.): # `tiny`: distance of the sma
     def _perturb(t):
         if not t.is_floating_point(): return t
         change = t*max(eps, torch.finfo(t.dtype).eps)
-        if tiny: change = torch.maximum(change.abs(), t.abs().clamp_max(tiny))
+        if tiny: change = torch.maximum(change.abs(), t.abs().clamp_max(tiny)/2)
         up = torch.rand(t.shape, device=t.device, generator=generator) < 0.5
         return torch.where(t == t.round(), t, torch.where(up, t + change, t - change))
     return map_tensors(_perturb, inputs)

@@ -6,14 +6,11 @@ from .nested_tensors import map_tensors
 
 class Rounding(DispatchMode):
     "Context manager: each operation takes and gives numbers that differ by up to the relative rounding error `eps`."
-    def __init__(self, eps,
-        generator=None, # Leaves the pass's own random numbers alone
-        tiny=0., # Distance of the smallest numbers, until `.backward` is set to True: later ones have the loss's scale
-    ):
+    def __init__(self, eps, generator=None): # `generator` leaves the pass's own random numbers alone
         super().__init__()
-        self.eps, self.generator, self.tiny, self.backward = eps, generator, tiny, False
+        self.eps, self.generator = eps, generator
 
-    def perturb(self, x): return perturb(x, self.eps, self.generator, 0. if self.backward else self.tiny)
+    def perturb(self, x): return perturb(x, self.eps, self.generator)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None): return self.run(func, args, kwargs or {})
 

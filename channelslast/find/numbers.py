@@ -30,7 +30,7 @@ ITEMS = 4  # of a batch: more take longer, but show no other faults
 Tolerance = namedtuple('Tolerance', 'output result weight vector')
 TOLERANCE = dict(fp32=Tolerance(1e-3, 1e-2, 5e-2, 5e-2), fp16=Tolerance(2e-2, 1e-2, 5e-2, 0.2), bf16=Tolerance(5e-2, 2e-2, 0.12, 0.8))
 # Relative rounding error, and the distance of the smallest numbers: fresh weights of 1e-6 (gMLP) have two digits in fp16
-ROUNDING = dict(fp32=dict(eps=SUM_ERROR), fp16=dict(eps=2**-11, tiny=2**-24), bf16=dict(eps=2**-8))
+ROUNDING = dict(fp32=(SUM_ERROR, 0.), fp16=(2**-11, 2**-24), bf16=(2**-8, 0.))
 MIN_SCALE = 2**-24  # least scale of the loss in fp16
 NORM = nn.modules.batchnorm._BatchNorm  # no public name
 NOISE = 0.5  # a gradient whose rounding errors are a larger share of it is nothing but rounding errors
@@ -92,7 +92,7 @@ def _error(a, b) -> tuple: # And the norm of `b`
 
 
 def _set_mode(model, training):
-    """Set eval mode or, with `training`, that of the fit without dropout: other kernels of attention draw other ones.
+    """Set eval mode or, with `training`, that of the fit without dropout, which each kernel of attention draws in an order of its own.
 
     Modules with statistics of their own (floating-point buffers) stay in the fit's mode. The batch's statistics give
     activations the scale at which the model trains; with initial ones, gradients underflow in fp16. Running statistics of
@@ -158,13 +158,13 @@ class Numbers:
     def replay(self, c, record, seed=None):
         "A function that returns the mode for a pass of contiguous fp32 with the values of a candidate's pass; with `seed` rounded."
         precision = self.precision_of(c)
-        return lambda model: self.Replay(model, record, self.counts, TOLERANCE[precision].result, rounded=seed is not None,
-                                         generator=self.generator(seed or 0), **ROUNDING[precision])
+        return lambda model: self.Replay(model, record, self.counts, TOLERANCE[precision].result, *ROUNDING[precision],
+                                         generator=self.generator(seed or 0), rounded=seed is not None)
 
     def rounding(self, precision, seed=0):
         "A function that returns the mode for a pass in which each operation makes a rounding error."
         from ..core.rounding import Rounding
-        return lambda model: Rounding(generator=self.generator(seed), **ROUNDING[precision])
+        return lambda model: Rounding(ROUNDING[precision][0], self.generator(seed))
 
     def run_checks(self, candidates):
         "Compare candidates. Those whose numbers differ by more than rounding explains are eliminated."
@@ -245,7 +245,7 @@ class TrainingNumbers(Numbers):
         least = SUM_ERROR*math.hypot(*(size for _, size in errors))  # relative to the whole gradient, since some are zero but for rounding
         found = {LOSS: Difference(abs(loss - loss0), abs(loss0), tolerance.output*abs(loss0), True)}
         for (n, p), (off, size) in zip(self.params.items(), errors):
-            is_vector = p.dim() < 2
+            is_vector = p.dim() < 2 or p.numel() == len(p)  # a number per channel, as of a depthwise 1×1 convolution, too
             limit = max(least, size*(tolerance.vector if is_vector else tolerance.weight))
             found[f'gradient of {n}'] = Difference(off, size, limit, is_vector)
         return found
@@ -317,7 +317,7 @@ class PredictionNumbers(Numbers):
         if not plain: return c.pred_diff,
         replayed, mode = self.outputs(self.steps.baseline, self.replay(c, record))
         if mode.wrong: raise Eliminated(f'{DIFFER} ({mode.wrong[0]})')
-        return relative_error(outputs, replayed),
+        return relative_error(outputs, replayed) if record.draws else c.pred_diff,
 
     def use_whole_batch(self):
         "Only batches of the compiled shape run compiled."

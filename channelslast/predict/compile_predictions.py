@@ -116,9 +116,9 @@ class CompilePredictions(PredictionCallback):
 
     A model that can't be compiled, keeps state, or draws random numbers of Python or NumPy runs uncompiled, with a warning.
     With a runtime, so does a model that draws random numbers of PyTorch, takes numbers out of tensors, asserts something
-    about its input, rounds quotients down, computes with whole numbers other than indices, or checkpoints layers. A batch
-    for which a runtime gives infinity or NaN, though not for the first one, runs uncompiled, too. Results of OpenVINO for
-    NaN and infinity in the input may differ from PyTorch's.
+    about its input, rounds quotients down, checkpoints layers, or computes with whole numbers, unless these are indices,
+    counts and small sums or products of them. A batch for which a runtime gives infinity or NaN, though not for the first
+    one, runs uncompiled, too. Results of OpenVINO for NaN and infinity in the input may differ from PyTorch's.
 
     >>> from fastai.vision.all import *; from channelslast import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)

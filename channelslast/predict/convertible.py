@@ -9,20 +9,23 @@ INT32 = -2**31, 2**31 - 1  # OpenVINO computes in 32 bits
 NUMBERS = bool, int, float, SymBool, SymFloat, SymInt
 SIZES = {'size', 'numel', 'nelement', 'stride', 'storage_offset'}  # operations that give numbers of a tensor, but not its elements
 QUOTIENTS = {'floordiv', 'ifloordiv', 'floor_divide'}
-# operations on whole numbers of an input, within its limits; with results that a size limits; that only move elements
-EXACT = {'embedding', 'float', 'to', 'eq', 'ne', 'lt', 'le', 'gt', 'ge'}
-INDICES = {'argmax', 'argmin', 'argsort', 'searchsorted', 'bucketize'}
-MOVES = {'reshape', 'flatten', 'contiguous', 'clone', 'cat', 'stack', 'chunk', 'split', 'unbind', 'repeat', 'flip', 'roll'}
+EXACT = {'embedding', 'float', 'to', 'eq', 'ne', 'lt', 'le', 'gt', 'ge'}  # on whole numbers of an input, within its limits
+MOVES = {'setitem', 'copy', 'reshape', 'flatten', 'contiguous', 'clone', 'cat', 'stack', 'chunk', 'split', 'unbind', 'repeat', 'flip', 'roll'}
+CASTS = {'long', 'int', 'to', 'type', 'type_as'}
+INDICES = {'argmax', 'argmin', 'argsort', 'searchsorted', 'bucketize'}  # their results are at most a size
+SMALL = {'add', 'sub', 'mul', 'mod', 'remainder', 'clamp', 'cumsum', 'where', 'masked_fill', 'one_hot'}  # of such numbers, too
 
 
 def _operation(node) -> str:
     "Name of an operation, the same in PyTorch, in NumPy and in place."
-    name = getattr(node.target, '__name__', str(node.target)) if node.op.startswith('call') else ''
-    return name.removeprefix('wrapped_').rstrip('_')
+    return _target(node).removeprefix('wrapped_').strip('_')
 
+def _target(node) -> str: return getattr(node.target, '__name__', str(node.target)) if node.op.startswith('call') else ''
 def _value(node): return node.meta.get('example_value')
 def _is_whole(x) -> bool: return not (x.is_floating_point() or x.is_complex() or x.dtype is torch.bool)
 def _has_whole(node) -> bool: return any(map(_is_whole, tensors_of(_value(node))))
+def _has_floats(node) -> bool: return any(t.is_floating_point() for t in tensors_of(_value(node)))
+def _is_bool(node) -> bool: return all(t.dtype is torch.bool for t in tensors_of(_value(node)))
 def _is_view(a, b) -> bool: # No public name
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.untyped_storage()._cdata == b.untyped_storage()._cdata
 def _floor_divide(a, b): return (a - a % b)//b  # exact: both converters round towards zero
@@ -35,45 +38,47 @@ def check_operations(graph, name):
         operation, takes_tensors = _operation(n), any(isinstance(_value(a), Tensor) for a in n.all_input_nodes)
         if isinstance(_value(n), NUMBERS) and takes_tensors and operation not in SIZES:
             raise NotPrepared('it computes with numbers that it takes out of tensors')
-        if operation.startswith('_assert'): raise NotPrepared(f'it checks its input, and {name} would not')
+        if operation.startswith('assert'): raise NotPrepared(f'it checks its input, and {name} would not')
         if isinstance(n.target, torch._ops.HigherOrderOperator): raise NotPrepared(f'{name} has no `{operation}`')  # no public name
-        if operation.strip('_') not in QUOTIENTS: continue
+        if operation not in QUOTIENTS: continue
         if takes_tensors: raise NotPrepared(f'{name} rounds quotients in another way')
         n.target = _floor_divide
     graph.recompile()
 
 
 def limits_of(graph, name) -> list:
-    """Least and largest number that each input tensor may hold, or None for inputs that hold no whole numbers. Raises
-    `NotPrepared` if the graph does more with whole numbers than look them up in embeddings, compare them, cast them or move
-    them: runtimes wrap around at other numbers, and raise no error for a wrong index."""
-    limits, variable, sources = {}, set(), {}  # tensors that depend on elements of inputs; whole ones: the inputs they come from
-    for n in graph.graph.nodes:
-        operation, own = _operation(n), _has_whole(n)
-        if n.op == 'placeholder' and isinstance(_value(n), Tensor):
-            limits[n], sources[n] = (INT32, {n}) if own else (None, set())
-            variable.add(n)
-        args = [a for a in n.all_input_nodes if a in variable]
-        if not args or operation.startswith('new_') or operation.endswith('_like') or not tensors_of(_value(n)): continue
-        variable.add(n)
+    """Least and largest number that each input tensor may hold, or None for inputs that hold no whole numbers.
+
+    Runtimes wrap around at other numbers than PyTorch, and raise no error for a wrong index. So whole numbers of inputs may
+    only be looked up in embeddings, compared, cast and moved. Others may be indices, counts and small numbers made of
+    these, but not parts of floating-point numbers. Raises `NotPrepared` for a graph that does more."""
+    limits, sources, nodes = {}, {}, list(graph.graph.nodes)  # `sources`: inputs whose whole numbers a tensor holds
+    for i, n in enumerate(nodes):
+        if n.op == 'placeholder' and isinstance(_value(n), Tensor): limits[n], sources[n] = (INT32, {n}) if _has_whole(n) else (None, set())
+        operation, args = _operation(n), [a for a in n.all_input_nodes if a in sources]
+        out = n.args[0] if operation == 'setitem' else n
+        if not args or operation.startswith('new_') or operation.endswith('_like') or not tensors_of(_value(out)): continue
         whole = [a for a in args if _has_whole(a)]
         sources[n] = {o for a in whole for o in sources[a]}
         if operation == 'embedding':
-            for o in sources[n]: limits[o] = 0, min(limits[o][1], n.args[1].meta['example_value'].shape[0] - 1)
-        bounded = not sources[n] and (not own or operation in INDICES or _has_floats(n) or all(map(_is_bool, args)))
-        if not (bounded or (_moves(n, whole) if own else operation in EXACT)):
+            _, table = [*n.args, *n.kwargs.values()][:2]
+            for o in sources[n]: limits[o] = 0, min(limits[o][1], _value(table).shape[0] - 1)
+        if not _is_exact(n, out, operation, args, whole, sources[n]):
             raise NotPrepared(f'it computes with whole numbers, and {name} has other limits')
+        if operation == 'setitem' or _target(n).endswith('_'):  # in place: into all that share this memory
+            for m in nodes[:i]:
+                if _is_view(_value(m), _value(n.args[0])): sources[m] = sources.get(m, set()) | sources[n]
     return [*limits.values()]
 
 
-def _moves(node, whole) -> bool:
-    "True if an operation only moves whole numbers, and takes none of them as an index."
-    if _operation(node) == 'getitem': return whole == [node.args[0]]
-    return bool(whole) and (_operation(node) in MOVES or _is_view(_value(node), _value(whole[0])))
-
-
-def _is_bool(node) -> bool: return all(t.dtype is torch.bool for t in tensors_of(_value(node)))
-def _has_floats(node) -> bool: return any(t.is_floating_point() for t in tensors_of(_value(node)))  # as `topk`, next to indices
+def _is_exact(node, out, operation, args, whole, sources) -> bool:
+    "True if an operation on variable tensors gives no whole numbers, or the same ones in each runtime."
+    if not _has_whole(out): return not sources or operation in EXACT
+    if operation == 'getitem': moves = whole == [node.args[0]]  # others would be indices
+    elif operation in CASTS: moves = whole and _value(out).dtype in (torch.int32, torch.int64)
+    else: moves = whole and (operation in MOVES or _is_view(_value(out), _value(whole[0])))
+    if sources or moves: return bool(moves)
+    return operation in INDICES or _has_floats(out) or all(map(_is_bool, args)) or (bool(whole) and operation in SMALL)
 
 
 def check_numbers(t, limits):
