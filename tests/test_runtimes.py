@@ -272,6 +272,12 @@ def _pools(m, x):
     return largest + y.gather(2, where)
 
 
+def _doubles_a_list_in_place(m, x):
+    ys = [m.linear(x)]
+    torch._foreach_mul_(ys, 2.)
+    return ys[0]
+
+
 WHOLE = { # models that compute with whole numbers which are the same in each runtime
     'tokens': (lambda m, x: m.linear(m.embedding(x[:, 0])), torch.arange(10).view(5, 2)),
     'moved tokens': (lambda m, x: m.linear(m.embedding(torch.cat([x, x.flip(0)]).flatten())), torch.arange(8).view(4, 2)),
@@ -283,7 +289,7 @@ WHOLE = { # models that compute with whole numbers which are the same in each ru
     'a code': (lambda m, x: nn.functional.one_hot(m.linear(x).argmax(1), 5).float(), torch.randn(4, 5)),
     'short tokens': (lambda m, x: m.embedding(x.long()), torch.arange(4, dtype=torch.int32)),
     'positions': (lambda m, x: m.linear(x) + m.embedding(torch.arange(x.shape[0]) % 3), torch.randn(4, 5)),
-    'pooling': (_pools, torch.randn(4, 5))}
+    'pooling': (_pools, torch.randn(4, 5)), 'none': (_doubles_a_list_in_place, torch.randn(4, 5))}
 
 
 @pytest.mark.parametrize('name', WHOLE)

@@ -22,15 +22,15 @@ REPLAYED = dict(convolution='convolution', mm='mm', bmm='mm', addmm='add', baddb
                 native_layer_norm='layer_norm', native_group_norm='group_norm')
 
 
-def _var_mean(x) -> tuple: return torch.var_mean(x.float() if x.dtype in HALF else x, [0, *range(2, x.dim())])  # of channels
-
-
 def _draws(func, operation, args) -> bool:
     "True for an operation that draws random numbers which depend on no other numbers."
     if torch.Tag.nondeterministic_seeded not in func.tags: return False
     if operation == DROPOUT: return args[2] is not False
     tensors = [o for o in args if isinstance(o, Tensor)]
     return not tensors or (len(tensors) == 1 and operation.endswith(('_like', '_')))  # of its shape, or in place
+
+
+def _var_mean(x) -> tuple: return torch.var_mean(x.float() if x.dtype in HALF else x, [0, *range(2, x.dim())])  # of channels
 
 
 def _mean_rms(var, mean) -> Tensor:

@@ -92,7 +92,7 @@ def _error(a, b) -> tuple: # And the norm of `b`
 
 
 def _set_mode(model, training):
-    """Set eval mode or, with `training`, that of the fit without dropout, which each kernel of attention draws in an order of its own.
+    """Set eval mode or, with `training`, that of the fit, without dropout: each kernel of attention draws its own.
 
     Modules with statistics of their own (floating-point buffers) stay in the fit's mode. The batch's statistics give
     activations the scale at which the model trains; with initial ones, gradients underflow in fp16. Running statistics of
@@ -306,8 +306,8 @@ class PredictionNumbers(Numbers):
         self.rounding_errors, self.reading_errors = {}, reading_errors(self.learn)
 
     def compare(self, c) -> tuple|None: # Arguments of `is_large` and `explain`
-        """Set `pred_diff`. Raise `Eliminated` for outputs that can't be compared and a failing metric. A model that runs as it
-        is, is replayed as in training: for an operation that differs from that of contiguous fp32, too."""
+        """Set `pred_diff`. Raise `Eliminated` for outputs that can't be compared, for a failing metric and, in a model that is
+        neither folded nor compiled, for an operation that differs from that of contiguous fp32."""
         if c.setting.compiled and self.batch is not self.whole: self.use_whole_batch()
         plain = self.replays and not c.prepared
         outputs, record = self.outputs(c, self.record() if plain else no_mode, passes=1 + bool(c.prepared))

@@ -21,7 +21,7 @@ def _operation(node) -> str:
     return _target(node).removeprefix('wrapped_').strip('_')
 
 def _target(node) -> str: return getattr(node.target, '__name__', str(node.target)) if node.op.startswith('call') else ''
-def _value(node): return node.meta.get('example_value')
+def _value(node): return getattr(node, 'meta', {}).get('example_value') # None for constants and lists
 def _is_whole(x) -> bool: return not (x.is_floating_point() or x.is_complex() or x.dtype is torch.bool)
 def _has_whole(node) -> bool: return any(map(_is_whole, tensors_of(_value(node))))
 def _has_floats(node) -> bool: return any(t.is_floating_point() for t in tensors_of(_value(node)))
