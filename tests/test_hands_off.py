@@ -145,6 +145,29 @@ def test_a_prediction_moves_the_model_only_if_that_changes_something(cb, monkeyp
     assert isinstance(learn.model, nn.Sequential)
 
 
+class SetsItself(nn.Linear):
+    "A layer that notes the modes that are set."
+    def train(self, mode=True):
+        vars(self).setdefault('modes', []).append(mode)
+        return super().train(mode)
+
+
+@pytest.mark.parametrize('cb', [None, FoldBatchNorm])
+def test_a_prediction_sets_the_mode_only_if_that_changes_something(cb, monkeypatch):
+    modes, train = [], nn.Module.train
+    monkeypatch.setattr(nn.Module, 'train', lambda self, mode=True: [modes.append((self, mode)), train(self, mode)][1])
+    learn = learner(net(), cbs=cb and cb())
+    norm = learn.model[1][1]
+    def _modes(): modes.clear(); preds_of(learn); return [mode for m, mode in modes if m is norm]
+    assert _modes() == [False] and _modes() == ([False] if cb is None else [])
+    norm.training = True  # only this one
+    assert _modes() == [False] and not norm.training
+    norm.train = lambda mode=True: [modes.append((norm, 'own')), train(norm, mode)][1]
+    assert _modes() == ['own']
+    own = learner(nn.Sequential(net(), SetsItself(4, 4)), cbs=cb and cb())
+    for n in 1, 2: preds_of(own); assert own.model[1].modes == [False]*n
+
+
 def new_weights(model, seed=1):
     "A state dict of other weights for the model."
     torch.manual_seed(seed)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.utils.hooks import RemovableHandle
 
+from .onednn_workarounds import pause_safe_convolutions
+
 INTERNAL = {*vars(nn.Module())}  # attributes that each module has
 GLOBAL_HOOKS = '_global_forward_pre_hooks', '_global_forward_hooks'  # no public name lists hooks
 HOOKS = '_forward_pre_hooks', '_forward_hooks'  # likewise
@@ -133,6 +135,7 @@ class ModelState:
     def same_versions(self) -> bool: return versions_of(self.watched) == self.versions
     def same_memory(self) -> bool: return self._memory() == self.memory
 
+    @pause_safe_convolutions()
     def same_values(self):
         "True or a tensor: reading it waits for the device. Valid if the memory is the same."
         same = [(a == b).all() for a, b in zip(self._values(), self.values)]

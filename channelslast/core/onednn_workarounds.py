@@ -1,5 +1,5 @@
 "A mode that computes with correct kernels what PyTorch's CPU kernels (oneDNN) compute wrongly: some convolutions."
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -109,8 +109,10 @@ def note_rewritten(rewritten: list):
     return SafeConvolutions(rewritten)
 
 
+@contextmanager
 def pause_safe_convolutions():
-    "Context manager for code without convolutions, such as an optimizer's step: the mode slows down each of its calls."
+    """For code without convolutions, such as an optimizer's step: the mode slows down each operation, and each reading of
+    a tensor's attribute. Also a decorator."""
     try: from torch.overrides import _get_current_function_mode, _pop_mode_temporarily  # no public names
-    except ImportError: return nullcontext()
-    return _pop_mode_temporarily() if isinstance(_get_current_function_mode(), SafeConvolutions) else nullcontext()
+    except ImportError: _get_current_function_mode = lambda: None
+    with _pop_mode_temporarily() if isinstance(_get_current_function_mode(), SafeConvolutions) else nullcontext(): yield

@@ -6,10 +6,10 @@
 | `one_batch` | runs convolutions that CPU kernels compute wrongly | correct kernels compute them |
 | `to_fp16`, `to_bf16` | add a second mixed precision to an existing one: the loss is scaled twice | replace it |
 | `load` | gives the optimizer's state the strides that it was saved with | the strides of the current parameters |
-| `before_fit` | moves the model to its device, tensor by tensor | not if all are there and it runs folded or compiled |
+| `before_fit`, `before_validate` | move the model to its device, tensor by tensor, and set it to eval mode, module by module | not if it is so and runs folded or compiled |
 | `EXPLAINED_METHODS` | raise `view` errors without mentioning channels last | a note says where, why, what to do |"""
-from contextlib import nullcontext
-from functools import wraps
+from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
 
 import torch
 from fastai.callback.core import TrainEvalCallback
@@ -33,30 +33,44 @@ from .view_errors import explain_view_errors
 # together these run every model, loss function, metric, callback and optimizer; fastai's other methods call them
 EXPLAINED_METHODS = 'fit', 'validate', 'get_preds', 'predict', 'tta', 'show_results', 'one_batch', 'create_opt'
 _one_batch, _optimizer_step, _fit, _load = Learner.one_batch, Learner._step, Learner.fit, Learner.load
-_before_fit = TrainEvalCallback.before_fit
+_before_fit, _before_validate = TrainEvalCallback.before_fit, TrainEvalCallback.before_validate
 
 
 class _Stays:
-    "A model whose tensors are on their device: `to` does nothing."
+    "A model on its device or in eval mode: `to` and `eval` do nothing."
     def __init__(self, model): self.model = model
     def to(self, device): return self.model
+    def eval(self): return self.model
     def __getattr__(self, name): return getattr(self.model, name)
 
 
-def _is_on(model, device) -> bool:
-    "True if `model.to(device)` changes nothing: all tensors are there, and no module does more, as recurrent layers do."
-    modules = unique_modules(model)
-    if any(getattr(getattr(m, k), '__func__', None) is not getattr(nn.Module, k) for m in modules for k in ('to', '_apply')): return False
+def _is_on(modules, device) -> bool:
     return all(t is None or t.device == device for m in modules for d in own_dicts(m)[:2] for t in d.values())
+
+
+@contextmanager
+def _leave(learn, methods, is_done):
+    """Let these methods of the model do nothing if it predicts with a copy, and they would change nothing: `is_done` is
+    true for its modules, and none of them replaces a method, as recurrent layers do."""
+    model = learn.model
+    if learn._grab_cbs(StandInCallback) and isinstance(model, nn.Module):
+        modules = unique_modules(model)
+        plain = all(getattr(c, k) is getattr(nn.Module, k) for c in {*map(type, modules)} for k in methods)
+        if plain and all(methods.isdisjoint(vars(m)) for m in modules) and is_done(modules): learn.model = _Stays(model)
+    try: yield
+    finally: learn.model = model
 
 
 @patch
 def before_fit(self:TrainEvalCallback):
     "Reset the counters, and move the model and the loss function to their device."
-    learn, model = self.learn, self.model
-    if learn._grab_cbs(StandInCallback) and isinstance(model, nn.Module) and _is_on(model, getattr(self.dls, 'device', None)): learn.model = _Stays(model)
-    try: _before_fit(self)
-    finally: learn.model = model
+    with _leave(self.learn, {'to', '_apply'}, partial(_is_on, device=getattr(self.dls, 'device', None))): _before_fit(self)
+
+
+@patch
+def before_validate(self:TrainEvalCallback):
+    "Set the model to validation mode"
+    with _leave(self.learn, {'eval', 'train'}, lambda modules: not any(m.training for m in modules)): _before_validate(self)
 
 
 @patch

@@ -95,7 +95,7 @@ class DeviceMixedPrecision(MixedPrecision):
         kind, fast = device.type, devices.autocast_is_fast(device, self.amp_mode)
         if not fast: self._warn_once(device)
         self.autocast = torch.autocast(kind, DTYPES[self.amp_mode], enabled=fast)
-        names = resolve_layers(self.model, self.fp32_layers, 'DeviceMixedPrecision') if fast else ()
+        names = resolve_layers(self.model, self.fp32_layers, 'DeviceMixedPrecision') if fast and self.fp32_layers else ()
         self._in_fp32 = [unwrap_model(self.model).get_submodule(n) for n in names]
         enabled = fast and self.amp_mode is AMPMode.FP16 and self.kwargs.get('enabled', True)  # bf16 has fp32's range
         self.learn.scaler, self.scales = torch.amp.GradScaler(kind, **{**self.kwargs, 'enabled': enabled}), L()

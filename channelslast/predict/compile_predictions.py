@@ -16,6 +16,7 @@ from ..core.compare import SUM_ERROR
 from ..core.compiling import CHANGES, compiling_quietly, note_reasons, own_code, print_compiled, reason_of
 from ..core.devices import fit_device, model_device
 from ..core.nested_tensors import map_tensors, tensors_of
+from ..core.onednn_workarounds import pause_safe_convolutions
 from ..core.pickle_as import pickle_as
 from ..core.stand_in import running_fits
 from ..core.model_copy import is_plain
@@ -50,6 +51,7 @@ def _backend(graph, inputs): # PyTorch keeps each backend for the life of the pr
 class FrozenModel:
     """A model compiled for one kind of input, by a runtime for all sizes that PyTorch's guards admit. `.constants` are
     the tensors that the compiled code holds."""
+    @pause_safe_convolutions()  # models with convolutions that it would compute in another way stay uncompiled
     def __init__(self, model, args, kwargs, types, backend): # `types` of the tensors that the model gives uncompiled
         from torch._dynamo import config  # no public name has its limit, or the switch for recurrent layers
         from torch._dynamo.eval_frame import remove_from_cache  # PyTorch keeps compiled code and its constants
@@ -61,7 +63,9 @@ class FrozenModel:
             return model(*args, **kwargs)
         forward, n = own_code(_forward), len(PyCodeCache.modules)
         weakref.finalize(forward, remove_from_cache, forward.__code__)
-        self.run, self.config, self.sizes = torch.compile(forward, fullgraph=True, dynamic=False, backend=_backend), config, {()}
+        # `ModelState` compares what PyTorch's own modules hold
+        options = dict(guard_filter_fn=torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe)
+        self.run, self.config, self.sizes = torch.compile(forward, fullgraph=True, dynamic=False, backend=_backend, options=options), config, {()}
         inputs = self._inputs(args, kwargs)
         if self.converted:
             for t in tensors_of(inputs): torch._dynamo.maybe_mark_dynamic(t, [d for d, n in enumerate(t.shape) if n > 1])
@@ -87,6 +91,7 @@ class FrozenModel:
         except Exception as e: raise getattr(e, 'inner_exception', e) from None
         return out if self.types <= {Tensor} else map_tensors(lambda t: torch.as_subclass(t, *self.types), out)
 
+    @pause_safe_convolutions()
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, *args, **kwargs):
@@ -159,7 +164,7 @@ class CompilePredictions(PredictionCallback):
     def key(self, args, kwargs) -> tuple:
         tensors, (kind, _) = tensors_of((args, kwargs)), input_key(args, kwargs)
         if self.backend == 'inductor': return (*kind, *((t.shape, t.stride()) for t in tensors)), ()
-        alike = ((tuple(min(n, 2) for n in t.shape), t.dim_order(ambiguity_check=False)) for t in tensors)  # PyTorch's guards tell 0 and 1 apart
+        alike = (tuple(min(n, 2) for n in t.shape) for t in tensors)  # PyTorch's guards tell 0 and 1 apart
         return (*kind, torch.get_num_threads(), *alike), tuple(t.shape for t in tensors)
 
     def may_prepare(self) -> bool: return not running_fits.get(self.learn)

@@ -7,6 +7,7 @@ from torch import Tensor
 from ..core.compare import FACTOR, numbers_of, relative_error, rounding_error
 from ..core.compiling import CHANGES, DRAWS
 from ..core.nested_tensors import leaves_of, tensors_of
+from ..core.onednn_workarounds import pause_safe_convolutions
 from ..core.random_state import generators_of, restore_random_states
 from ..core.stand_in import StandInCallback, Work
 from ..core.undo import restore_dict
@@ -90,6 +91,7 @@ class PredictionCallback(StandInCallback):
             if isinstance(e, NotPrepared): self.on_misfit(e)
         return forward(*args, **kwargs)
 
+    @pause_safe_convolutions()
     def _is_current(self) -> bool:
         "False if this batch has to run without a copy. Refreshes or drops copies that the model is no longer like."
         if self.work.refused is not None:
