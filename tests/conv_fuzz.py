@@ -1,9 +1,9 @@
 """Compare random convolutions, trained as by this library, with float64: `python -m tests.conv_fuzz seed cases seconds`.
 
-Each convolution runs in its own process, since a wrong kernel may crash it. Freed memory is overwritten (glibc's
-MALLOC_PERTURB_), which reveals values that were never written. The cases have small spatial sizes, large kernels,
-strides, paddings and dilations, often one channel, 1-D to 3-D, plain and transposed, both formats, fp32 and bf16. Prints
-one line per wrong convolution, then how many ran."""
+Each convolution runs in its own process, since a wrong kernel may crash it. Before each pass, free memory is filled with
+NaN, which reveals values that were never written; set MALLOC_MMAP_MAX_=0, with which glibc keeps free memory. The cases
+have small spatial sizes, large kernels, strides, paddings and dilations, often one channel, 1-D to 3-D, plain and
+transposed, both formats, fp32 and bf16. Prints one line per wrong convolution, then how many ran."""
 import json
 import os
 import random
@@ -44,13 +44,20 @@ def convolution(rng):
     return (m, x, torch.randn(y.shape).bfloat16()) if 0 < y.numel() < 2e5 else None
 
 
+def fill_free_memory():
+    tensors = [torch.full((2**n,), torch.nan) for n in range(4, 19) for _ in range(8)]
+    del tensors
+
+
 def trained(m, x, g, half=False, last=False, safe=True):
     "Output, and gradients of input, weights and bias."
     m, x = deepcopy(m), x.clone().to(next(m.parameters()).dtype)
     if last: convert_module(m); x = convert_nested(x)
     x.requires_grad_()
-    with SafeConvolutions() if safe and needs_safe_convolutions([m]) else nullcontext():
+    with SafeConvolutions() if safe and needs_safe_convolutions([m], half, last) else nullcontext():
+        fill_free_memory()
         with torch.autocast('cpu', torch.bfloat16, enabled=half): y = m(x)
+        fill_free_memory()
         y.backward(g.to(y.dtype))
     return [t.detach().double() for t in (y, x.grad, m.weight.grad, m.bias.grad)]
 

@@ -23,8 +23,7 @@ def misreads_padding(
     the place in oneDNN 3.12."""
     n, k, s, p, i = len(kernel), kernel, stride, padding, size
     if half:
-        # a phase of the stride without columns is not written (`jit_transpose_utils.cpp`, `nrows`)
-        if p[-1] and s[-1] > i[-1]: return True
+        if p[-1] and has_empty_phase(s, i, half): return True
         # all rows in padding: a negative count is compared as unsigned (`jit_avx512_core_bf16_conv_kernel.cpp`)
         if n > 1 and i[-2] < p[-2]: return True
         # loops over depth, and over its rows, in the same file; `jit_brgemm_conv.cpp` at depth 1
@@ -47,6 +46,15 @@ def misreads_column(
     one channel only, and no stride in the height. In bf16 with AMX, it takes any."""
     if len(kernel) == 1 or kernel[-1] == 1 or stride[-1] == 1 or result[-1] > 1 or result[-2] == 1: return False
     return half or (one_channel and stride[-2] == 1)
+
+
+def has_empty_phase(stride, size, half:bool) -> bool: # Per spatial dimension; `size` is that of the input
+    """True if oneDNN's AVX-512 kernels may compute this convolution's weight gradient wrongly because its input has fewer
+    columns than the stride.
+
+    They copy the columns apart by phases of the stride, and do not write phases without columns (`nrows` in
+    `jit_transpose_utils.cpp`). What lies there is multiplied by zero: the gradient is NaN if it is NaN or infinite."""
+    return half and stride[-1] > size[-1]
 
 
 def misses_input(kernel, stride, padding, dilation, size) -> bool: # Arguments as for `misreads_padding`

@@ -7,7 +7,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
-from .misread_convolutions import BLOCK, hits_onednn_6035, misreads_column, misreads_padding, misses_input
+from .misread_convolutions import BLOCK, has_empty_phase, hits_onednn_6035, misreads_column, misreads_padding, misses_input
 
 PLAIN = 'input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups'
 TRANSPOSED = 'input', 'weight', 'bias', 'stride', 'padding', 'output_padding', 'groups', 'dilation'
@@ -23,9 +23,11 @@ def _per_dim(value, n) -> list: return (_list(value)*n)[:max(n, len(_list(value)
 
 def needs_safe_convolutions(
     modules, # Of a model that runs on the CPU
-    only_3d=False, # For a Learner in contiguous fp32, where at most 3-D convolutions are wrong
+    half=True, # Under autocast, or with half-precision weights?
+    channels_last=True, # In this format?
 ) -> bool:
     "True if the modules may run a convolution that a CPU kernel computes wrongly, also by `torch.nn.functional`."
+    avx512 = torch.cpu._is_avx512_supported()
     def _kernels(m, dims):
         return [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None and t.ndim in dims]
     def _may_crash(m): # with any CPU
@@ -33,8 +35,11 @@ def needs_safe_convolutions(
             return any(t.shape[2:] == (1, 1) and t.shape[1] < BLOCK for t in _kernels(m, [4]))
         k, s, d = (_per_dim(o, len(m.output_padding)) for o in (m.kernel_size, m.stride, m.dilation))
         return max(s) > 1 and (d[-1] > 1 or ({*k} == {1} and m.in_channels < BLOCK))
-    if torch.cpu._is_avx512_supported(): return any(_kernels(m, [5] if only_3d else [3, 4, 5]) for m in modules)
-    return not only_3d and any(map(_may_crash, modules))
+    def _may_be_wrong(m): # with AVX-512: 3-D ones and, in channels last, half precisions and kernels of one channel
+        kernels, groups = _kernels(m, [3, 4, 5] if channels_last else [5]), getattr(m, 'groups', 1)
+        return any(t.ndim == 5 or t.dtype in HALF or (t.ndim == 4 and t.shape[1] == 1 == groups) for t in kernels)
+    if avx512 and half: return any(_kernels(m, [3, 4, 5]) for m in modules)
+    return any((avx512 and _may_be_wrong(m)) or ((half or channels_last) and _may_crash(m)) for m in modules)
 
 
 def _other_call(a, transposed, avx512) -> tuple: # Changed arguments, or None; padding of the output, or None
@@ -58,7 +63,8 @@ def _other_call(a, transposed, avx512) -> tuple: # Changed arguments, or None; p
         o = _per_dim(a.get('output_padding', 0), n)
         result, size = size, [(i - 1)*s - p + r + o for i, s, p, r, o in zip(size, s, sums, reach, o)]
     else: result = [(i + p - r)//s + 1 for i, s, p, r in zip(size, s, sums, reach)]
-    column = avx512 and misreads_column(k, s, result, w.shape[1] == 1 == groups, half)
+    column = avx512 and (misreads_column(k, s, result, w.shape[1] == 1 == groups, half)
+                         or (not sides[-1][0] and has_empty_phase(s, size, half)))
     padded = misses_input(k, s, before, d, size) or (avx512 and misreads_padding(k, s, before, size, half))
     if not column and not padded:
         trains = w.requires_grad and torch.is_grad_enabled() and not transposed
@@ -84,6 +90,7 @@ class SafeConvolutions(TorchFunctionMode):
         return self._backward(func, args, kwargs) if func in BACKWARD else func(*args, **kwargs)
 
     def _convolve(self, func, args, kwargs):
+        if len(args) > 4 and args[3] in ONES and args[4] in ZEROS: return func(*args, **kwargs)  # the same test, at once
         a = {**dict(zip(ARGUMENTS[func], args)), **kwargs}
         changed, crop = _other_call(a, ARGUMENTS[func] is TRANSPOSED, self.avx512)
         if changed is None: return func(*args, **kwargs)

@@ -6,7 +6,8 @@
 | `one_batch` | runs convolutions that CPU kernels compute wrongly | correct kernels compute them |
 | `to_fp16`, `to_bf16` | add a second mixed precision to an existing one: the loss is scaled twice | replace it |
 | `load` | gives the optimizer's state the strides that it was saved with | the strides of the current parameters |
-| `before_fit`, `before_validate` | move the model to its device, tensor by tensor, and set it to eval mode, module by module | not if it is so and runs folded or compiled |
+| `before_fit` | moves the model to its device, tensor by tensor | not if all are there and it runs folded or compiled |
+| `before_validate` | sets the mode, module by module | likewise |
 | `EXPLAINED_METHODS` | raise `view` errors without mentioning channels last | a note says where, why, what to do |"""
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
@@ -15,6 +16,7 @@ import torch
 from fastai.callback.core import TrainEvalCallback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
+from fastai.optimizer import Optimizer
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import nn
@@ -26,13 +28,13 @@ from ..core.model_copy import own_dicts
 from ..core.onednn_workarounds import SafeConvolutions, needs_safe_convolutions, pause_safe_convolutions
 from ..core.stand_in import StandInCallback, model_of, running_fits
 from .channels_last import ChannelsLast
-from .fused_optimizer import follow_opt_func
+from .fused_optimizer import FusedOptimizer, follow_opt_func
 from .mixed_precision import DeviceMixedPrecision, check_amp_mode, check_scaler
 from .view_errors import explain_view_errors
 
 # together these run every model, loss function, metric, callback and optimizer; fastai's other methods call them
 EXPLAINED_METHODS = 'fit', 'validate', 'get_preds', 'predict', 'tta', 'show_results', 'one_batch', 'create_opt'
-_one_batch, _optimizer_step, _fit, _load = Learner.one_batch, Learner._step, Learner.fit, Learner.load
+_one_batch, _fit, _load = Learner.one_batch, Learner.fit, Learner.load
 _before_fit, _before_validate = TrainEvalCallback.before_fit, TrainEvalCallback.before_validate
 
 
@@ -45,7 +47,7 @@ class _Stays:
 
 
 def _is_on(modules, device) -> bool:
-    return all(t is None or t.device == device for m in modules for d in own_dicts(m)[:2] for t in d.values())
+    return {t.device for m in modules for d in own_dicts(m)[:2] for t in d.values() if t is not None} <= {device}
 
 
 @contextmanager
@@ -78,8 +80,8 @@ def one_batch(self:Learner, i, b):
     "Train or evaluate `self.model` on batch `(xb,yb)`"
     # if the model or the loss raises, no event turns autocast off or removes the hooks of layers in fp32
     device, mixed = fit_device(self).type, [*self._grab_cbs(DeviceMixedPrecision)]
-    plain = not mixed and not self._grab_cbs(ChannelsLast)
-    unsafe = device == 'cpu' and needs_safe_convolutions(unique_modules(self.model), only_3d=plain)
+    half, channels_last = any(cb.is_on for cb in mixed), bool(self._grab_cbs(ChannelsLast))
+    unsafe = device == 'cpu' and needs_safe_convolutions(unique_modules(self.model), half, channels_last)
     with restore_autocast(device), SafeConvolutions() if unsafe else nullcontext():
         try: _one_batch(self, i, b)
         except Exception as e:
@@ -90,9 +92,8 @@ def one_batch(self:Learner, i, b):
             for cb in mixed: cb.leave()
 
 
-@patch
-def _step(self:Learner):
-    with pause_safe_convolutions(): _optimizer_step(self)
+# these run no convolutions, but thousands of operations
+for o, name in (Learner, '_step'), (Optimizer, 'zero_grad'), (FusedOptimizer, 'zero_grad'): setattr(o, name, pause_safe_convolutions()(getattr(o, name)))
 
 
 @wraps(_fit)

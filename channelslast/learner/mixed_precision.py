@@ -79,6 +79,7 @@ class DeviceMixedPrecision(MixedPrecision):
     """fastai's `MixedPrecision`, but on the model's device (fastai's uses `'cuda'` on every device) and with every
     `GradScaler` argument respected. If the dtype is slow on the device, it trains in fp32 and warns once."""
     name, fp32_layers = 'mixed_precision', ()
+    is_on = False  # in a fit on a device that is fast in the dtype
     _warned, _entered, _in_fp32, _handles = False, ExitStack(), (), ()
 
     def __init__(self,
@@ -94,7 +95,7 @@ class DeviceMixedPrecision(MixedPrecision):
         device = model_device(self.model)
         kind, fast = device.type, devices.autocast_is_fast(device, self.amp_mode)
         if not fast: self._warn_once(device)
-        self.autocast = torch.autocast(kind, DTYPES[self.amp_mode], enabled=fast)
+        self.is_on, self.autocast = fast, torch.autocast(kind, DTYPES[self.amp_mode], enabled=fast)
         names = resolve_layers(self.model, self.fp32_layers, 'DeviceMixedPrecision') if fast and self.fp32_layers else ()
         self._in_fp32 = [unwrap_model(self.model).get_submodule(n) for n in names]
         enabled = fast and self.amp_mode is AMPMode.FP16 and self.kwargs.get('enabled', True)  # bf16 has fp32's range
