@@ -194,7 +194,7 @@ class Measurement:
         if fit_device(self.learn).type != 'cpu': return [f'Not tried: {installed}, for CPUs only.'] if installed and self.compile else []
         if installed: return [] if self.compile else [f'Not tried: {installed}. `compile=True` measures what is installed.']
         return ['OpenVINO and ONNX Runtime often predict faster on CPUs: `pip install openvino onnx onnxruntime`, then pass `compile=True`. With '
-                'the faster one, `learn.predict` of four networks was 1.2 to 1.6 times as fast on two cores (nbs/05_benchmarks.ipynb).']
+                'the faster one, `learn.predict` of five networks was 1.2 to 2.2 times as fast on two cores (nbs/05_benchmarks.ipynb).']
 
 
 @patch
