@@ -503,6 +503,9 @@ def test_learner_enters_the_mode_only_where_kernels_may_be_wrong(avx512, has, ch
         def after_pred(self): modes.append(torch.overrides._get_current_function_mode())
     with Kernels() as kernels: learn.fit(1, cbs=Look())
     assert {padding for *_, padding in kernels.calls} == {(1, 1), (0, 0)} and {m and type(m) for m in modes} == {mode}
+    modes.clear()
+    with torch.autocast('cpu', torch.bfloat16): learn.fit(1, cbs=Look())  # the user's own
+    assert {*map(type, modes)} == {SafeConvolutions}
 
 
 def state(model):

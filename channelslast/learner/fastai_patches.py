@@ -80,7 +80,8 @@ def one_batch(self:Learner, i, b):
     "Train or evaluate `self.model` on batch `(xb,yb)`"
     # if the model or the loss raises, no event turns autocast off or removes the hooks of layers in fp32
     device, mixed = fit_device(self).type, [*self._grab_cbs(DeviceMixedPrecision)]
-    half, channels_last = any(cb.is_on for cb in mixed), bool(self._grab_cbs(ChannelsLast))
+    half = torch.is_autocast_enabled('cpu') or any(cb.is_on for cb in mixed)
+    channels_last = bool(self._grab_cbs(ChannelsLast))
     unsafe = device == 'cpu' and needs_safe_convolutions(unique_modules(self.model), half, channels_last)
     with restore_autocast(device), SafeConvolutions() if unsafe else nullcontext():
         try: _one_batch(self, i, b)
