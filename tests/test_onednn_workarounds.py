@@ -427,7 +427,7 @@ def test_mode_is_paused_only_if_it_is_the_innermost(shallow):
     (nn.Conv3d(3, 8, 3, padding=1), True, True, False, True),
     (nn.ConvTranspose3d(3, 8, 3), True, True, False, True), (nn.utils.parametrizations.weight_norm(nn.Conv3d(3, 8, 3)), True, True, False, True),
     (nn.Linear(3, 8), False, False, False, False),
-    (Functional(F.conv2d, 4, 3, 1, 1), True, True, True, False), (Functional(F.conv2d, 4, 3, 3, 3), True, False, False, False),
+    (Functional(F.conv2d, 4, 3, 1, 1), True, True, True, False), (Functional(F.conv2d, 4, 3, 3, 3), True, True, False, False),
     (Functional(F.conv2d, 4, 1, 3, 3), True, True, False, False), (Functional(F.conv3d, 4, 3, 3, 3, 3), True, True, False, True),
     (nn.BatchNorm2d(3), False, False, False, False), (nn.LazyConv2d(3, 1), False, False, False, False), (nn.Identity(), False, False, False, False)], ids=str)
 def test_needs_safe_convolutions_if_a_module_holds_a_kernel(monkeypatch, m, on_avx512, last, on_avx2, plain):

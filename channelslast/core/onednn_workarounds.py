@@ -35,9 +35,10 @@ def needs_safe_convolutions(
             return any(t.shape[2:] == (1, 1) and t.shape[1] < BLOCK for t in _kernels(m, [4]))
         k, s, d = (_per_dim(o, len(m.output_padding)) for o in (m.kernel_size, m.stride, m.dilation))
         return max(s) > 1 and (d[-1] > 1 or ({*k} == {1} and m.in_channels < BLOCK))
-    def _may_be_wrong(m): # with AVX-512: 3-D ones and, in channels last, half precisions and kernels of one channel
-        kernels, groups = _kernels(m, [3, 4, 5] if channels_last else [5]), getattr(m, 'groups', 1)
-        return any(t.ndim == 5 or t.dtype in HALF or (t.ndim == 4 and t.shape[1] == 1 == groups) for t in kernels)
+    def _may_be_wrong(m): # with AVX-512: 3-D ones and, in channels last, half precisions, kernels of one channel, functions
+        kernels, is_layer = _kernels(m, [3, 4, 5] if channels_last else [5]), isinstance(m, nn.modules.conv._ConvNd)
+        def _may_be(t): return t.ndim == 5 or t.dtype in HALF or (t.ndim == 4 and not (is_layer and (t.shape[1] > 1 or m.groups > 1)))
+        return any(map(_may_be, kernels))
     if avx512 and half: return any(_kernels(m, [3, 4, 5]) for m in modules)
     return any((avx512 and _may_be_wrong(m)) or ((half or channels_last) and _may_crash(m)) for m in modules)
 
