@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from channelslast import CompilePredictions, CompileTraining, FoldBatchNorm, fused
 from channelslast.core import onednn_workarounds as workarounds
 from channelslast.core.memory_format import convert_module, convert_nested, unique_modules
-from channelslast.core.model_copy import ModelState
 from channelslast.core.misread_convolutions import hits_onednn_6035, misreads_column, misreads_padding, misses_input
+from channelslast.core.model_copy import ModelState
 from channelslast.core.onednn_workarounds import SafeConvolutions, needs_safe_convolutions, pause_safe_convolutions
 from channelslast.predict.compile_predictions import FrozenModel
 from channelslast.predict.folded_model import FoldedModel

@@ -52,8 +52,9 @@ def has_empty_phase(stride, size, half:bool) -> bool: # Per spatial dimension; `
     """True if oneDNN's AVX-512 kernels may compute this convolution's weight gradient wrongly because its input has fewer
     columns than the stride.
 
-    They copy the columns apart by phases of the stride, and do not write phases without columns (`nrows` in
-    `jit_transpose_utils.cpp`). What lies there is multiplied by zero: the gradient is NaN if it is NaN or infinite."""
+    They copy the columns of each phase of the stride apart, and do not write phases without columns (`nrows` in
+    `jit_transpose_utils.cpp`). The values there are multiplied by zero: NaN or infinity
+    among them makes the gradient NaN."""
     return half and stride[-1] > size[-1]
 
 

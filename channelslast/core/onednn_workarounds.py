@@ -27,7 +27,7 @@ def needs_safe_convolutions(
     channels_last=True, # In this format?
 ) -> bool:
     "True if the modules may run a convolution that a CPU kernel computes wrongly, also by `torch.nn.functional`."
-    avx512 = torch.cpu._is_avx512_supported()
+    avx512, plain = torch.cpu._is_avx512_supported(), not (half or channels_last)
     def _kernels(m, dims):
         return [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None and t.ndim in dims]
     def _may_crash(m): # with any CPU
@@ -35,12 +35,11 @@ def needs_safe_convolutions(
             return any(t.shape[2:] == (1, 1) and t.shape[1] < BLOCK for t in _kernels(m, [4]))
         k, s, d = (_per_dim(o, len(m.output_padding)) for o in (m.kernel_size, m.stride, m.dilation))
         return max(s) > 1 and (d[-1] > 1 or ({*k} == {1} and m.in_channels < BLOCK))
-    def _may_be_wrong(m): # with AVX-512: 3-D ones and, in channels last, half precisions, kernels of one channel, functions
-        kernels, is_layer = _kernels(m, [3, 4, 5] if channels_last else [5]), isinstance(m, nn.modules.conv._ConvNd)
-        def _may_be(t): return t.ndim == 5 or t.dtype in HALF or (t.ndim == 4 and not (is_layer and (t.shape[1] > 1 or m.groups > 1)))
-        return any(map(_may_be, kernels))
-    if avx512 and half: return any(_kernels(m, [3, 4, 5]) for m in modules)
-    return any((avx512 and _may_be_wrong(m)) or ((half or channels_last) and _may_crash(m)) for m in modules)
+    def _may_be_wrong(m): # with AVX-512; of 2-D layers in fp32 only those of one channel
+        is_layer = isinstance(m, nn.modules.conv._ConvNd)
+        def _is_right(t): return t.ndim == 3 or (t.ndim == 4 and is_layer and (t.shape[1] > 1 or m.groups > 1))
+        return any(half or t.dtype in HALF or not _is_right(t) for t in _kernels(m, [5] if plain else [3, 4, 5]))
+    return any((avx512 and _may_be_wrong(m)) or (not plain and _may_crash(m)) for m in modules)
 
 
 def _other_call(a, transposed, avx512) -> tuple: # Changed arguments, or None; padding of the output, or None
@@ -65,7 +64,7 @@ def _other_call(a, transposed, avx512) -> tuple: # Changed arguments, or None; p
         result, size = size, [(i - 1)*s - p + r + o for i, s, p, r, o in zip(size, s, sums, reach, o)]
     else: result = [(i + p - r)//s + 1 for i, s, p, r in zip(size, s, sums, reach)]
     column = avx512 and (misreads_column(k, s, result, w.shape[1] == 1 == groups, half)
-                         or (not sides[-1][0] and has_empty_phase(s, size, half)))
+                         or (not before[-1] and has_empty_phase(s, size, half)))
     padded = misses_input(k, s, before, d, size) or (avx512 and misreads_padding(k, s, before, size, half))
     if not column and not padded:
         trains = w.requires_grad and torch.is_grad_enabled() and not transposed
@@ -91,7 +90,6 @@ class SafeConvolutions(TorchFunctionMode):
         return self._backward(func, args, kwargs) if func in BACKWARD else func(*args, **kwargs)
 
     def _convolve(self, func, args, kwargs):
-        if len(args) > 4 and args[3] in ONES and args[4] in ZEROS: return func(*args, **kwargs)  # the same test, at once
         a = {**dict(zip(ARGUMENTS[func], args)), **kwargs}
         changed, crop = _other_call(a, ARGUMENTS[func] is TRANSPOSED, self.avx512)
         if changed is None: return func(*args, **kwargs)

@@ -7,7 +7,8 @@
 | `to_fp16`, `to_bf16` | add a second mixed precision to an existing one: the loss is scaled twice | replace it |
 | `load` | gives the optimizer's state the strides that it was saved with | the strides of the current parameters |
 | `before_fit` | moves the model to its device, tensor by tensor | not if all are there and it runs folded or compiled |
-| `before_validate` | sets the mode, module by module | likewise |
+| `before_validate` | sets the model to eval mode, module by module | not if all are in eval mode, likewise |
+| `_step`, `zero_grad` | run thousands of operations | outside the mode that corrects convolutions, which would slow them down |
 | `EXPLAINED_METHODS` | raise `view` errors without mentioning channels last | a note says where, why, what to do |"""
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
@@ -46,14 +47,14 @@ class _Stays:
     def __getattr__(self, name): return getattr(self.model, name)
 
 
-def _is_on(modules, device) -> bool:
+def _are_on(modules, device) -> bool:
     return {t.device for m in modules for d in own_dicts(m)[:2] for t in d.values() if t is not None} <= {device}
 
 
 @contextmanager
-def _leave(learn, methods, is_done):
-    """Let these methods of the model do nothing if it predicts with a copy, and they would change nothing: `is_done` is
-    true for its modules, and none of them replaces a method, as recurrent layers do."""
+def _skip_if_done(learn, methods, is_done):
+    """In this block, `to` and `eval` do nothing if the Learner predicts with copies and `is_done(modules)` says that they would
+    change nothing. Modules with `methods` of their own, such as recurrent layers, may do more, so nothing is skipped."""
     model = learn.model
     if learn._grab_cbs(StandInCallback) and isinstance(model, nn.Module):
         modules = unique_modules(model)
@@ -66,13 +67,13 @@ def _leave(learn, methods, is_done):
 @patch
 def before_fit(self:TrainEvalCallback):
     "Reset the counters, and move the model and the loss function to their device."
-    with _leave(self.learn, {'to', '_apply'}, partial(_is_on, device=getattr(self.dls, 'device', None))): _before_fit(self)
+    with _skip_if_done(self.learn, {'to', '_apply'}, partial(_are_on, device=getattr(self.dls, 'device', None))): _before_fit(self)
 
 
 @patch
 def before_validate(self:TrainEvalCallback):
     "Set the model to validation mode"
-    with _leave(self.learn, {'eval', 'train'}, lambda modules: not any(m.training for m in modules)): _before_validate(self)
+    with _skip_if_done(self.learn, {'eval', 'train'}, lambda modules: not any(m.training for m in modules)): _before_validate(self)
 
 
 @patch
@@ -93,7 +94,6 @@ def one_batch(self:Learner, i, b):
             for cb in mixed: cb.leave()
 
 
-# these run no convolutions, but thousands of operations
 for o, name in (Learner, '_step'), (Optimizer, 'zero_grad'), (FusedOptimizer, 'zero_grad'): setattr(o, name, pause_safe_convolutions()(getattr(o, name)))
 
 

@@ -51,7 +51,7 @@ def _backend(graph, inputs): # PyTorch keeps each backend for the life of the pr
 class FrozenModel:
     """A model compiled for one kind of input, by a runtime for all sizes that PyTorch's guards admit. `.constants` are
     the tensors that the compiled code holds."""
-    @pause_safe_convolutions()  # models with convolutions that it would compute in another way stay uncompiled
+    @pause_safe_convolutions()  # models with convolutions that the mode computes in another way stay uncompiled
     def __init__(self, model, args, kwargs, types, backend): # `types` of the tensors that the model gives uncompiled
         from torch._dynamo import config  # no public name has its limit, or the switch for recurrent layers
         from torch._dynamo.eval_frame import remove_from_cache  # PyTorch keeps compiled code and its constants
@@ -63,7 +63,7 @@ class FrozenModel:
             return model(*args, **kwargs)
         forward, n = own_code(_forward), len(PyCodeCache.modules)
         weakref.finalize(forward, remove_from_cache, forward.__code__)
-        # `ModelState` compares what PyTorch's own modules hold
+        # the attributes of PyTorch's own modules need no guards: `ModelState` compares them
         options = dict(guard_filter_fn=torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe)
         self.run, self.config, self.sizes = torch.compile(forward, fullgraph=True, dynamic=False, backend=_backend, options=options), config, {()}
         inputs = self._inputs(args, kwargs)
