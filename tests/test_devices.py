@@ -544,7 +544,7 @@ def test_format_find_takes_more_steps_the_shorter_they_are_but_at_most_num_it(fa
         return len(fake_steps.settings)
     times = []
     fake_steps(lambda setting, n: times[0]*(1 + 0.3/(1 + n)))  # no two steps take equally long
-    assert _steps(3.) > 1.5*_steps(10.) > 1.5*_steps(10., num_it=8) > 1.5*_steps(3., num_it=4)
+    assert _steps(3.) > 1.5*_steps(20.) > 1.5*_steps(20., num_it=8) > 1.5*_steps(3., num_it=4)
 
 
 @pytest.mark.filterwarnings('ignore')  # autocast needs a real GPU
