@@ -250,6 +250,8 @@ FIRST_ONLY = { # a model whose conversion might be right for its first input onl
     'an index too large': (lambda m, x: m.embedding(x), torch.arange(4), torch.arange(4) + 9),
     'a negative index': (lambda m, x: m.embedding(x.view(2, 2)), torch.arange(4), torch.arange(4) - 1),
     'an index of a tensor': (lambda m, x: m.linear.weight[x], torch.arange(4), torch.arange(4) + 3),
+    'the last of a few': (lambda m, x: x[torch.arange(4), (x > 0).sum(1) - 1], torch.rand(4, 5), -torch.rand(4, 5)),
+    'a moved index': (lambda m, x: x[:, None][torch.arange(4), :, ((x > 0).sum(1) - 1).flip(0)], torch.rand(4, 5), -torch.rand(4, 5)),
     'a check': (_checks_its_input, torch.randn(4, 5), torch.randn(4, 5) - 200)}
 
 
@@ -284,6 +286,8 @@ WHOLE = { # models that compute with whole numbers which are the same in each ru
     'bytes': (lambda m, x: m.linear(x.float()), torch.arange(20, dtype=torch.uint8).view(4, 5)),
     'indices': (lambda m, x: m.embedding(m.linear(x).argmax(1)), torch.randn(4, 5)),
     'the largest': (lambda m, x: x.gather(1, m.linear(x).topk(2)[1])*x.max(1)[0][:, None], torch.randn(4, 5)),
+    'two indices': (lambda m, x: x[torch.arange(4), m.linear(x).argmax(1)], torch.randn(4, 5)),
+    'indices of the largest': (lambda m, x: x[torch.arange(4)[:, None], m.linear(x).topk(2)[1]], torch.randn(4, 5)),
     'a mask': (lambda m, x: m.linear(x)*(x > 0).sum(1, keepdim=True), torch.randn(4, 5)),
     'positions of tokens': (lambda m, x: m.embedding((x != 1).int().cumsum(1)*(x != 1).int() + 1), torch.arange(20).view(4, 5)),
     'a code': (lambda m, x: nn.functional.one_hot(m.linear(x).argmax(1), 5).float(), torch.randn(4, 5)),

@@ -73,12 +73,23 @@ def limits_of(graph, name) -> list:
 
 def _is_exact(node, out, operation, args, whole, sources) -> bool:
     "True if an operation on variable tensors gives no whole numbers, or the same ones in each runtime."
+    if operation == 'getitem' and _wraps_around(node, whole): return False
     if not _has_whole(out): return not sources or operation in EXACT
     if operation == 'getitem': moves = whole == [node.args[0]]  # others would be indices
     elif operation in CASTS: moves = whole and _value(out).dtype in (torch.int32, torch.int64)
     else: moves = whole and (operation in MOVES or _is_view(_value(out), _value(whole[0])))
     if sources or moves: return bool(moves)
     return operation in INDICES or _has_floats(out) or all(map(_is_bool, args)) or (bool(whole) and operation in SMALL)
+
+
+def _wraps_around(node, whole) -> bool:
+    "True if one of several indices may be negative: runtimes then read other elements than PyTorch."
+    def _is_signed(n):
+        if _operation(n) in MOVES | CASTS | {'getitem'}: return any(_is_signed(a) for a in n.all_input_nodes if _has_whole(a))
+        return _operation(n) in SMALL
+    x, index = node.args
+    several = isinstance(index, tuple) and sum(isinstance(_value(i), Tensor) for i in index) > 1
+    return several and any(_is_signed(a) for a in whole if a is not x)
 
 
 def check_numbers(t, limits):
