@@ -123,7 +123,7 @@ class CompilePredictions(PredictionCallback):
     With a runtime, so does a model that draws random numbers of PyTorch, takes numbers out of tensors, asserts something
     about its input, rounds quotients down, checkpoints layers, or computes with whole numbers, unless these are indices,
     counts and small sums or products of them. A batch for which a runtime gives infinity or NaN, though not for the first
-    one, runs uncompiled, too. Results of OpenVINO for NaN and infinity in the input may differ from PyTorch's.
+    one, runs uncompiled, too. Results of OpenVINO for NaN and infinity, in the input or on the way, may differ from PyTorch's.
 
     >>> from fastai.vision.all import *; from channelslast import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
@@ -164,7 +164,8 @@ class CompilePredictions(PredictionCallback):
     def key(self, args, kwargs) -> tuple:
         tensors, (kind, _) = tensors_of((args, kwargs)), input_key(args, kwargs)
         if self.backend == 'inductor': return (*kind, *((t.shape, t.stride()) for t in tensors)), ()
-        alike = (tuple(min(n, 2) for n in t.shape) for t in tensors)  # PyTorch's guards tell 0 and 1 apart
+        # PyTorch's guards tell sizes 0 and 1 apart. Runtimes get contiguous copies, but models may read the format (stride 1)
+        alike = ((*(min(n, 2) for n in t.shape), t.stride()[1:2] == (1,)) for t in tensors)
         return (*kind, torch.get_num_threads(), *alike), tuple(t.shape for t in tensors)
 
     def may_prepare(self) -> bool: return not running_fits.get(self.learn)
