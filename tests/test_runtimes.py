@@ -252,6 +252,7 @@ FIRST_ONLY = { # a model whose conversion might be right for its first input onl
     'an index of a tensor': (lambda m, x: m.linear.weight[x], torch.arange(4), torch.arange(4) + 3),
     'the last of a few': (lambda m, x: x[torch.arange(4), (x > 0).sum(1) - 1], torch.rand(4, 5), -torch.rand(4, 5)),
     'a moved index': (lambda m, x: x[:, None][torch.arange(4), :, ((x > 0).sum(1) - 1).flip(0)], torch.rand(4, 5), -torch.rand(4, 5)),
+    'a reshaped index': (lambda m, x: x[torch.arange(4)[:, None], ((x > 0).sum(1) - 1).unsqueeze(1)], torch.rand(4, 5), -torch.rand(4, 5)),
     'strides': (lambda m, x: x*x.stride(1), torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)),
     'a check': (_checks_its_input, torch.randn(4, 5), torch.randn(4, 5) - 200)}
 

@@ -53,8 +53,7 @@ def has_empty_phase(stride, size, half:bool) -> bool: # Per spatial dimension; `
     columns than the stride.
 
     They copy the columns of each phase of the stride apart, and do not write phases without columns (`nrows` in
-    `jit_transpose_utils.cpp`). The values there are multiplied by zero: NaN or infinity
-    among them makes the gradient NaN."""
+    `jit_transpose_utils.cpp`). The values there are multiplied by zero: NaN or infinity among them makes the gradient NaN."""
     return half and stride[-1] > size[-1]
 
 

@@ -114,16 +114,19 @@ class CompilePredictions(PredictionCallback):
 
     The first batch that the Learner predicts outside a fit is compiled. Later batches of the same shape run compiled,
     others as without this callback, so that none waits for a compilation. What a runtime has converted serves other
-    sizes, each of the first eight after one comparison with the model's output. A batch of one, and sizes for which the
-    model runs other operations, are converted apart, up to four times in all. `forget()` frees the code. Changes are
-    detected as by `FoldBatchNorm`: the next prediction outside a fit compiles again, and a line says so; in a fit,
-    validation runs uncompiled. A private copy is compiled, and its first output compared with the model's.
+    sizes, each of the first eight after one comparison with the model's output. A batch of one, a batch in another memory
+    format, and sizes for which the model runs other operations, are converted apart, up to four times in all. `forget()`
+    frees the code. Changes are detected as by `FoldBatchNorm`: the next prediction outside a fit compiles again, and a
+    line says so; in a fit, validation runs uncompiled. A private copy is compiled, and its first output compared with the
+    model's.
 
     A model that can't be compiled, keeps state, or draws random numbers of Python or NumPy runs uncompiled, with a warning.
     With a runtime, so does a model that draws random numbers of PyTorch, takes numbers out of tensors, asserts something
-    about its input, rounds quotients down, checkpoints layers, or computes with whole numbers, unless these are indices,
-    counts and small sums or products of them. A batch for which a runtime gives infinity or NaN, though not for the first
-    one, runs uncompiled, too. Results of OpenVINO for NaN and infinity, in the input or on the way, may differ from PyTorch's.
+    about its input, rounds quotients down, checkpoints layers, takes elements by several indices that may be negative, or
+    computes with whole numbers, unless these are indices, counts and small sums or products of them. A batch for which a
+    runtime gives infinity or NaN, though not for the first one, runs uncompiled, too. Runtimes may raise no error for a wrong
+    index that the model computes. Their results may differ from PyTorch's where the input or an intermediate result is
+    infinite or NaN.
 
     >>> from fastai.vision.all import *; from channelslast import *
     >>> dl = DataLoader([(torch.randn(3, 32, 32), torch.tensor(0))]*8, bs=4)
@@ -164,7 +167,7 @@ class CompilePredictions(PredictionCallback):
     def key(self, args, kwargs) -> tuple:
         tensors, (kind, _) = tensors_of((args, kwargs)), input_key(args, kwargs)
         if self.backend == 'inductor': return (*kind, *((t.shape, t.stride()) for t in tensors)), ()
-        # PyTorch's guards tell sizes 0 and 1 apart. Runtimes get contiguous copies, but models may read the format (stride 1)
+        # PyTorch's guards tell sizes 0 and 1 apart. Runtimes get contiguous copies, but a model may read the strides of channels last
         alike = ((*(min(n, 2) for n in t.shape), t.stride()[1:2] == (1,)) for t in tensors)
         return (*kind, torch.get_num_threads(), *alike), tuple(t.shape for t in tensors)
 

@@ -51,7 +51,8 @@ def limits_of(graph, name) -> list:
 
     Runtimes wrap around at other numbers than PyTorch, and raise no error for a wrong index. So whole numbers of inputs may
     only be looked up in embeddings, compared, cast and moved. Others may be indices, counts and small numbers made of
-    these, but not parts of floating-point numbers. Raises `NotPrepared` for a graph that does more."""
+    these, but not parts of floating-point numbers. Of several indices for one tensor, none may be negative. Raises
+    `NotPrepared` for a graph that does more."""
     limits, sources, nodes = {}, {}, list(graph.graph.nodes)  # `sources`: inputs whose whole numbers a tensor holds
     for i, n in enumerate(nodes):
         if n.op == 'placeholder' and isinstance(_value(n), Tensor): limits[n], sources[n] = (INT32, {n}) if _has_whole(n) else (None, set())
@@ -84,9 +85,9 @@ def _is_exact(node, out, operation, args, whole, sources) -> bool:
 
 def _wraps_around(node, whole) -> bool:
     "True if one of several indices may be negative: runtimes then read other elements than PyTorch."
-    def _is_signed(n):
-        if _operation(n) in MOVES | CASTS | {'getitem'}: return any(_is_signed(a) for a in n.all_input_nodes if _has_whole(a))
-        return _operation(n) in SMALL
+    def _is_signed(n): # also if a negative number was moved or cast since
+        if _operation(n) in SMALL | INDICES: return _operation(n) in SMALL
+        return any(_is_signed(a) for a in n.all_input_nodes if _has_whole(a))
     x, index = node.args
     several = isinstance(index, tuple) and sum(isinstance(_value(i), Tensor) for i in index) > 1
     return several and any(_is_signed(a) for a in whole if a is not x)

@@ -46,7 +46,7 @@ class FormatSummary:
     >>> learn = Learner(DataLoaders(dl, dl), model, CrossEntropyLossFlat())
     >>> learn.to_channelslast(to_fp16=False).format_summary().lost[0].cls
     'Softmax2d'"""
-    def __init__(self, rows, counts, note='', max_rows=20, device='cpu', is_channels_last=False): # `is_channels_last`: of the Learner
+    def __init__(self, rows, counts, note='', max_rows=20, device='cpu', is_channels_last=False): # Is the Learner in channels last?
         self.rows, self.counts, self.note, self.max_rows, self.device = list(rows), counts, note, max_rows, device
         self.is_channels_last = is_channels_last
 

@@ -36,7 +36,7 @@ def judge_app(name, size, device, num_it, compile=True) -> dict:
         dl, start = learn.dls.test_dl([image], bs=1, num_workers=0), time.perf_counter()
         timings = learn.format_find(train=False, compile=compile, dl=dl, show_plot=False)
         seconds, batch = time.perf_counter() - start, dl.one_batch()
-        # few Learners: an app has one in memory, and many make predictions slower
+        # few Learners: an app has one in memory
         ran = {str(r.setting): r.setting for r in timings.rows if r.valid and r.ms <= FAR_FACTOR*timings.best.ms}
         learners = {'plain': deepcopy(learn), **{k: s.apply(deepcopy(learn), False) for k, s in ran.items()}}
         learners |= {f'{k} by hand': deepcopy(learn).add_cb(cb) for k, cb in by_hand(learn, batch).items()}
