@@ -14,9 +14,10 @@ import torchvision
 from fastai.vision.all import (CrossEntropyLossFlat, DataLoader, DataLoaders, ImageDataLoaders, Learner, MixedPrecision)
 from PIL import Image
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from channelslast import ChannelsLast, CompilePredictions, CompileTraining, FoldBatchNorm
 from channelslast.__main__ import cli
@@ -230,33 +231,48 @@ def names_library(pickled) -> bool:
 # devices
 
 class PretendGPU(TorchFunctionMode):
-    """Inside, all tensors say that they are on this device, such as `'cuda:1'`, `'xpu'` or `'mps'`, but are computed on the
-    CPU, without autocast. `peak` are the bytes that the device reports as its peak memory, `moved` the addresses of the
-    tensors that were moved to it. `on_reset` is called when its peak memory is reset. To wait for it takes `wait_ms` of a `Clock`."""
+    """A device, such as `'cuda:1'`, `'xpu'` or `'mps'`, that computes on the CPU, without autocast. Tensors that are made there or
+    moved there say so, and what is computed from them; a move copies. As on the device, `torch.equal` raises for tensors of two
+    devices, and random functions for another device's generator. `peak` are the bytes that the device reports as its peak memory.
+    `on_reset` is called when that is reset. To wait for the device takes `wait_ms` of a `Clock`."""
     def __init__(self, monkeypatch, device, clock=None, wait_ms=0., capability=(7, 0)):
         super().__init__()
-        self.device, self.peak, self.moved, self.on_reset = torch.device(device), 0, set(), lambda: None
+        self.device, self.cpu, self.peak, self.there, self.on_reset = torch.device(device), torch.device('cpu'), 0, {}, lambda: None
         functions = dict(synchronize=lambda d=None: clock.pass_ms(wait_ms) if clock else None, empty_cache=lambda: None,
                          reset_peak_memory_stats=lambda d=None: self.on_reset(), max_memory_allocated=lambda d=None: self.peak,
                          get_device_capability=lambda d=None: capability)
         for name, f in functions.items(): monkeypatch.setattr(getattr(torch, self.device.type), name, f, raising=False)
         real = torch.Generator
         class OnCPU(real):
-            def __new__(cls, device=None): return real.__new__(cls)
+            def __new__(cls, device='cpu'): return real.__new__(cls)
+            def __init__(self, device='cpu'): self.made_for = torch.device(device)
+            device = property(lambda self: self.made_for)
         monkeypatch.setattr(torch, 'Generator', OnCPU)
+    def is_there(self, t): return t.layout is torch.strided and t.untyped_storage()._cdata in self.there
+    def move(self, t):
+        if isinstance(t, torch.Tensor) and t.layout is torch.strided:
+            self.there[t.untyped_storage()._cdata] = StorageWeakRef(t.untyped_storage())  # keeps the address from a second use
+        return t
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.device: return func(*args, **kwargs)
-        if func == torch.Tensor.device.__get__: return self.device
-        devices = []
+        kwargs, devices, name = kwargs or {}, [], getattr(func, '__name__', '')
+        if func is torch.device or name == '_parse_to': return func(*args, **kwargs)
+        if func == torch.Tensor.device.__get__: return self.device if self.is_there(args[0]) else func(*args)
         def _on_cpu(o):
-            if not isinstance(o, torch.device) or o.type != self.device.type: return o
-            devices.append(o)
-            return torch.device('cpu')
+            if not isinstance(o, torch.device) and not (isinstance(o, str) and o.split(':')[0] in ('cpu', self.device.type)): return o
+            devices.append(o := torch.device(o))
+            return self.cpu if o.type == self.device.type else o
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.layout is torch.strided]
+        there, used = [t for t in inputs if self.is_there(t)], kwargs.get('generator')
+        if func is torch.equal and 0 < len(there) < len(inputs): raise RuntimeError('Expected all tensors to be on the same device')
         args, kwargs = tree_map(_on_cpu, (args, kwargs))
+        target = any(o.type == self.device.type for o in devices) if devices else bool(there) and func != torch.Tensor.cpu
+        if used is not None and (used.made_for.type == self.device.type) != target:
+            raise RuntimeError(f"Expected a '{self.device.type if target else 'cpu'}' device type for generator but found another")
+        if func == torch.Tensor.to and len(args) > 1 and isinstance(args[1], torch.Tensor): target = self.is_there(args[1])
         out = func(*args, **kwargs)
-        copied = func == torch.Tensor.clone and args[0].untyped_storage().data_ptr() in self.moved
-        if func == torch.Tensor.to and devices or copied: self.moved.add(out.untyped_storage().data_ptr())
+        if name in ('to', 'cpu') and isinstance(out, torch.Tensor) and target != self.is_there(args[0]):
+            if out.layout is torch.strided and out.untyped_storage()._cdata == args[0].untyped_storage()._cdata: out = out.clone()
+        if target and name not in ('copy_', '__set__', '__setitem__'): tree_map(self.move, out)
         return out
     def learner(self, model=None, dls=None, **kwargs):
         dls = dls or loaders()

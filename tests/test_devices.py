@@ -19,11 +19,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from channelslast import CompilePredictions, CompileTraining, FoldBatchNorm, fused, less_random
 from channelslast.command.demo import StepTimer
 from channelslast.core import devices
+from channelslast.core.compare import perturb
 from channelslast.core.devices import autocast_is_fast, fit_device, fp32_precision, is_out_of_memory, known_problem, synchronize
 from channelslast.core.nested_tensors import first_items
+from channelslast.core.replay import Record
+from channelslast.find.numbers import TrainingNumbers
 from .bench import timed_fit_step
-from .helpers import (Fails, Steep, convnet, difference, find, learner, learner_state, loaders, passes_in_new_process, rows_of, setting_of,
-                      shake)
+from .helpers import (Fails, Steep, convnet, difference, find, learner, learner_state, loaders, passes_in_new_process, preds_of, rows_of,
+                      setting_of, shake)
 
 CUDA = torch.device('cuda:1')
 
@@ -343,6 +346,88 @@ def test_format_find_frees_the_activations_of_a_failed_step_before_the_next_one(
     assert t.rows[1].note == 'out of memory' and Fragile.refs and len(left) > 1 and left[0] == []
 
 
+class Kept(torch.autograd.Function):
+    "Keeps an activation for the backward pass, in which more than 4 items have no memory."
+    kept = []
+    @staticmethod
+    def forward(ctx, x):
+        y = x*2
+        ctx.save_for_backward(y)
+        Kept.kept.append(StorageWeakRef(y.untyped_storage()))
+        return y
+    @staticmethod
+    def backward(ctx, g):
+        if len(g) > 4: raise torch.OutOfMemoryError('out of memory')
+        return 2*g
+
+
+def test_format_find_frees_a_failed_step_before_it_tries_half_a_batch():
+    "Its loss held all activations, so that half a batch had no memory either."
+    alive = []
+    class Keeps(nn.Module):
+        def forward(self, x):
+            alive.append((len(x), sum(not r.expired() for r in Kept.kept)))
+            return Kept.apply(x)
+    t = find(learner(nn.Sequential(nn.Conv2d(3, 3, 1), Keeps(), convnet())), num_it=1)
+    assert 'Measured on 4 of the 8' in t.verdict and alive[:2] == [(8, 0), (4, 0)]
+
+
+class InTrainingOnly(nn.Conv2d):
+    "Fails in eval mode, as detectors do without their losses."
+    kept = []
+    def forward(self, x):
+        out = super().forward(x)
+        if self.training: return out
+        InTrainingOnly.kept.append(StorageWeakRef(out.untyped_storage()))
+        raise ValueError('no loss in eval mode')
+
+
+def test_what_a_failed_comparison_recorded_is_freed_before_the_next_steps():
+    "Its results stayed until the end, beside those of each step."
+    alive, records = [], []
+    class Looks(nn.Module):
+        def forward(self, x):
+            gc.collect()
+            alive.append(sum(r() is not None for r in records))
+            if not self.training and x.is_contiguous(memory_format=torch.channels_last): raise torch.OutOfMemoryError('out of memory')
+            return x
+    real = Record.__init__
+    def _init(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        if self.keep: records.append(weakref.ref(self))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Record, '__init__', _init)
+        t = find(learner(nn.Sequential(nn.Conv2d(3, 3, 1), Looks(), convnet())))
+    assert t.rows[1].note == 'out of memory' and len(records) == 1 and alive[-3:] == [0, 0, 0]
+
+
+def test_a_failed_pass_of_contiguous_fp32_is_freed_at_once(monkeypatch):
+    "A reference cycle of the error held it until the next garbage collection."
+    left, real = [], TrainingNumbers.run_baseline
+    def _run(self):
+        gc.disable()
+        real(self)
+        left.extend(not r.expired() for r in InTrainingOnly.kept)
+        gc.enable()
+    monkeypatch.setattr(TrainingNumbers, 'run_baseline', _run)
+    find(learner(nn.Sequential(InTrainingOnly(3, 3, 1), convnet())), num_it=1)
+    assert left and not any(left)
+
+
+def test_results_to_compare_are_kept_in_main_memory(monkeypatch):
+    "A step of a batch of large items (3-D, detection) may take nearly all that the device has."
+    moved, real = [], torch.Tensor.to
+    def _to(t, *args, **kwargs):
+        out = real(t, *args, **kwargs)
+        if args == ('cpu',): moved.append(out)
+        return out
+    monkeypatch.setattr(torch.Tensor, 'to', _to)
+    model, x = convnet(), torch.randn(2, 3, 8, 8)
+    with Record(model) as record: model(x)
+    kept = [t for ts in record.values.values() for t in ts]
+    assert len(kept) > 3 and {*map(id, kept)} == {*map(id, moved)}
+
+
 def test_format_find_releases_its_memory_at_the_end(monkeypatch):
     "Then neither batches nor copies of weights are alive."
     refs, alive = {}, []
@@ -377,8 +462,11 @@ def test_memory_is_that_of_a_step_without_the_warm_up_and_without_the_copies_of_
             return x
     fake_steps({})
     learn = mode.learner(nn.Sequential(Takes(), convnet()))
-    t = find(learn, train=train)
-    assert len(t.rows) == (2 if train else 4) and all(45.9 < r.memory < 46 for r in t.rows), t
+    for copies in 0, 4:  # the copies of a fresh Learner, whose model is still on the CPU, are there, too
+        t = find(learn, train=train)
+        assert len(t.rows) == (2 if train else 4) and all(49.9 < r.memory + copies < 50.1 for r in t.rows), t
+        learn.model.to(device)
+        warm.clear()
 
 
 def test_folded_weights_of_only_one_candidate_are_alive_while_memory_is_measured(gpu, has, fake_steps):
@@ -388,7 +476,7 @@ def test_folded_weights_of_only_one_candidate_are_alive_while_memory_is_measured
         def forward(self, x):
             used[weakref.ref(self.weight)] = setting_of(learn)
             return super().forward(x)
-    def _on_reset(): held.append({k for r, k in used.items() if (w := r()) is not None and 'folded' in k and not torch.equal(w.float(), own)})
+    def _on_reset(): held.append({k for r, k in used.items() if (w := r()) is not None and 'folded' in k and not torch.equal(w.float().cpu(), own)})
     has('bf16'); fake_steps({})
     mode = gpu()
     mode.on_reset = _on_reset
@@ -478,7 +566,7 @@ def test_format_find_keeps_its_batches_on_the_device(gpu, monkeypatch):
     "Before a first fit, batches went to the CPU, where the model still was, so each step copied its batch again."
     mode, real, moved = gpu(), Learner.one_batch, []
     def _one_batch(self, i, b):
-        moved.extend(t.untyped_storage().data_ptr() in mode.moved for t in b)
+        moved.extend(map(mode.is_there, b))
         real(self, i, b)
     monkeypatch.setattr(Learner, 'one_batch', _one_batch)
     find(mode.learner(), num_it=1)
@@ -531,6 +619,84 @@ def test_format_find_notes_that_cudnns_benchmark_is_off(gpu, device, benchmark):
     learn = gpu(device).learner() if device == 'cuda' else learner()
     with less_random(benchmark=benchmark): notes = find(learn, num_it=1).notes
     assert any('cudnn.benchmark = False' in o for o in notes) == (device == 'cuda' and not benchmark)
+
+
+# a fresh Learner, whose model is still on the CPU: the first fit moves it
+
+class Poisoned(nn.BatchNorm2d):
+    "In channels last, a running variance becomes infinite, while the loss stays finite."
+    def forward(self, x):
+        out = super().forward(x)
+        if self.training and self.weight.requires_grad and x.is_contiguous(memory_format=torch.channels_last): self.running_var.data.fill_(torch.inf)
+        return out
+
+
+class Renorm(nn.Module):
+    "Normalizes with the running mean in training, too."
+    def __init__(self): super().__init__(); self.register_buffer('mean', torch.zeros(1, 8, 1, 1))
+    def forward(self, x):
+        if self.training: self.mean.lerp_(x.detach().mean((0, 2, 3), keepdim=True), 0.5)
+        return x - self.mean.clone()
+
+
+def test_format_find_sees_infinite_buffers_of_a_model_that_it_moved(gpu):
+    "A move makes new buffers: only the old ones were looked at."
+    t = find(gpu().learner(nn.Sequential(nn.Conv2d(3, 8, 3), Poisoned(8), convnet(8))))
+    assert t.rows[0].valid and '1.running_var is not finite' in t.rows[1].note
+
+
+def test_format_find_restores_buffers_of_a_model_that_it_moved(gpu, monkeypatch):
+    "Each comparison of numbers starts from the same buffers."
+    mode, seen = gpu(), []
+    class Looks(Renorm):
+        def forward(self, x):
+            if len(x) == 4: seen.append(self.mean.abs().max().item())
+            return super().forward(x)
+    assert all(r.valid for r in find(mode.learner(nn.Sequential(nn.Conv2d(3, 8, 3), Looks(), convnet(8)))).rows)
+    assert len(seen) > 2 and not any(seen)
+
+
+@pytest.mark.parametrize('device', ['mps', 'xpu', 'cuda:1'])
+def test_format_find_fuses_the_optimizer_only_where_the_device_of_the_fit_can(gpu, device):
+    "Asked before the move, the CPU's kernels were taken for those of Apple's and Intel's GPUs: ValueError."
+    t = find(gpu(device).learner(), optimizer=True)
+    assert any(r.fused for r in t.rows) == (device == 'cuda:1') and all(r.valid for r in t.rows)
+
+
+class Weighted(nn.Module):
+    "A loss with a parameter, as ArcFace and learned uncertainties have."
+    def __init__(self): super().__init__(); self.scale = nn.Parameter(torch.ones(4))
+    def forward(self, out, y): return nn.functional.cross_entropy(out*self.scale, y)
+
+
+class Shifted(nn.Module):
+    "Moves a tensor, which is no buffer, to the device of its input."
+    def __init__(self): super().__init__(); self.net, self.mean = shake(convnet()), torch.full((1, 3, 1, 1), 0.45)
+    def forward(self, x):
+        self.mean = self.mean.to(x.device)
+        return self.net(x - self.mean)
+
+
+def test_a_loss_function_with_parameters_moves_to_the_device(gpu):
+    learn = gpu().learner()
+    learn.loss_func = Weighted()
+    assert all(r.valid for r in find(learn).rows)
+
+
+def test_a_tensor_that_the_model_moves_itself_does_not_end_predictions(gpu):
+    learn = gpu().learner(Shifted(), cbs=FoldBatchNorm())
+    for _ in range(2): preds_of(learn)
+    assert learn.fold_batch_norm.works
+    assert all(r.valid for r in find(gpu().learner(Shifted()), train=False).rows)
+
+
+def test_rounding_errors_of_numbers_on_the_cpu_are_drawn_on_the_device(gpu):
+    "Operations on a GPU take them, such as `x*torch.tensor(0.7)`; a generator draws on its own device only."
+    mode = gpu()
+    for device in 'cpu', mode.device:
+        x, generator = torch.rand(9).to(device), torch.Generator(mode.device).manual_seed(0)
+        y = perturb(x, 1e-2, generator)
+        assert y.device == x.device and (x*0.98 < y).all() and (y < x*1.02).all() and (x != y).all()
 
 
 # timing

@@ -68,7 +68,8 @@ DIFFER = 'numbers differ from contiguous fp32'
 
 
 @pytest.mark.parametrize('name, rows', [
-    ('memory', [FINE, ['fp32', 'out of memory', False]]), ('predictions', [FINE, ['fp32', 'out of memory', False]]),
+    ('memory', [FINE, ['fp32', 'out of memory', False]]), ('comparison', [FINE, ['fp32', 'out of memory', False]]),
+    ('predictions', [FINE, ['fp32', 'out of memory', False]]),
     ('infinite', [FINE, ['fp32', 'loss is not finite', False]]), ('numbers', [FINE, ['fp32', DIFFER, False]]),
     ('other_predictions', [FINE, ['fp32', DIFFER, False]]), ('halves', [FINE, FINE])])
 def test_what_goes_wrong_in_one_process_is_known_to_both(two, name, rows):

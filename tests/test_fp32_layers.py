@@ -5,7 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from fastai.vision.all import Learner, MixedPrecision, load_learner
+from fastai.vision.all import Callback, Learner, MixedPrecision, load_learner
 from torch import nn
 
 from .helpers import convnet, difference, find, image_folder, learner, learner_state, loaders, model_state, names_library, rows_of
@@ -199,6 +199,25 @@ def test_fp32_layers_of_a_model_in_DataParallel_have_their_own_names(has):
     learn = learner(nn.DataParallel(m)).to_channelslast(amp_mode='bf16', fp32_layers='a')
     learn.fit(1)
     assert learn.mixed_precision.fp32_layers == ('a',) and {*m.a.seen} == {(FULL, FULL)}
+
+
+class NewNorms(Callback):
+    "Puts new batch norms into the model, as `DistributedTrainer` does for `sync_bn=True`."
+    order = 11  # as there: after `MixedPrecision`
+    def before_fit(self):
+        self.seen = []
+        class Norm(nn.BatchNorm2d):
+            def forward(norm, x):
+                self.seen.append((x.dtype, torch.is_autocast_enabled('cpu')))
+                return super().forward(x)
+        self.model[1] = Norm(8)
+
+
+def test_fp32_layers_are_those_of_the_model_that_trains(has):
+    has('bf16')
+    learn = learner(cbs=NewNorms()).to_channelslast(amp_mode='bf16', fp32_layers=nn.BatchNorm2d)
+    learn.fit(1)
+    assert {*learn.new_norms.seen} == {(FULL, False)}
 
 
 @pytest.mark.cuda

@@ -120,6 +120,24 @@ def test_without_a_functional_optimizer_in_PyTorch_only_its_fused_step_is_missin
     assert all(fused_argument(made(f)) for n, f in others if n != name)
 
 
+@pytest.mark.parametrize('steps', [(1, 1), (1, 2)], ids=['equal', 'different'])
+def test_step_counters_are_fp32_whatever_the_default_dtype(monkeypatch, steps):
+    "The kernels of CUDA read them as fp32."
+    seen, module = set(), sys.modules['torch.optim.adamw']
+    real = module.adamw
+    def _adamw(ps, grads, avgs, sqr_avgs, max_avgs, counts, **kwargs):
+        seen.update(t.dtype for t in counts)
+        return real(ps, grads, avgs, sqr_avgs, max_avgs, counts, **kwargs)
+    monkeypatch.setattr(module, 'adamw', _adamw)
+    ps = [nn.Parameter(torch.ones(3)) for _ in steps]
+    opt = fused(Adam)(ps, lr=0.1)
+    for p, step in zip(ps, steps): p.grad, opt.state[p]['step'] = torch.ones(3), step
+    torch.set_default_dtype(torch.float64)
+    try: opt.step()
+    finally: torch.set_default_dtype(torch.float32)
+    assert seen == {torch.float32}
+
+
 @pytest.mark.slow
 def test_the_package_imports_without_the_functional_optimizers_of_PyTorch():
     code = "import torch.optim, sys; [delattr(sys.modules[f'torch.optim.{o}'], o) for o in ('adam', 'adamw', 'sgd')]; import channelslast; print('imported')"

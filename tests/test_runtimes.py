@@ -360,7 +360,7 @@ def test_on_another_device_adding_the_callback_raises_ValueError_and_changes_not
 
 def test_a_model_that_moves_to_another_device_runs_uncompiled_with_a_warning(runtime, gpu):
     learn = predicting(runtime)
-    gpu('cuda:1')
+    learn.model.to(gpu('cuda:1').device)
     with pytest.warns(UserWarning, match=f'stays uncompiled: {NAMES[runtime]} computes on the CPU only'):
         assert not is_converted(learn, torch.randn(4, 3, 8, 8))
 

@@ -146,12 +146,13 @@ with warnings.catch_warnings():
     # what goes wrong in the second process alone reaches both
     fake_steps(lambda setting: 1.)
     oom = torch.OutOfMemoryError('out of memory')
+    second = Second(fails(oom, lambda x: is_last(x) and not second.training), both=False)  # only the comparison is in eval mode
     facts['alone'] = dict(
         layers=measure(fast=['bf16'], layer=Timed(8, 8, 1)), memory=measure(fails(oom, is_last)),
         predictions=measure(fails(oom, is_last), train=False), halves=measure(fails(oom, lambda x: len(x) > 2)),
         infinite=measure(lambda x: x/0 if is_last(x) else x), numbers=measure(lambda x: x.flip(1) if is_last(x) else x),
         other_predictions=measure(lambda x: x.flip(1) if is_last(x) else x, train=False),
-        two_errors=measure(fails(oom if rank else KeyError('mine')), both=True), error=measure(fails(KeyError('mine'))),
+        comparison=measure(layer=second), two_errors=measure(fails(oom if rank else KeyError('mine')), both=True), error=measure(fails(KeyError('mine'))),
         skips=measure(Steep.apply if rank else noop, fast=['fp16'], formats='contiguous'))
     (folder/f'{rank}.json').write_text(json.dumps(facts))
 # sometimes a C++ thread aborts the exit after everything is written: exit without destructors

@@ -23,7 +23,8 @@ def perturb(inputs, eps, generator=None, tiny=0.): # `tiny`: distance of the sma
         if not t.is_floating_point(): return t
         change = t*max(eps, torch.finfo(t.dtype).eps)
         if tiny: change = torch.maximum(change.abs(), t.abs().clamp_max(tiny)/2)
-        up = torch.rand(t.shape, device=t.device, generator=generator) < 0.5
+        device = t.device if generator is None else generator.device  # numbers (0-D tensors) stay on the CPU
+        up = torch.rand(t.shape, device=device, generator=generator).to(t.device) < 0.5
         return torch.where(t == t.round(), t, torch.where(up, t + change, t - change))
     return map_tensors(_perturb, inputs)
 

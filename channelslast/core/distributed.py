@@ -1,4 +1,7 @@
 "Exchange values between the processes of a distributed run. In a single process, each function returns at once."
+from contextlib import contextmanager
+
+from fastai import torch_core
 from torch import distributed
 
 
@@ -19,6 +22,15 @@ def gather_from_ranks(x) -> list:
     gathered = [None]*distributed.get_world_size()
     distributed.all_gather_object(gathered, x)
     return gathered
+
+
+@contextmanager
+def without_gathering():
+    "Context manager: fastai's metrics and `Recorder` read the values of their own process, and do not wait for the others."
+    own = torch_core.maybe_gather
+    if not is_single_process(): torch_core.maybe_gather = lambda x, axis=0: x
+    try: yield
+    finally: torch_core.maybe_gather = own
 
 
 def together(f, describe=repr):

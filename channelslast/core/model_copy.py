@@ -143,7 +143,7 @@ class ModelState:
 
     def is_unchanged(self) -> bool:
         "True if nothing changed, except that tensors in attributes were computed again. Takes these."
-        def _equal(a, b): return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+        def _equal(a, b): return isinstance(a, Tensor) and isinstance(b, Tensor) and a.device == b.device and torch.equal(a, b)
         old, self.structure = self.structure, self._structure()
         if len(old) != len(self.structure) or not all(a is b or _equal(a, b) for a, b in zip(old, self.structure)):
             return False

@@ -39,7 +39,7 @@ def _mean_rms(var, mean) -> Tensor:
 
 
 class Record(Rounding):
-    "Keep the results of a forward pass's operations, until `.backward` is set to True, or only count them."
+    """Keep the results of a forward pass's operations in main memory, until `.backward` is set to True, or only count them."""
     def __init__(self, model, keep=True, eps=0., generator=None): # The model's parameters name the operations
         super().__init__(eps, generator)
         self.names, self.casts = {self._memory(p): n for n, p in model.named_parameters()}, []
@@ -73,7 +73,7 @@ class Record(Rounding):
     @property
     def draws(self) -> bool: return any(kind == RANDOM for kind, *_ in self.values)
 
-    def on_result(self, key, result, *call): self.values[key].append(result.detach().clone() if self.keep else None)
+    def on_result(self, key, result, *call): self.values[key].append(result.detach().to('cpu', copy=True) if self.keep else None)
 
     def on_batch_norm(self, name, x, weight, bias, mean, var, training, momentum):
         if not training: return

@@ -93,8 +93,9 @@ class Measurement:
         if self.train and learn.opt is None: learn.create_opt()
         if self.train: learn.opt.set_hypers(lr=0.)  # keeps the weights the same for every candidate
         learn.dl, learn.n_iter = self.loader, MAX_ROUNDS + EXTRA_ROUNDS  # callbacks read the loader, and divide by `n_iter`
+        steps = Steps(learn, self.train, batches, originals, self.bs, self.scaler)  # moves the model to the device
         self.frozen, self.advice = (_frozen(learn.opt), fused_argument(learn)) if self.train else (None, None)
-        return Steps(learn, self.train, batches, originals, self.bs, self.scaler)
+        return steps
 
     def measure(self, originals) -> tuple: # The race's `Result`, `Steps`
         if _without_synchronization(self.learn.model): self.notes.append('Measured without the communication of `SyncBatchNorm`.')

@@ -15,7 +15,7 @@ from torch import nn
 from ..core.compare import FACTOR, PASSES, SUM_ERROR, numbers_of, relative_error
 from ..core.compiling import stance
 from ..core.devices import fit_device, fp32_precision
-from ..core.distributed import gather_from_ranks
+from ..core.distributed import gather_from_ranks, without_gathering
 from ..core.nested_tensors import copied, first_items, map_tensors
 from ..core.random_state import restore_random_states
 from ..core.undo import restore_dict
@@ -191,8 +191,9 @@ class TrainingNumbers(Numbers):
             scaler = self.learn.scaler if self.learn.scaler and self.learn.scaler.is_enabled() else None
             scale = scaler.get_scale() if scaler else 1.
             self.stop.mode = mode = make_mode(self.learn.model)
-            with mode: self.one_batch()
-            self.stop.mode = None  # it holds results
+            try:
+                with mode: self.one_batch()
+            finally: self.stop.mode = None  # it holds results
             grads = [p.grad if p.grad is None else _wide_copy(p.grad)/scale for p in self.learn.model.parameters()]
             if not scaler or scale <= MIN_SCALE or all(g is None or g.isfinite().all() for g in grads): break
             scaler._scale.fill_(scale/16)  # too large for fp16; training would reduce it, too
@@ -205,10 +206,10 @@ class TrainingNumbers(Numbers):
         c.loss_diff = c.grad_diff = 0.
         for self.replays, self.training in (True, False), (True, True), (False, False), (False, True):
             try: self.loss, grads, self.counts = self.step(c, self.record(keep=False))
-            except Exception as e: error = e
+            except Exception:
+                if not self.replays and self.training: raise
             else:
                 if self.training or any(g is not None for g in grads): break
-        else: raise error
         norms = {n: m for n, m in self.learn.model.named_modules() if isinstance(m, NORM) and m.running_var is not None}
         own = self.counts.wrong_statistics(norms, self.tolerance_of(c).result) if self.replays else norms  # computed in their own way
         self.norms = {n: m for n, m in norms.items() if n not in own}
@@ -346,7 +347,7 @@ def reading_errors(learn) -> dict: # Errors by name
         for event in 'before_fit', 'before_train', 'after_batch': getattr(recorder, event)()
     readers = {f'metric {m.name}': partial(_score, m) for m in metrics} if len(learn.yb) else {}
     if training and recorder: readers[type(recorder).__name__] = _record
-    with ExitStack() as undo, restore_random_states(), torch.no_grad(), warnings.catch_warnings():
+    with ExitStack() as undo, restore_random_states(), without_gathering(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         learn.pred, learn.loss = map_tensors(torch.Tensor.detach, (pred, loss))
         for o in (*metrics, *([recorder, recorder.loss, recorder.smooth_loss] if recorder else ())): restore_dict(undo, vars(o))

@@ -15,7 +15,7 @@ from ..core.memory_format import align_optimizer, convert_module
 from ..core.nested_tensors import copied
 from ..core.stand_in import StandInCallback
 from ..learner.setting import Setting
-from ..learner.state import State, not_finite
+from ..learner.state import State, buffers_of, not_finite
 from .batches import halved
 
 MAX_SKIPS = 40  # steps in a row that the gradient scaler may skip: its default scale is down to 2**-24 then
@@ -81,9 +81,10 @@ class Steps:
                   if data.device.type == self.device.type and data.layout is torch.strided}
         self.copied_bytes = sum(copies.values())  # by `preserve_learner`
         self.opts, self.optimizer_ms, self.optimizer_step = {}, {}, OptimizerStep(learn)  # by `Setting.fused`
-        self.state, learn.cbs = State(learn, self.callbacks, originals), L(self.callbacks)
+        learn.cbs, own = L(self.callbacks), buffers_of(learn, self.callbacks)
         for event in 'before_fit', 'before_epoch', 'before_train' if train else 'before_validate': learn(event)
-        self.state.begin()
+        moved = {id(own[k]): t for k, t in buffers_of(learn, self.callbacks).items() if k in own}  # by `before_fit`, to the device
+        self.state = State(learn, self.callbacks, [(moved.get(id(t), t), data) for t, data in originals])
         if train: self.callbacks.append(self.optimizer_step)
 
     # candidates
@@ -121,11 +122,15 @@ class Steps:
             if c is self.baseline and isinstance(e, CANCELS): raise ValueError(canceled(type(e).__name__)) from e
             if c is self.baseline: raise
             note = error_note(e)
+        self.release()
+        c.eliminate(note)
+
+    def release(self):
+        "Free the memory of a failed step: its activations, which the loss holds, and gradients."
         learn = self.learn
-        learn.pred = learn.loss = learn.loss_grad = None  # they hold the step's activations
+        learn.pred = learn.loss = learn.loss_grad = None
         learn.model.zero_grad(set_to_none=True)
         free_memory(self.device)
-        c.eliminate(note)
 
     # steps
 
@@ -202,8 +207,8 @@ class Steps:
             try: return self.timed_step(c)
             except Exception as e:
                 if not all(gather_from_ranks(is_out_of_memory(e) and self.halve_batches())): raise
-            self.state.restore_tensors()  # outside the handler, whose traceback holds the step's tensors
-            free_memory(self.device)
+            self.release()  # outside the handler, whose traceback holds the step's tensors
+            self.state.restore_tensors()
 
     def halve_batches(self) -> bool: # False if that is not possible
         halves = halved(self.batches, self.bs)

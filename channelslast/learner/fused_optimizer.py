@@ -28,8 +28,8 @@ def _functional(name):
 def _adam(name, ps, grads, states, lr, wd, mom, sqr_mom, eps):
     # fastai counts steps in plain numbers; the kernel takes tensors and adds 1. On a GPU, copying a list would wait.
     counts = [float(s.get('step', 0)) for s in states]
-    device, all_equal = ps[0].device, len({*counts}) == 1
-    steps = torch.full((len(ps),), counts[0], device=device) if all_equal else torch.tensor(counts, device=device)
+    kind, all_equal = dict(dtype=torch.float32, device=ps[0].device), len({*counts}) == 1
+    steps = torch.full((len(ps),), counts[0], **kind) if all_equal else torch.tensor(counts, **kind)
     avgs, sqr_avgs = _state_tensors(ps, states, 'grad_avg'), _state_tensors(ps, states, 'sqr_avg')
     _functional(name)(ps, grads, avgs, sqr_avgs, [], [*steps.unbind()], fused=True, lr=lr, weight_decay=wd, beta1=mom,
                       beta2=sqr_mom, eps=eps, amsgrad=False, maximize=False)

@@ -96,8 +96,7 @@ class DeviceMixedPrecision(MixedPrecision):
         kind, fast = device.type, devices.autocast_is_fast(device, self.amp_mode)
         if not fast: self._warn_once(device)
         self.is_on, self.autocast = fast, torch.autocast(kind, DTYPES[self.amp_mode], enabled=fast)
-        names = resolve_layers(self.model, self.fp32_layers, 'DeviceMixedPrecision') if fast and self.fp32_layers else ()
-        self._in_fp32 = [unwrap_model(self.model).get_submodule(n) for n in names]
+        self._in_fp32 = resolve_layers(self.model, self.fp32_layers, 'DeviceMixedPrecision') if fast and self.fp32_layers else ()
         enabled = fast and self.amp_mode is AMPMode.FP16 and self.kwargs.get('enabled', True)  # bf16 has fp32's range
         self.learn.scaler, self.scales = torch.amp.GradScaler(kind, **{**self.kwargs, 'enabled': enabled}), L()
 
@@ -118,7 +117,8 @@ class DeviceMixedPrecision(MixedPrecision):
         self._entered = ExitStack()
         self._entered.enter_context(self.autocast)
         half = DTYPES[self.amp_mode]  # hooks exist only in a batch: between batches the model is as without them
-        self._handles = [h for m in self._in_fp32 for h in run_in_fp32(m, self.autocast.device, half)]
+        modules = map(unwrap_model(self.model).get_submodule, self._in_fp32)  # `DistributedTrainer` makes new batch norms
+        self._handles = [h for m in modules for h in run_in_fp32(m, self.autocast.device, half)]
 
     # fastai's `after_pred` casts float64 too, and expects every element of lists and dictionaries to be a tensor
     def after_pred(self): self.learn.pred = cast_floats(self.pred, torch.float32, HALF_DTYPES)

@@ -18,9 +18,14 @@ def not_finite(named) -> str: # `''` if all are finite
     return '' if finite.all() else named[finite.int().argmin().item()][0]
 
 
+def buffers_of(learn, callbacks) -> dict:
+    "The buffers of the Learner's modules, by module and name. Where a module moves to a device, it gets new ones."
+    return {(id(m), k): t for m in learner_modules(learn, callbacks) for k, t in m.named_buffers(recurse=False)}
+
+
 def _set(t, value):
     if t.shape == value.shape: t.copy_(value)
-    else: t.data = value.clone()  # a buffer that got its size in a step
+    else: t.data = value.to(t.device, copy=True)  # a buffer that got its size in a step
 
 
 class Counters:
@@ -43,7 +48,7 @@ class ScriptState:
 
 
 class State:
-    "The state of a Learner from which all candidates start."
+    "The state of a Learner from which all candidates start: the current one."
     def __init__(self, learn, callbacks, originals): # Pairs of a tensor and its original values, from `preserve_learner`
         self.learn, self.originals = learn, originals
         state = tensors_of(list(getattr(getattr(learn.opt, 'opt', learn.opt), 'state', {}).values()))
@@ -58,14 +63,11 @@ class State:
         names = {id(t): n for n, t in (*learn.model.named_parameters(), *learn.model.named_buffers())}
         finite = [t for t, data in originals if not not_finite([('it', data)])]  # an attention mask may hold infinity
         self.finite = [(names.get(id(t), 'optimizer state'), t) for t in finite]
+        self.start = self.take()
 
     def take(self) -> list:
         "What the modules and callbacks hold now: attributes, not the values of tensors. And the Learner's counters."
         return [Counters(self.learn), *(Saved(d, SAME) for d in self.dicts), *map(ScriptState, self.scripts)]
-
-    def begin(self):
-        "Candidates start from what the modules and callbacks hold now."
-        self.start = self.take()
 
     @torch.no_grad()
     def restart(self):
@@ -73,7 +75,7 @@ class State:
         for o in self.start: o.restore()
         for restore, state in self.generators: restore(state)
         for t, value in self.buffers:
-            if not torch.equal(t, value): _set(t, value)  # prepared models notice writes
+            if not torch.equal(t, value.to(t.device)): _set(t, value)  # prepared models notice writes
 
     @torch.no_grad()
     def restore_tensors(self):
