@@ -589,7 +589,17 @@ def test_perturb_moves_numbers_by_a_rounding_error_up_or_down_and_leaves_whole_n
         moved = t != t.round()
         assert ((a > t) | (a < t))[moved].all() and 0.4 < (a > t)[moved].float().mean() < 0.6 and torch.equal(a[~moved], t[~moved])
         torch.testing.assert_close(a, t, rtol=2*torch.finfo(t.dtype).eps, atol=0)
-        assert ((b - t).abs()/t.abs())[moved].min() > 0.005
+        inside = moved & ((t - t.round()).abs() > 0.1)
+        assert ((b - t).abs()/t.abs())[inside].min() > 0.005 and ((t.floor() <= b) & (b <= t.ceil()))[moved].all()
+
+
+def test_perturb_crosses_no_whole_number_where_all_are_exact():
+    "A probability above 1 makes `BCELoss` raise, on a GPU for the rest of the session."
+    x = torch.tensor([0.999, 1e-6, -0.999, 127.5, -127.5]).repeat(50, 1)
+    for eps in 2**-8, 0.3:
+        y = perturb(x, eps)[:, :3 if eps > 0.1 else None]
+        assert ((y.floor() == x[:, :y.shape[1]].floor()) | (y == x[:, :y.shape[1]].ceil())).all()
+    assert (perturb(torch.full((50,), 1000.3), 2**-8) - 1000.3).abs().min() > 3
 
 
 def test_relative_error_is_that_of_the_worst_tensor_and_infinite_where_outputs_cannot_be_compared():

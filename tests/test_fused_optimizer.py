@@ -493,6 +493,15 @@ def test_a_learner_with_the_fused_optimizer_of_to_fastest_exports_and_saves_as_f
     assert type(learn.opt) is Optimizer and type(learn.opt_func) is partial
 
 
+def test_an_exported_learner_in_channels_last_with_the_fused_optimizer_of_to_fastest_loads(tmp_path):
+    "`load_learner` makes it contiguous, and the record of `to_fastest` holds a plain `partial` there."
+    learn = Learner(image_folder(tmp_path), convnet(n=2), path=tmp_path, opt_func=partial(Adam, eps=1e-6))
+    Setting('channels_last', fused=True).apply(learn)
+    learn.export('e.pkl')
+    again = load_learner(tmp_path/'e.pkl')
+    assert type(again.opt_func) is partial and again.opt_func.keywords == dict(eps=1e-6)
+
+
 def put_in(learn): learn.to_fastest(num_it=1, formats='contiguous')
 def take_out(learn): learn.to_contiguous(to_fp32=True)
 def nothing(learn): pass

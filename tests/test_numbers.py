@@ -6,6 +6,7 @@ from fastai.vision.all import SGD, AccumMetric, DataLoader, DataLoaders, Learner
 from torch import nn
 
 from channelslast.core.memory_format import format_strides
+from channelslast.find import numbers
 from .helpers import SumsInFp32, convnet, difference, find, learner, loaders, rows_of, values_of
 
 
@@ -408,6 +409,40 @@ def test_the_note_names_the_layer_with_the_wrong_kernel(has):
     assert checked(learn, formats='contiguous')['contiguous, bf16'].note == 'numbers differ from contiguous fp32 (gradient of two.weight)'
     spoil(learn.model.three, 'doubled_result', in_half)
     assert checked(learn, formats='contiguous')['contiguous, bf16'].note == 'numbers differ from contiguous fp32 (result of head.2)'
+
+
+class Uses(nn.Module):
+    def __init__(self, f): super().__init__(); self.f = f
+    def forward(self, x): return self.f(x)
+
+
+def body(f, *more): return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), Uses(f), *more)
+def pooled(f): return body(f, nn.Linear(16, 10))
+def gated(x): return (x*torch.bernoulli((8*x).sigmoid().detach())).mean((2, 3))
+def certain(): return body(lambda x: torch.where(x.mean((2, 3)) > 0.4, 0.9999, 1e-4) + 1e-9*x.mean((2, 3)))
+DOMAINS = dict(amax=lambda: pooled(lambda x: x.amax((2, 3))), amin=lambda: pooled(lambda x: x.neg().amin((2, 3))),
+               whole=lambda: body(lambda x: x.mean((2, 3))/x.max(), nn.Linear(16, 10)),
+               median=lambda: pooled(lambda x: x.mean((2, 3)) - x.median()), bernoulli=lambda: pooled(gated), probability=certain)
+
+
+@pytest.mark.parametrize('name', DOMAINS)
+def test_rounding_errors_stay_within_what_an_operation_takes_and_find_its_maximum(has, monkeypatch, name):
+    "A maximum that is not among the numbers has the gradient 0/0, and a probability above 1 raises."
+    has('bf16')
+    monkeypatch.setitem(numbers.TOLERANCE, 'bf16', numbers.TOLERANCE['bf16']._replace(vector=1e-6))  # all need an explanation
+    learn = images(DOMAINS[name]())
+    if name == 'probability': learn.loss_func = lambda p, y: nn.functional.binary_cross_entropy(p.float(), (p > 0.5).float())
+    for r in checked(learn).values(): assert r.valid, r
+
+
+def test_a_model_that_refuses_rounding_errors_is_refused_with_its_reason(has, monkeypatch):
+    "Its own check, not a fault of bf16, ends the pass."
+    has('bf16')
+    monkeypatch.setitem(numbers.TOLERANCE, 'bf16', numbers.TOLERANCE['bf16']._replace(vector=1e-6))
+    learn = images(convnet(n=10))
+    learn.loss_func = lambda p, y: -torch.distributions.Categorical(probs=p.float().softmax(1)).log_prob(y).mean()
+    note = checked(learn, formats='contiguous')['contiguous, bf16'].note
+    assert 'numbers differ from contiguous fp32 (gradient of' in note and '; with rounding errors, the model fails: ValueError' in note
 
 
 # gradients of any kind

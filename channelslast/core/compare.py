@@ -18,14 +18,17 @@ REDUCED_FP32 = dict(fp16=(1e-2, 2**-10), bf16=(HALF_ERROR, 2**-7))  # fp32 in TF
 
 @torch.no_grad()
 def perturb(inputs, eps, generator=None, tiny=0.): # `tiny`: distance of the smallest numbers of the precision
-    "The inputs, each number changed by a rounding error, up or down. Whole numbers may be codes, so they stay."
+    """The inputs, each number changed by a rounding error, up or down. Whole numbers stay: they are exact, or codes. None is
+    crossed where all are exact: a probability stays one."""
     def _perturb(t):
         if not t.is_floating_point(): return t
-        change = t*max(eps, torch.finfo(t.dtype).eps)
+        change, low, high = t*max(eps, torch.finfo(t.dtype).eps), t.floor(), t.ceil()
+        bounded = (low == high) | (change.abs() < 1)
         if tiny: change = torch.maximum(change.abs(), t.abs().clamp_max(tiny)/2)
         device = t.device if generator is None else generator.device  # numbers (0-D tensors) stay on the CPU
         up = torch.rand(t.shape, device=device, generator=generator).to(t.device) < 0.5
-        return torch.where(t == t.round(), t, torch.where(up, t + change, t - change))
+        new = torch.where(up, t + change, t - change)
+        return torch.where(bounded, new.clamp(low, high), new)
     return map_tensors(_perturb, inputs)
 
 

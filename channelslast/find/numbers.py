@@ -21,7 +21,7 @@ from ..core.random_state import restore_random_states
 from ..core.undo import restore_dict
 from ..learner.state import not_finite
 from ..learner.step_callbacks import is_part_of_step
-from .steps import Eliminated, canceled
+from .steps import Eliminated, canceled, error_note
 
 ITEMS = 4  # of a batch: more take longer, but show no other faults
 # Relative differences from fp32 that need no explanation: of the loss or outputs, an operation's result, the gradient
@@ -263,7 +263,10 @@ class TrainingNumbers(Numbers):
             is_noise = k != LOSS and noise[k] >= NOISE*o.size and o.off <= self.tolerance_of(c).weight*whole
             return o.off <= (NOISE_FACTOR if is_noise else FACTOR)*noise[k]
         for seed in range(PASSES):
-            others = self.differences(c, self.step(eager or self.steps.baseline, rounded(seed))[:2], reference)
+            try: step = self.step(eager or self.steps.baseline, rounded(seed))
+            except Exception as e:
+                raise Eliminated(f'{differ} ({next(iter(large))}); with rounding errors, the model fails: {error_note(e)}') from e
+            others = self.differences(c, step[:2], reference)
             noise = {k: max(noise.get(k, 0.), others[k].off) if o.varies or not seed else noise[k] for k, o in large.items()}
             large = {k: o for k, o in large.items() if not _is_explained(k, o)}
             if not large: return

@@ -178,5 +178,5 @@ def restore_optimizer(learn):
     new = added_by_to_fastest(learn)['optimizer']
     if new is None: return
     record_added(learn, optimizer=None)
-    if learn.opt_func is new: learn.opt_func = new.own
+    if learn.opt_func is new and isinstance(new, fused): learn.opt_func = new.own  # that of an exported Learner is plain
     if getattr(learn.opt, '_made_by', None) is new: learn.opt = learn.opt.plain()
