@@ -440,7 +440,9 @@ def test_a_model_that_refuses_rounding_errors_is_refused_with_its_reason(has, mo
     has('bf16')
     monkeypatch.setitem(numbers.TOLERANCE, 'bf16', numbers.TOLERANCE['bf16']._replace(vector=1e-6))
     learn = images(convnet(n=10))
-    learn.loss_func = lambda p, y: -torch.distributions.Categorical(probs=p.float().softmax(1)).log_prob(y).mean()
+    def _loss(p, y):  # compiling anything in this process turns the default `validate_args` off
+        return -torch.distributions.Categorical(probs=p.float().softmax(1), validate_args=True).log_prob(y).mean()
+    learn.loss_func = _loss
     note = checked(learn, formats='contiguous')['contiguous, bf16'].note
     assert 'numbers differ from contiguous fp32 (gradient of' in note and '; with rounding errors, the model fails: ValueError' in note
 
