@@ -60,6 +60,25 @@ def test_really_compiled_unets_and_nested_outputs_are_the_same(compilations):
         assert learn.compile_predictions.compiled
 
 
+class Transposed(nn.Module):
+    "Transposed convolutions with as many channels in as out, and a factor per channel."
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.ConvTranspose1d(4, 4, 2), nn.ConvTranspose2d(4, 4, 2), nn.ConvTranspose3d(4, 4, 2)
+        self.norm, self.scale, self.head = nn.BatchNorm2d(4), nn.Parameter(torch.rand(1, 4, 1)), nn.Linear(4, 4)
+    def forward(self, x):
+        x = self.norm(self.two(torch.cat([x, x[:, :1]], 1)))
+        x = self.one(x.mean(-1))*self.scale
+        return self.head((self.three(x[..., None, None])/self.scale[..., None, None]).mean((2, 3, 4)))
+
+
+@pytest.mark.slow
+def test_really_compiled_transposed_convolutions_keep_their_factors(compilations):
+    learn = learner(shake(Transposed()), loaders(), cbs=CompilePredictions())
+    for _ in range(2): assert_right(learn)
+    assert learn.compile_predictions.compiled and len(compilations) == 1
+
+
 class Recomputes(nn.Module):
     "Checkpoints a layer, as timm's `set_grad_checkpointing` does."
     def __init__(self): super().__init__(); self.net, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)

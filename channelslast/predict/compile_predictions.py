@@ -36,13 +36,25 @@ def _plain(args):
 _compiling = threading.local()  # `.run`: the `FrozenModel` that this thread compiles
 
 
+def _keep_factors_apart(graph):
+    """Put an operation without effect after each transposed convolution: PyTorch folds a factor per channel, as of a batch
+    norm, into the first dimension of the weight, which is that of the input channels (`binary_folding.py`, until 2.15)."""
+    for n in [*graph.graph.nodes]:
+        if not getattr(n.target, '__name__', '').startswith('conv_transpose'): continue
+        with graph.graph.inserting_after(n): same = graph.graph.call_function(torch.clamp_min, (n, -math.inf))
+        n.replace_all_uses_with(same, delete_user_cb=lambda user: user is not same)
+    graph.recompile()
+
+
 def _backend(graph, inputs): # PyTorch keeps each backend for the life of the process
     run = vars(_compiling).get('run')
     if run is None: raise NotPrepared(CHANGES)  # a later call that the code does not fit
     graphs = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]  # checkpointed layers are graphs in a graph
     constants = [getattr(m, n.target) for m in graphs for n in m.graph.nodes if n.op == 'get_attr']
     run.constants += [o for o in constants if isinstance(o, Tensor)]
-    if not run.converted: return torch._inductor.compile(graph, inputs)  # its entrance for graphs
+    if not run.converted:
+        for m in graphs: _keep_factors_apart(m)
+        return torch._inductor.compile(graph, inputs)  # its entrance for graphs
     code = Runtime(run.backend, graph, inputs)
     run.any_size = code.any_size
     return code
