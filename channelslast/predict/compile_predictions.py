@@ -37,10 +37,12 @@ _compiling = threading.local()  # `.run`: the `FrozenModel` that this thread com
 
 
 def _keep_factors_apart(graph):
-    """Put an operation without effect after each transposed convolution: PyTorch folds a factor per channel, as of a batch
-    norm, into the first dimension of the weight, which is that of the input channels (`binary_folding.py`, until 2.15)."""
+    """Put an operation without effect after each transposed convolution with as many input as output channels: PyTorch folds
+    a factor per channel, as of a batch norm, into the wrong dimension of its weight (`binary_folding.py`, until 2.15)."""
     for n in [*graph.graph.nodes]:
         if not getattr(n.target, '__name__', '').startswith('conv_transpose'): continue
+        weight = dict(zip(('input', 'weight'), n.args), **n.kwargs)['weight'].meta['example_value']
+        if len(weight) not in n.meta['example_value'].shape[:2]: continue  # the channels, without or after the batch
         with graph.graph.inserting_after(n): same = graph.graph.call_function(torch.clamp_min, (n, -math.inf))
         n.replace_all_uses_with(same, delete_user_cb=lambda user: user is not same)
     graph.recompile()
