@@ -38,7 +38,7 @@ _compiling = threading.local()  # `.run`: the `FrozenModel` that this thread com
 
 def _keep_factors_apart(graph):
     """Put an operation without effect after each transposed convolution with as many input as output channels: PyTorch folds
-    a factor per channel, as of a batch norm, into the wrong dimension of its weight (`binary_folding.py`, until 2.15)."""
+    a factor per channel, as of a batch norm, into the wrong dimension of its weight (`binary_folding.py`, in 2.15, too)."""
     for n in [*graph.graph.nodes]:
         if not getattr(n.target, '__name__', '').startswith('conv_transpose'): continue
         weight = dict(zip(('input', 'weight'), n.args), **n.kwargs)['weight'].meta['example_value']
