@@ -42,7 +42,7 @@ def _keep_factors_apart(graph):
     for n in [*graph.graph.nodes]:
         if not getattr(n.target, '__name__', '').startswith('conv_transpose'): continue
         weight = dict(zip(('input', 'weight'), n.args), **n.kwargs)['weight'].meta['example_value']
-        if len(weight) not in n.meta['example_value'].shape[:2]: continue  # the channels, without or after the batch
+        if n.meta['example_value'].shape[1 - weight.dim()] != len(weight): continue
         with graph.graph.inserting_after(n): same = graph.graph.call_function(torch.clamp_min, (n, -math.inf))
         n.replace_all_uses_with(same, delete_user_cb=lambda user: user is not same)
     graph.recompile()
