@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 
 from channelslast import CompilePredictions, FoldBatchNorm
 from channelslast.core.compare import relative_error
+from channelslast.core.model_copy import ModelState
 from .helpers import BACKENDS, Pairs, learner, loaders, preds_of, shake, truth_of, use_backend
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
@@ -615,6 +616,26 @@ def test_buffers_of_any_dtype_and_layout_are_predicted_with(callback, buffer):
         (t[:1] if buffer == 'expanded' else t).copy_(torch.tensor(0. if buffer == 'bool' else 3.))
     used = getattr(callback(), 'backend', '') != 'onnxruntime' or None  # ONNX lacks complex numbers
     check(callback, Applies(net_for(callback), special_buffers(), scale), _change, used)
+
+
+@pytest.mark.parametrize('lazy', [lambda t: t.conj(), lambda t: t.conj().imag], ids=['conjugated', 'negative'])
+def test_writes_through_data_into_lazy_tensors_are_seen(lazy):
+    m = nn.Module()
+    m.register_buffer('lazy', lazy(torch.full((4,), 1 + 1j)))
+    assert m.lazy.is_conj() or m.lazy.is_neg()
+    state = ModelState(m)
+    assert state.same_memory() and state.same_values()
+    m.lazy.data.fill_(3.)
+    assert state.same_memory() and not state.same_values()
+
+
+def test_memory_of_compared_tensors_can_be_resized():
+    "✗ `Tensor.numpy` forbids that for the life of the memory."
+    m = special_buffers()
+    state = ModelState(m)
+    assert state.same_values() and all(t.untyped_storage().resizable() for t in m.buffers())
+    m.scalar.untyped_storage().resize_(400)
+    assert not state.same_memory()
 
 
 @cases('dtype', [torch.float64, torch.bfloat16])

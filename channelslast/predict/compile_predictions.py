@@ -172,8 +172,8 @@ class CompilePredictions(PredictionCallback):
     def compiled(self) -> bool:
         "True if predictions of the compiled shape would run compiled now."
         s = self.work.state
-        return bool(s and s.model is self.model and s.same_structure() and s.same_program() and s.same_versions()
-                    and s.same_memory() and s.same_values())
+        return bool(s and s.model is self.model and s.same_structure() and s.same_program() and s.same_memory()
+                    and s.same_values())
 
     def trust(self):
         if self.work.state: self.work.state.take_values()

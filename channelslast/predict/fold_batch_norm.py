@@ -40,7 +40,7 @@ class FoldBatchNorm(PredictionCallback):
     @property
     def ready(self) -> bool:
         "True if the prepared weights are in the model's current memory."
-        return self.works and self.work.state.same_versions() and self.work.state.same_memory()
+        return self.works and self.work.state.same_memory()
 
     def prepare(self, copy, truth, args, kwargs):
         from .folded_model import FoldedModel, trace_pass  # needs a private module of PyTorch

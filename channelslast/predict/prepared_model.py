@@ -69,7 +69,7 @@ class PredictionCallback(StandInCallback):
         if key not in work.runs and len(own) >= MAX_SHAPES and len({work.runs[k] for k in own}) == 1: key = own[0]
         if key not in work.runs: return self._prepare(key, own, forward, args, kwargs)
         same = work.checked or work.state.same_values()
-        if same is not True and same.device.type != 'cpu':  # reading it waits, so the batch comes first
+        if isinstance(same, Tensor) and not same.is_cpu:  # reading it waits, so the batch comes first
             out = self._run(work.runs[key], forward, args, kwargs)
             if not same:
                 self._refresh()
@@ -106,7 +106,7 @@ class PredictionCallback(StandInCallback):
             self._changes(CHANGES)
             return self.work.refused is None
         elif not self.work.checked and not state.same_program(): self.drop()
-        elif not state.same_versions() or not (self.work.checked or state.same_memory()): self._refresh()
+        elif not state.same_memory(): self._refresh()
         return True
 
     def _refresh(self) -> bool:
